@@ -1,0 +1,442 @@
+"""Rank candidates by log-likelihood; AUC, GAUC, HR@K, NDCG@K, MRR with intervals, beside simple baselines.
+
+    python evaluate.py                                                    # the demo's runs, side by side
+    python evaluate.py --run runs/ml-1m/sft runs/ml-1m/dpo_hano           # writes metrics.json, predictions.jsonl there
+    python evaluate.py --run runs/ml-1m/dpo_hano --compare runs/ml-1m/sft # paired bootstrap of the difference
+    python evaluate.py --data data/ml-1m --scores other.jsonl             # another system's scores, same candidates
+    python evaluate.py --run runs/demo/sft --user user007 --top-k 5       # recommendations by name
+
+Every candidate's title is scored behind one prompt; Yes/No by log p(Yes) - log p(No). Nothing is sampled or parsed.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import runs
+from runs import UserError
+
+METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
+FILES = ("predictions.jsonl", "metrics.json")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """HR@1,3,5, NDCG@3,5 and MRR of each row: their mean over every order of the candidates that tie with the target.
+
+    scores: [R, C]; target: [R], the target's column. Returns arrays [R]. With one relevant item, NDCG@K is
+    1 / log2(1 + rank) up to rank K.
+
+    >>> ranking_metrics(np.array([[0.5, 0.5, 0.1]]), np.array([0]))["HR@1"]
+    array([0.5])
+    """
+    own = np.take_along_axis(scores, target[:, None], axis=1)
+    above = (scores > own).sum(1)
+    tied = (scores == own).sum(1)  # the target itself included
+    rank = np.arange(1, scores.shape[1] + 1)
+    gains = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 3, 5)}
+    gains |= {f"NDCG@{k}": (rank <= k) / np.log2(1 + rank) for k in (3, 5)}
+    gains["MRR"] = 1 / rank
+    cumulative = {name: np.append(0, gain.cumsum()) for name, gain in gains.items()}
+    return {name: (total[above + tied] - total[above]) / tied for name, total in cumulative.items()}
+
+
+def group_auc(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """[R]: the share of a row's negatives below its target, ties half; their mean is GAUC."""
+    own = np.take_along_axis(scores, target[:, None], axis=1)
+    return ((scores < own).sum(1) + ((scores == own).sum(1) - 1) / 2) / (scores.shape[1] - 1)
+
+
+def pooled_auc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """AUC over all (row, candidate) scores with the targets as positives, ties half.
+
+    weights: [S, R], how often each row counts in each of S resamples. Returns [S], or [1] without weights.
+    """
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    _, group = np.unique(scores, return_inverse=True)
+    group = group.reshape(scores.shape)
+    order = np.argsort(group, axis=None, kind="stable")
+    starts = np.flatnonzero(np.diff(group.ravel()[order], prepend=-1))
+    positive = (np.arange(scores.shape[1]) == target[:, None]).ravel()[order]
+    row = order // scores.shape[1]
+    result = []
+    for weight in weights:
+        up = np.add.reduceat(weight[row] * positive, starts)
+        down = np.add.reduceat(weight[row] * ~positive, starts)
+        result.append((up * (down.cumsum() - down / 2)).sum() / (up.sum() * down.sum()))
+    return np.array(result)
+
+
+@dataclass
+class Result:
+    """A system's metrics of one split: value, and S bootstrap replicates over rows, of each metric."""
+
+    values: dict[str, float]
+    replicates: dict[str, np.ndarray]
+
+    def interval(self, name: str) -> list[float]:
+        return [float(v) for v in np.percentile(self.replicates[name], [2.5, 97.5])]
+
+
+def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: int = 1000) -> Result:
+    """All metrics, with bootstrap replicates that resample rows. The same seed draws the same rows for every system, so
+    differences of replicates are paired. scores (ranking), yes_scores (AUC, GAUC): [R, C], yes_scores may be None."""
+    rows = len(target)
+    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(float)
+    per_row = ranking_metrics(scores, target)
+    values, replicates = {}, {}
+    if yes_scores is not None:
+        per_row["GAUC"] = group_auc(yes_scores, target)
+        values["AUC"] = float(pooled_auc(yes_scores, target)[0])
+        replicates["AUC"] = pooled_auc(yes_scores, target, weights)
+    for name, value in per_row.items():
+        values[name], replicates[name] = float(value.mean()), weights @ value / rows
+    return Result({n: values[n] for n in METRICS if n in values}, replicates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines on the same candidates
+
+
+def popularity_scores(data, rows) -> np.ndarray:
+    """[R, C]: how many training interactions each candidate has."""
+    counts = np.bincount(
+        [item for sequence in data.sequences() for item in sequence], minlength=len(data.catalogue.ids)
+    )
+    return counts[candidate_matrix(rows)].astype(float)
+
+
+def cooccurrence_scores(data, rows) -> np.ndarray:
+    """[R, C]: the number of pairs (history item, training user) such that the user has both that item and the candidate."""
+    sequences = data.sequences()
+    users = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
+    items = np.array([item for sequence in sequences for item in sequence])
+    order = np.argsort(items, kind="stable")
+    users, start = users[order], np.append(0, np.bincount(items, minlength=len(data.catalogue.ids)).cumsum())
+    scores = np.zeros((len(rows), len(rows[0].candidates)))
+    for number, row in enumerate(rows):
+        shared = np.zeros(len(sequences))  # of each training user: how many history items they have
+        for item in row.history:
+            shared[users[start[item] : start[item + 1]]] += 1
+        scores[number] = [shared[users[start[c] : start[c + 1]]].sum() for c in row.candidates]
+    return scores
+
+
+def candidate_matrix(rows) -> np.ndarray:
+    return np.array([row.candidates for row in rows])
+
+
+def target_columns(rows) -> np.ndarray:
+    return np.array([row.candidates.index(row.target) for row in rows])
+
+
+def baselines(data, rows) -> dict[str, np.ndarray]:
+    return {
+        "co-occurrence": cooccurrence_scores(data, rows),
+        "popularity": popularity_scores(data, rows),
+        "chance": np.zeros(candidate_matrix(rows).shape),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and models
+
+
+class Data:
+    """A data folder with one backbone's encoding."""
+
+    def __init__(self, folder: Path, model: str | None, blank_images: bool = False):
+        import mllm
+
+        again = f"run prepare_data.py --out {folder}"
+        self.folder = Path(folder)
+        self.manifest = runs.read_json(self.folder / "manifest.json", again)
+        items = runs.read_jsonl(self.folder / "items.jsonl", ("item", "title", "image"), again)
+        encoded = sorted(p.parent for p in self.folder.glob("encoded/*/manifest.json"))
+        manifests = {
+            m["backbone"]: (path, m) for path in encoded for m in [runs.read_json(path / "manifest.json", again)]
+        }
+        if model is None and len(manifests) > 1:
+            raise UserError(f"{folder} is encoded for {', '.join(manifests)}; say which with --model")
+        model = model or next(iter(manifests), mllm.TINY)
+        renew = f"prepare_data.py --out {folder} --encode-only --model {model}"
+        if model not in manifests:
+            raise UserError(
+                f"{folder} is encoded for {', '.join(manifests) or 'no backbone'}, not for {model}; run {renew}"
+            )
+        path, encoding = manifests[model]
+        if encoding["items"] != runs.file_hash(self.folder / "items.jsonl"):
+            raise UserError(
+                f"{path} was made from another items.jsonl; run {renew} --max-pixels {encoding['max_pixels']}"
+            )
+        self.backbone, self.encoding = model, encoding
+        self.source = self.folder / "tiny" if model == mllm.TINY else model
+        self.catalogue = mllm.Catalogue(items, path, blank_images)
+
+    def rows(self, split: str, limit: int = 0) -> list:
+        """The rows of train, val or test; the first `limit` where that is not 0."""
+        again = f"run prepare_data.py --out {self.folder}"
+        keys = ("user", "history", "target", "candidates", "rejected")
+        lines = runs.read_jsonl(self.folder / f"{split}.jsonl", keys, again)
+        if not lines:
+            raise UserError(f"{self.folder / split}.jsonl has no rows; {again}")
+        return [self.catalogue.row(line) for line in (lines[:limit] if limit else lines)]
+
+    def sequences(self) -> list[list[int]]:
+        """Each training user's items in order of time, as rows."""
+        lines = runs.read_jsonl(self.folder / "sequences.jsonl", ("items",), f"run prepare_data.py --out {self.folder}")
+        return [[self.catalogue.row_of[item] for item in line["items"]] for line in lines]
+
+    def prompts(self, candidate_images: bool = False):
+        import mllm
+
+        token = mllm.load_config(self.source).image_token_id
+        return mllm.Prompts(mllm.load_tokenizer(self.source), token, self.catalogue, candidate_images)
+
+    def hash(self) -> str:
+        return runs.value_hash([self.manifest, self.encoding])
+
+
+def load_result(run: Path, data: Data):
+    """The model that a finished run ended with, in float32 and without adapters: the SFT result merged into the
+    backbone, and DPO's adapter merged into that."""
+    import mllm
+
+    config = runs.read_run(run)
+    if config["stage"] == "dpo_hano":
+        return mllm.merge_adapter(load_result(Path(config["options"]["sft"]), data), run / "adapter")
+    if config["options"]["tune"] == "full":
+        return mllm.load_model(run / "model")
+    return mllm.merge_adapter(mllm.load_model(data.source), run / "adapter")
+
+
+def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, batch_size: int):
+    """(scores, yes_scores), each [R, C] or None for a task that the model was not trained on; rows are shared out over
+    the processes and every process gets all. model: a PackedMLLM. options: a run's (tasks, max_length)."""
+    import torch
+    from accelerate.utils import gather_object, tqdm
+
+    tasks, world = options["tasks"], accelerator.num_processes
+    mine = list(range(accelerator.process_index, len(rows), world))
+    trees = {
+        i: prompts.fitting(lambda r: prompts.evaluation_tree(r, tasks), rows[i], options["max_length"]) for i in mine
+    }
+    mine.sort(key=lambda i: sum(len(node.ids) for node in trees[i]))  # little padding
+    found = []
+    model.eval()
+    chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    for chunk in tqdm(chunks, desc="evaluate", unit="batch", leave=False):
+        batch = model.collate([trees[i] for i in chunk], data.catalogue)
+        with torch.inference_mode(), accelerator.autocast():
+            logps = model({name: value.to(accelerator.device) for name, value in batch.items()})
+        found += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))
+    found = gather_object(found) if world > 1 else found
+    logps = np.array([values for _, values in sorted(found)])
+    count = len(rows[0].candidates)
+    scores = logps[:, :count] if "rank" in tasks else None
+    yes = (logps[:, -2 * count :: 2] - logps[:, -2 * count + 1 :: 2]) if "yesno" in tasks else None
+    return scores, yes
+
+
+def validate(model, data, prompts, rows, options: dict, accelerator, batch_size: int) -> dict[str, float]:
+    """Metrics without intervals, as training needs them; `select` is what the best weights are chosen by."""
+    scores, yes = score_rows(model, data, prompts, rows, options, accelerator, batch_size)
+    values = measure(scores if scores is not None else yes, yes, target_columns(rows), resamples=1).values
+    return values | {"select": values["NDCG@3"] if scores is not None else values["AUC"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables, predictions, recommendations
+
+
+def table(results: dict[str, Result]) -> str:
+    """Markdown: a row per system, each value over its 95% interval."""
+    width = max(map(len, results))
+    lines = [f"| {'':{width}} | " + " | ".join(f"{name:^15}" for name in METRICS) + " |"]
+    lines.append(f"|{'-' * (width + 2)}|" + ("-" * 17 + "|") * len(METRICS))
+    for name, result in results.items():
+        cells = []
+        for metric in METRICS:
+            low, high = result.interval(metric) if metric in result.values else (0, 0)
+            known = metric in result.values
+            cells.append(f"{result.values[metric]:.3f} {low:.3f}-{high:.3f}".replace("0.", ".") if known else "-")
+        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^15}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | None]:
+    """(scores, yes_scores or None) from a predictions.jsonl for these rows; candidates may stand in any order."""
+    lines = runs.read_jsonl(path, ("user", "target", "candidates", "scores"), "see --scores in the README")
+    by_row = {(line["user"], line["target"]): line for line in lines}
+    ids, scores, yes = data.catalogue.ids, [], []
+    for row in rows:
+        line = by_row.get((row.user, ids[row.target]))
+        if line is None:
+            raise UserError(f"{path} has no row for user {row.user} with target {ids[row.target]}")
+        for key, found in (("scores", scores), ("yes_scores", yes)):
+            values = line.get(key)
+            if values is None and key == "yes_scores":
+                continue
+            if not isinstance(values, list) or len(values) != len(line["candidates"]) or not np.isfinite(values).all():
+                raise UserError(f"{path}, user {row.user}: {key} must hold one finite number for each candidate")
+            of = dict(zip(line["candidates"], values, strict=True))
+            if set(of) != {ids[c] for c in row.candidates}:
+                raise UserError(f"{path}, user {row.user}: not the candidates of {data.folder}")
+            found.append([of[ids[c]] for c in row.candidates])
+    return np.array(scores, dtype=float), np.array(yes, dtype=float) if len(yes) == len(rows) else None
+
+
+def write_predictions(path: Path, data: Data, rows, scores, yes) -> None:
+    ids = data.catalogue.ids
+
+    def lines():
+        for number, row in enumerate(rows):
+            line = {"user": row.user, "target": ids[row.target], "candidates": [ids[c] for c in row.candidates]}
+            ranked = scores if scores is not None else yes
+            yield line | {
+                "scores": ranked[number].tolist(),
+                "yes_scores": None if yes is None else yes[number].tolist(),
+            }
+
+    runs.write_jsonl(path, lines())
+
+
+def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> None:
+    """Print a user's history and the best candidates by name."""
+    titles = data.catalogue.titles
+    print(f"\n{name}: user {row.user}\n  history, oldest first:")
+    print("\n".join(f"    {titles[item]}" for item in row.history) + f"\n  top {min(top_k, len(scores))}:")
+    for place, column in enumerate(np.argsort(-scores, kind="stable")[:top_k], 1):
+        item = row.candidates[column]
+        chosen = "  <- chosen" if item == row.target else ""
+        print(f"    {place:2}. {titles[item]} ({data.catalogue.ids[item]}), {scores[column]:.3f}{chosen}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, nargs="+", default=[], help="run folders [those of runs/demo]")
+    parser.add_argument("--data", type=Path, help="data folder, where no run names it (--scores)")
+    parser.add_argument("--split", choices=["val", "test"], default="test", help="[test]")
+    parser.add_argument("--limit", type=runs.non_negative_int, default=0, help="only the first rows; 0: all [0]")
+    parser.add_argument("--blank-images", action="store_true", help="replace every image by a neutral one")
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="also the difference of each --run to this one")
+    parser.add_argument("--scores", type=Path, nargs="+", default=[], help="other systems' predictions.jsonl")
+    parser.add_argument("--batch-size", type=runs.positive_int, help="rows at once [tiny: 16, else 2]")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    user = parser.add_argument_group("recommendations")
+    user.add_argument("--user", help="print this user's recommendations instead of metrics")
+    user.add_argument("--top-k", type=runs.positive_int, default=10, help="how many [10]")
+    user.add_argument(
+        "--from", dest="among", metavar="ID,ID,...", help="choose among these items [the user's candidates]"
+    )
+    return parser.parse_args(argv)
+
+
+def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> list:
+    """The row of --user, its candidates replaced by those of --from."""
+    from dataclasses import replace
+
+    found = [row for row in rows if row.user == options.user]
+    if not found:
+        raise UserError(f"user {options.user} has no row in {data.folder / options.split}.jsonl")
+    if not options.among:
+        return found
+    ids = [item.strip() for item in options.among.split(",") if item.strip()]
+    unknown = [item for item in ids if item not in data.catalogue.row_of]
+    if unknown or not ids:
+        raise UserError(f"--from: {unknown[0] if unknown else 'no item'} is not in {data.folder / 'items.jsonl'}")
+    return [replace(found[0], candidates=[data.catalogue.row_of[item] for item in dict.fromkeys(ids)])]
+
+
+def score_run(run: Path, config: dict, data: Data, rows, options: argparse.Namespace, accelerator):
+    """Load a run's model and score rows with it."""
+    import mllm
+
+    dtype = runs.pick_dtype(options.dtype, accelerator)
+    model = mllm.PackedMLLM(load_result(run, data).to(dtype)).to(accelerator.device)
+    prompts = data.prompts(config["options"]["candidate_images"])
+    batch = options.batch_size or (16 if data.backbone == mllm.TINY else 2)
+    return score_rows(model, data, prompts, rows, config["options"], accelerator, batch)
+
+
+@runs.one_line_errors
+def main(argv: list[str] | None = None) -> dict[str, Result] | None:
+    options = parse(argv)
+    names = list(options.run)
+    if not names and not options.scores:
+        names = [run for run in (Path("runs/demo/sft"), Path("runs/demo/dpo_hano")) if run.exists()]
+        if not names:
+            raise UserError("no --run given and no runs/demo here; run sft.py first")
+    if options.compare and options.compare not in names:
+        names.append(options.compare)
+    configs = {run: runs.read_run(run) for run in names}
+    folders = {config["options"]["data"] for config in configs.values()} or {options.data}
+    if len(folders) != 1 or folders == {None}:
+        raise UserError("the runs must share one data folder; --scores without --run needs --data")
+    folder = Path(folders.pop())
+
+    accelerator = runs.start_accelerator()
+    results, written = {}, []
+    for run, config in configs.items():
+        blank = options.blank_images or config["options"]["blank_images"]
+        data = Data(folder, config["options"]["model"], blank)
+        if config["data"] != data.hash():
+            raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
+        rows = data.rows(options.split, 0 if options.user else options.limit)
+        rows = candidates_among(options, data, rows) if options.user else rows
+        scores, yes = score_run(run, config, data, rows, options, accelerator)
+        if options.user:
+            recommend(str(run), data, rows[0], (scores if scores is not None else yes)[0], options.top_k)
+            continue
+        results[str(run)] = measure(scores if scores is not None else yes, yes, target_columns(rows), options.seed)
+        if accelerator.is_main_process:
+            prefix = "" if options.split == "test" else f"{options.split}_"
+            prefix += ("blank_" if options.blank_images else "") + (f"first{options.limit}_" if options.limit else "")
+            write_predictions(run / f"{prefix}predictions.jsonl", data, rows, scores, yes)
+            written.append(run / f"{prefix}metrics.json")
+    if options.user or not accelerator.is_main_process:
+        return None
+
+    if not configs:
+        data = Data(folder, None)
+        rows = data.rows(options.split, options.limit)
+    for path in options.scores:
+        scores, yes = read_scores(path, data, rows)
+        results[str(path)] = measure(scores, yes if yes is not None else scores, target_columns(rows), options.seed)
+    compared = results.get(str(options.compare))
+    for name in [n for n in results if compared and results[n] is not compared]:
+        results[f"{name} minus {options.compare}"] = difference(results[name], compared)
+    for name, scores in baselines(data, rows).items():
+        results[name] = measure(scores, scores, target_columns(rows), options.seed)
+    made = data.manifest["options"]
+    protocol = (
+        f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
+        f"{made['negative_sampling']} negatives, seed {made['seed']}{', blank images' if options.blank_images else ''}"
+    )
+    print(f"\n{protocol}; each value with its 95% bootstrap interval\n\n{table(results)}")
+    for path in written:
+        result = results[str(path.parent)]
+        intervals = {name: result.interval(name) for name in result.values}
+        runs.write_json(path, {"protocol": protocol, "values": result.values, "intervals": intervals})
+    return results
+
+
+def difference(result: Result, other: Result) -> Result:
+    """The paired difference: both drew the same rows in each bootstrap replicate."""
+    shared = [name for name in result.values if name in other.values]
+    values = {name: result.values[name] - other.values[name] for name in shared}
+    return Result(values, {name: result.replicates[name] - other.replicates[name] for name in shared})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,590 @@
+"""The multimodal LLM as the stages share it: load or build, encode items, render prompts, pack, score answers.
+
+Two ideas carry the speed. (1) A prompt is computed once for all its answers: history, question and answers form a tree,
+laid end to end in one row, in which a token attends to its own node and that node's ancestors only, and positions
+continue from the parent's end. (2) The vision tower is frozen, so each image is encoded once, by `encode_items`, and
+read back from a memory map as image tokens.
+
+`PackedMLLM.forward` goes from a batch to the answers' log-probabilities; that module is what `accelerator.prepare`
+wraps, because calling parts of it by hand would train every process for itself.
+"""
+
+import functools
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts, in the order they are read. They stand here and nowhere else.
+
+HISTORY = "The user's history, oldest first:\n"
+CANDIDATES = "\nCandidates:\n"
+RANK_QUESTION = "\nWhich candidate comes next? Answer with its title."
+CANDIDATE = "\nCandidate:\n"
+YESNO_QUESTION = "\nDoes the candidate come next? Answer Yes or No."
+YES, NO = "Yes", "No"
+
+TINY = "tiny"
+TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels: the tiny backbone is for laptops
+MAX_PIXELS = 262144  # the paper's image_max_pixels
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class BackboneError(ValueError):
+    """A backbone, an encoding or an image that cannot be used; the message says what, where and what to do."""
+
+    exit_code = 2
+
+
+@dataclass
+class Row:
+    """A line of train.jsonl, val.jsonl or test.jsonl, its items as item rows."""
+
+    user: str
+    history: list[int]
+    target: int
+    candidates: list[int]
+    rejected: int
+
+
+@dataclass
+class Node:
+    """A stretch of tokens in a prompt tree. `parent` is the node it continues (None: the root), `scored` the offsets
+    of its tokens whose log-probabilities are summed, `images` the item rows whose image tokens stand in it, in order."""
+
+    parent: int | None
+    ids: list[int]
+    images: list[int] = field(default_factory=list)
+    scored: Sequence[int] = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32):
+    """The pretrained image-text model `name` (a hub name or a folder) in `dtype`, everything frozen."""
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"backbone '{name}' cannot be loaded as an image-text model: {reason}") from error
+    return model.requires_grad_(False).eval()
+
+
+def load_config(name: str | Path):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name)
+
+
+def load_tokenizer(name: str | Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"'{name}' has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_image_processor(name: str | Path, max_pixels: int):
+    """The image processor of `name`, set so that it keeps every image within max_pixels pixels."""
+    from transformers import AutoImageProcessor
+
+    try:
+        images = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision has no CPU build
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"'{name}' has no usable image processor: {str(error).strip().splitlines()[0]}") from error
+    pinpoints = getattr(images, "image_grid_pinpoints", None)
+    if pinpoints:  # LLaVA-NeXT counts in whole tiles: those that fit, or the smallest
+        fitting = [p for p in pinpoints if p[0] * p[1] <= max_pixels]
+        images.image_grid_pinpoints = fitting or [min(pinpoints, key=lambda p: p[0] * p[1])]
+    else:
+        images.size = {"shortest_edge": min(56 * 56, max_pixels), "longest_edge": max_pixels}
+    return images
+
+
+def build_tiny(folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 1500, width: int = 128) -> None:
+    """Write an untrained Qwen2.5-VL of about a million weights, its tokenizer (byte-level BPE trained on `texts`), chat
+    template and image processor to `folder`, loadable like any pretrained model."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2 import Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    prompts = [HISTORY, CANDIDATES, RANK_QUESTION, CANDIDATE, YESNO_QUESTION, YES, NO, "user\n", "assistant\n"]
+    corpus = [*(f"{text}\n" for text in texts), *prompts * 100]  # often enough that each prompt word is one token
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        corpus, vocab_size=vocabulary, new_special_tokens=special[1:], show_progress=False
+    )
+    tokenizer.chat_template = CHATML
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    text["rope_parameters"]["mrope_section"] = [width // 32, width * 3 // 64, width * 3 // 64]
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": width}
+    vision |= {"window_size": 112, "fullatt_block_indexes": [1]}
+    tokens = {
+        "image_token_id": ids["<|image_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "video_token_id": ids["<|vision_end|>"],  # no videos here; it must not be an id of its own
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(folder)
+
+
+def lora_targets(model) -> str:
+    """A regular expression over the language model's linear layers. Suffix lists, and peft's `all-linear`, also hit the
+    vision tower."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".language_model." in f".{n}"]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    return rf".*\blanguage_model\..*\.({'|'.join(leaves)})"
+
+
+def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
+    """`model` with a fresh, trainable LoRA on every linear layer of its language model; the draw depends on seed."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def merge_adapter(model, folder: str | Path):
+    """`model` with the LoRA adapter of `folder` merged into its weights, in the dtype that the weights have."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Items: titles, and image tokens encoded once
+
+
+class Catalogue:
+    """The items of a data folder: ids, titles, and their encoded images by row. Rows are line numbers of items.jsonl.
+
+    items: the lines of items.jsonl. encoded: a folder written by `encode_items`, or None for texts alone.
+    blank_images: every image is replaced by one neutral grey image.
+    """
+
+    def __init__(self, items: list[dict], encoded: Path | None = None, blank_images: bool = False):
+        self.ids = [item["item"] for item in items]
+        self.titles = [item["title"] for item in items]
+        self.row_of = {item: row for row, item in enumerate(self.ids)}
+        self.blank_images = blank_images
+        if encoded is not None:
+            from safetensors.torch import load_file
+
+            self.vectors = load_file(encoded / "items.safetensors")  # text, image, offsets, grid, neutral, ...
+            self.tokens = load_file(encoded / "image_tokens.safetensors")["image_tokens"]  # [sum n_i, d], memory map
+            self.offsets = self.vectors["offsets"].tolist()
+
+    def row(self, line: dict) -> Row:
+        """A line of a split as item rows; BackboneError where it names an item that items.jsonl has not."""
+        try:
+            history, candidates = ([self.row_of[item] for item in line[key]] for key in ("history", "candidates"))
+            return Row(line["user"], history, self.row_of[line["target"]], candidates, self.row_of[line["rejected"]])
+        except KeyError as error:
+            raise BackboneError(
+                f"user {line['user']}: {error} is not in items.jsonl; prepare the data again"
+            ) from error
+
+    def has_image(self, row: int) -> bool:
+        return self.offsets[row + 1] > self.offsets[row]
+
+    def image_length(self, row: int) -> int:
+        """Image tokens of the item's image, 0 without one."""
+        if self.has_image(row) and self.blank_images:
+            return len(self.vectors["neutral"])
+        return self.offsets[row + 1] - self.offsets[row]
+
+    def image_tokens(self, row: int) -> torch.Tensor:
+        """[n, d] of an item that has an image."""
+        return self.vectors["neutral"] if self.blank_images else self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    def grid(self, row: int) -> torch.Tensor:
+        """[3], time, height and width in patches; zeros where the backbone's positions need none."""
+        return self.vectors["neutral_grid"] if self.blank_images else self.vectors["grid"][row]
+
+
+def open_image(path: Path):
+    """The RGB image at `path`, upright; BackboneError if it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BackboneError(
+            f"image {path} cannot be read ({error}); mend it, or delete it: then its item has none"
+        ) from error
+
+
+@torch.inference_mode()
+def encode_images(model, image_processor, images: list) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Image tokens of PIL images: a list of [n_i, d], and the grids [len(images), 3] (zeros where none are needed)."""
+    pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
+    if pinpoints:
+        model.config.image_grid_pinpoints = pinpoints  # the model derives the tiles anew and must agree
+    inputs = image_processor(images=images, return_tensors="pt").to(model.device)
+    tokens = model.get_image_features(**inputs, return_dict=True).pooler_output
+    grids = inputs.get("image_grid_thw", torch.zeros(len(images), 3, dtype=torch.long))
+    return [t.detach().cpu() for t in tokens], grids.cpu()
+
+
+def mean_embeddings(model, tokenizer, titles: list[str]) -> torch.Tensor:
+    """[N, d] float32: the mean of the input-embedding rows of each title's tokens (zeros for an empty title)."""
+    table = model.get_input_embeddings().weight.detach().float().cpu()
+    ids = [tokenizer.encode(t, add_special_tokens=False, split_special_tokens=True) for t in titles]
+    return torch.stack([table[i].mean(0) if i else table.new_zeros(table.shape[1]) for i in ids])
+
+
+def encode_items(
+    model, tokenizer, image_processor, titles, paths: list[Path | None], folder: Path, progress=iter
+) -> None:
+    """Encode every item once into `folder`: items.safetensors (text and image [N, d], offsets [N + 1], grid [N, 3], the
+    neutral image) and image_tokens.safetensors ([sum n_i, d], in the model's dtype, written as it is computed).
+
+    progress: wraps the iterable of batches. Raises BackboneError on an unreadable image.
+    """
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    rows = [row for row, path in enumerate(paths) if path is not None]
+    width = model.get_input_embeddings().weight.shape[1]
+    lengths, image_means = torch.zeros(len(paths), dtype=torch.long), torch.zeros(len(paths), width)
+    grid = torch.zeros(len(paths), 3, dtype=torch.long)
+    with open(folder / "image_tokens.safetensors", "wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for batch in progress([rows[i : i + 16] for i in range(0, len(rows), 16)]):
+            tokens, grids = encode_images(model, image_processor, [open_image(paths[row]) for row in batch])
+            for row, item_tokens, item_grid in zip(batch, tokens, grids, strict=True):
+                lengths[row], grid[row], image_means[row] = len(item_tokens), item_grid, item_tokens.float().mean(0)
+                file.write(item_tokens.contiguous().view(torch.uint8).numpy().tobytes())
+        file.seek(0)
+        file.write(safetensors_header("image_tokens", model.dtype, [int(lengths.sum()), width]))
+    neutral, neutral_grid = encode_images(model, image_processor, [Image.new("RGB", (112, 112), (128, 128, 128))])
+    tensors = {"text": mean_embeddings(model, tokenizer, titles), "image": image_means, "grid": grid}
+    tensors |= {"offsets": F.pad(lengths.cumsum(0), (1, 0)), "neutral": neutral[0], "neutral_grid": neutral_grid[0]}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "items.safetensors")
+
+
+HEADER_BYTES = 256  # reserved at the file's head, so that tokens are streamed to disk before their number is known
+
+
+def safetensors_header(name: str, dtype: torch.dtype, shape: list[int]) -> bytes:
+    """The head of a safetensors file of one tensor, padded with spaces (as the format allows) to HEADER_BYTES."""
+    code = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    entry = {"dtype": code, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
+    return struct.pack("<Q", HEADER_BYTES - 8) + json.dumps({name: entry}).encode().ljust(HEADER_BYTES - 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts as trees of tokens
+
+
+class Prompts:
+    """Token ids of the prompts for one backbone: its chat template cut around our texts, and texts that stay texts (a
+    title that spells a control token does not become one)."""
+
+    def __init__(self, tokenizer, image_token: int, catalogue: Catalogue, candidate_images: bool = False):
+        self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
+        self.candidate_images = candidate_images
+        mark = "\u2042"
+        question = self._template([{"type": "text", "text": mark}])
+        self.before, self.after = (self._control(part) for part in question.split(mark))
+        with_image = self._template([{"type": "image"}, {"type": "text", "text": mark}]).split(mark)[0]
+        wrapper = self._control(with_image[len(question.split(mark)[0]) :])
+        if wrapper.count(image_token) != 1:
+            raise BackboneError(f"the chat template does not place one image token ({image_token}) for an image")
+        self.image_wrapper = wrapper
+        answered = self._template([{"type": "text", "text": "?"}], answer=mark).split(mark)[1]
+        end = self._control(answered)
+        self.end_of_turn = end[0] if end else tokenizer.eos_token_id
+        self.text = functools.lru_cache(maxsize=200_000)(self._text)
+
+    def _template(self, content: list[dict], answer: str | None = None) -> str:
+        messages = [{"role": "user", "content": content}]
+        messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else []
+        if not self.tokenizer.chat_template:
+            raise BackboneError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no chat template")
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+
+    def _control(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def item(self, node: Node, row: int, image: bool) -> range:
+        """Append an item's line, and its image after it; the offsets of the line's tokens are returned. The title comes
+        first, so that nothing before it gives it away."""
+        start = len(node.ids)
+        node.ids.extend(self.text(self.catalogue.titles[row] + "\n"))
+        end = len(node.ids)
+        length = self.catalogue.image_length(row) if image else 0
+        if length:
+            at = self.image_wrapper.index(self.image_token)
+            node.ids += [*self.image_wrapper[:at], *[self.image_token] * length, *self.image_wrapper[at + 1 :]]
+            node.images.append(row)
+        return range(start, end)
+
+    def history(self, rows: Sequence[int], scored: bool = False) -> Node:
+        """The root: chat template and history, oldest first. scored: every title is predicted (language modelling)."""
+        root = Node(None, [*self.before, *self.text(HISTORY)])
+        spans = [self.item(root, row, image=True) for row in rows]
+        if scored:
+            root.scored = [offset for span in spans[1:] for offset in span]
+        return root
+
+    def rank(self, candidates: Sequence[int], parent: int = 0) -> Node:
+        """The ranking question over candidate rows, up to where the answer begins."""
+        node = Node(parent, list(self.text(CANDIDATES)))
+        for row in candidates:
+            self.item(node, row, image=self.candidate_images)
+        node.ids += [*self.text(RANK_QUESTION), *self.after]
+        return node
+
+    def yesno(self, candidate: int, parent: int = 0) -> Node:
+        """The Yes/No question about one candidate row, up to where the answer begins."""
+        node = Node(parent, list(self.text(CANDIDATE)))
+        self.item(node, candidate, image=self.candidate_images)
+        node.ids += [*self.text(YESNO_QUESTION), *self.after]
+        return node
+
+    def answer(self, text: str, parent: int) -> Node:
+        """A scored answer: the text and the end of turn (without which "Toy Story" is a prefix of "Toy Story 2")."""
+        ids = [*self.text(text), self.end_of_turn]
+        return Node(parent, ids, scored=range(len(ids)))
+
+    def sft_tree(self, row: Row, task: str, about_target: bool = True) -> list[Node]:
+        """One training sample: the history, one question, its answer. task: `rank`, or `yesno` about the target or about
+        the row's rejected item."""
+        root = self.history(row.history)
+        if task == "rank":
+            return [root, self.rank(row.candidates), self.answer(self.catalogue.titles[row.target], 1)]
+        asked, answer = (row.target, YES) if about_target else (row.rejected, NO)
+        return [root, self.yesno(asked), self.answer(answer, 1)]
+
+    def pair_tree(self, row: Row, kind: str) -> list[Node]:
+        """One preference pair: the history, one question, the chosen and the rejected answer. kind: `rank` (the target's
+        title over the rejected item's), `yes` (Yes over No about the target), `no` (No over Yes about the rejected)."""
+        titles = self.catalogue.titles
+        question, chosen, rejected = {
+            "rank": (lambda: self.rank(row.candidates), titles[row.target], titles[row.rejected]),
+            "yes": (lambda: self.yesno(row.target), YES, NO),
+            "no": (lambda: self.yesno(row.rejected), NO, YES),
+        }[kind]
+        return [self.history(row.history), question(), self.answer(chosen, 1), self.answer(rejected, 1)]
+
+    def evaluation_tree(self, row: Row, tasks: Sequence[str]) -> list[Node]:
+        """All answers of a row behind its history: with `rank` each candidate's title, then with `yesno` Yes and No for
+        each candidate, in the order of row.candidates."""
+        tree = [self.history(row.history)]
+        if "rank" in tasks:
+            tree.append(self.rank(row.candidates))
+            tree += [self.answer(self.catalogue.titles[candidate], 1) for candidate in row.candidates]
+        for candidate in row.candidates if "yesno" in tasks else ():
+            question = len(tree)
+            tree += [self.yesno(candidate), self.answer(YES, question), self.answer(NO, question)]
+        return tree
+
+    def fitting(self, build, row: Row, max_length: int) -> list[Node]:
+        """build(row), its oldest history items dropped until no path is longer than max_length tokens."""
+        for first in range(len(row.history)):
+            tree = build(replace(row, history=row.history[first:]))
+            if tree_length(tree) <= max_length:
+                return tree
+        raise BackboneError(f"user {row.user}: {tree_length(tree)} tokens with one history item; raise --max-length")
+
+    def show(self, tree: list[Node]) -> str:
+        """The tree as a person reads it, image tokens folded to their count."""
+        parts = []
+        for node in tree:
+            ids, runs = iter(node.ids), []
+            for token in ids:
+                if token == self.image_token:
+                    runs.append(runs.pop() + 1 if runs and isinstance(runs[-1], int) else 1)
+                else:
+                    runs.append([*runs.pop(), token] if runs and isinstance(runs[-1], list) else [token])
+            text = "".join(
+                f"[{run} image tokens]" if isinstance(run, int) else self.tokenizer.decode(run) for run in runs
+            )
+            parts.append(f">>> {text}" if node.scored and node.parent is not None else text)
+        return "\n".join(parts)
+
+
+def tree_length(tree: list[Node]) -> int:
+    """Tokens of the longest path from the root to a leaf: what the model sees at most at once."""
+    ends: list[int] = []
+    for node in tree:
+        ends.append((ends[node.parent] if node.parent is not None else 0) + len(node.ids))
+    return max(ends)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing and scoring
+
+
+def merge_trees(trees: Iterable[list[Node]]) -> list[tuple[list[Node], list[int]]]:
+    """Join neighbouring trees with the same root, so that their history is computed once. Returns (tree, the numbers of
+    the answers in it), answers numbered over all trees in order."""
+    merged, number = [], 0
+    for tree in trees:
+        answers = [i for i, node in enumerate(tree) if node.scored]
+        numbers = list(range(number, number + len(answers)))
+        number += len(answers)
+        if merged and merged[-1][0][0].ids == tree[0].ids and not tree[0].scored:
+            shift = len(merged[-1][0]) - 1
+            moved = [Node((n.parent + shift) if n.parent else 0, n.ids, n.images, n.scored) for n in tree[1:]]
+            merged[-1] = (merged[-1][0] + moved, merged[-1][1] + numbers)
+        else:
+            merged.append((list(tree), numbers))
+    return merged
+
+
+class PackedMLLM(nn.Module):
+    """A batch of prompt trees in, the log-probabilities of their answers out.
+
+    model: an image-text model of transformers (or its PeftModel), with `sdpa` attention; the vision tower is not used.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.checkpointing, self.dropout = False, 0.0
+        config = self.core.config
+        if config.get_text_config()._attn_implementation != "sdpa":
+            raise BackboneError("packing needs attn_implementation='sdpa': others read the tree's mask wrongly")
+
+    def set_dropout(self, probability: float) -> None:
+        """Dropout of the embeddings and of attention, while training."""
+        self.dropout = probability
+        for module in self.core.model.language_model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = probability
+
+    def enable_checkpointing(self, reentrant: bool = False) -> None:
+        """Recompute activations in backward; training mode only."""
+        self.checkpointing = True
+        self.core.model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    @property
+    def core(self):
+        """The image-text model itself, without PEFT's wrapper; LoRA layers are inside it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def positions(self, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
+        """[P, len(ids)] positions from 0; P = 3 where the backbone has multimodal positions, else 1."""
+        if not hasattr(self.core.model, "get_rope_index"):
+            return torch.arange(len(ids))[None]
+        if not grids:
+            return torch.arange(len(ids)).expand(3, -1)
+        ids = torch.tensor([ids])
+        kinds = (ids == self.core.config.image_token_id).int()
+        return self.core.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=torch.stack(grids))[0][:, 0]
+
+    def collate(self, trees: Iterable[list[Node]], catalogue: Catalogue) -> dict[str, torch.Tensor]:
+        """Pack trees (neighbours with the same root share it) into one right-padded batch of tensors.
+
+        input_ids, node [B, L]; visible [B, nodes, nodes], True where a node's ancestor-or-self; position_ids [P, B, L];
+        image_tokens [all, d]; of each scored token: predicted_from (flat index of the token before it), target,
+        answer (its answer's number); answers [A], tokens per answer.
+        """
+        merged = merge_trees(trees)
+        length = max(sum(len(node.ids) for node in tree) for tree, _ in merged)
+        nodes = max(len(tree) for tree, _ in merged) + 1  # the last one is padding
+        input_ids = torch.zeros(len(merged), length, dtype=torch.long)
+        node_of = torch.full((len(merged), length), nodes - 1)
+        visible = torch.eye(nodes, dtype=torch.bool).repeat(len(merged), 1, 1)
+        positions, images, counts = None, [], []
+        scored: list[tuple[int, int, int]] = []  # predicted_from, target, answer
+        for row, (tree, numbers) in enumerate(merged):
+            starts, nexts, start, numbers = [], [], 0, iter(numbers)
+            for index, node in enumerate(tree):
+                end = start + len(node.ids)
+                grids = [catalogue.grid(item) for item in node.images]
+                local = self.positions(node.ids, grids) + (nexts[node.parent] if index else 0)
+                positions = local.new_zeros(len(local), len(merged), length) if positions is None else positions
+                positions[:, row, start:end] = local
+                input_ids[row, start:end] = torch.tensor(node.ids)
+                node_of[row, start:end] = index
+                if index:
+                    visible[row, index] |= visible[row, node.parent]
+                before = starts[node.parent] + len(tree[node.parent].ids) - 1 if index else -1
+                answer = next(numbers) if node.scored else None
+                scored += [(row * length + (start + t - 1 if t else before), node.ids[t], answer) for t in node.scored]
+                counts += [(answer, len(node.scored))] if node.scored else []
+                images += [catalogue.image_tokens(item) for item in node.images]
+                starts.append(start)
+                nexts.append(int(local.max()) + 1)
+                start = end
+        self._check_images(input_ids, images, merged, catalogue)
+        predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
+        batch = {"input_ids": input_ids, "node": node_of, "visible": visible, "position_ids": positions}
+        batch |= {"predicted_from": predicted_from, "target": target, "answer": answer}
+        batch["answers"] = torch.tensor([count for _, count in sorted(counts)])
+        batch["image_tokens"] = torch.cat(images) if images else torch.zeros(0, 0)
+        return batch
+
+    def _check_images(self, input_ids, images, merged, catalogue) -> None:
+        placeholders = int((input_ids == self.core.config.image_token_id).sum())
+        if placeholders != sum(map(len, images)):
+            rows = sorted({catalogue.ids[item] for tree, _ in merged for node in tree for item in node.images})
+            raise BackboneError(
+                f"{placeholders} image placeholders but {sum(map(len, images))} image tokens among items {rows[:10]}"
+            )
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities of the batch's answers, summed over their tokens: [A], float32. See `collate`."""
+        core, ids, node = self.core, batch["input_ids"], batch["node"]
+        embeds = core.get_input_embeddings()(ids)
+        if batch["image_tokens"].numel():
+            place = (ids == core.config.image_token_id)[..., None]
+            embeds = embeds.masked_scatter(place, batch["image_tokens"].to(embeds.dtype))
+        embeds = F.dropout(embeds, self.dropout, self.training)
+        if self.checkpointing and torch.is_grad_enabled():
+            embeds.requires_grad_(True)  # reentrant checkpointing drops gradients of a block without such an input
+        rows = torch.arange(len(ids), device=ids.device)[:, None, None]
+        mask = batch["visible"][rows, node[:, :, None], node[:, None, :]].tril()[:, None]  # [B, 1, L, L], True: attends
+        positions = batch["position_ids"]
+        hidden = core.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions[0] if len(positions) == 1 else positions,
+            use_cache=False,
+        ).last_hidden_state
+        # The head only where an answer is predicted, never over the prompt
+        logits = core.lm_head(hidden.flatten(0, 1)[batch["predicted_from"]]).float()
+        logps = -F.cross_entropy(logits, batch["target"], reduction="none")
+        return logps.new_zeros(len(batch["answers"])).index_add(0, batch["answer"], logps)

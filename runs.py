@@ -1,0 +1,346 @@
+"""The run folder and what a training script needs around its loop: options kept and inherited, atomic writes, locks,
+metrics, sample order, learning-rate schedule, one-line errors."""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+class UserError(ValueError):
+    """A mistake of the user's; the message says what is wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+def one_line_errors(main: Callable) -> Callable:
+    """Wrap a script's main: an error that has an `exit_code` ends in one line on stderr and that code."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except Exception as error:
+            code = getattr(error, "exit_code", None)
+            if code is None:
+                raise
+            message = " ".join(str(error).split())
+            print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", file=sys.stderr, flush=True)
+            raise SystemExit(code) from error
+
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: complete or absent
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder at; it takes the final name when the block ends without error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: Iterable) -> None:
+    """Write rows (dicts, or lines already in JSON) to `path`."""
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+
+
+def read_json(path: Path, remedy: str):
+    """The JSON value in `path`; UserError with the remedy where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
+def read_jsonl(path: Path, keys: Iterable[str], remedy: str) -> list[dict]:
+    """The rows of `path`, each with all `keys`; UserError names the line that is broken."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+                if missing:
+                    raise UserError(f"{path}, line {number}: no {missing[0]!r}; {remedy}")
+                rows.append(row)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {remedy}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {len(rows) + 1}: not JSON ({error.msg}); {remedy}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
+    return rows
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def value_hash(value) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made where absent) for one writer at a time; UserError where another holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below; its lock ends with it, also by a kill)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}); choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def begin_run(out: Path, stage: str, options: dict, **facts) -> dict:
+    """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder that
+    holds something else. Returns the config."""
+    if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / "config.json").exists():
+        raise UserError(f"{out} holds files but is no run folder (no config.json); choose another --out")
+    for old in ("metrics.jsonl", "result.json", "metrics.json", "predictions.jsonl"):
+        (out / old).unlink(missing_ok=True)
+    for old in ("adapter", "model"):
+        shutil.rmtree(out / old, ignore_errors=True)
+    config = {"stage": stage, "options": options, **facts, "versions": library_versions()}
+    write_json(out / "config.json", config)
+    return config
+
+
+def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
+    """The config of a finished run folder; UserError where it is none, unfinished, or of another stage."""
+    run = Path(run)
+    stages = tuple(stages)
+    makers = " or ".join(f"{stage}.py" for stage in stages)
+    config = read_json(run / "config.json", f"give a run folder, as {makers} writes it")
+    if not isinstance(config, dict) or config.get("stage") not in stages:
+        raise UserError(f"{run} is no run of {makers}")
+    if not (run / "result.json").exists():
+        raise UserError(f"{run} is not finished (no result.json); run {config['stage']}.py --out {run} again")
+    return config
+
+
+def library_versions() -> dict[str, str]:
+    import accelerate
+    import peft
+    import torch
+    import transformers
+
+    return {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
+
+
+def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], source: Path) -> None:
+    """Fill the options that were not given (None) from the run before, and print which."""
+    taken = {}
+    for name in names:
+        if getattr(options, name) is None and name in config["options"]:
+            taken[name] = config["options"][name]
+            setattr(options, name, taken[name])
+    if taken and int(os.environ.get("RANK", 0)) == 0:
+        print(f"from {source}: " + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in taken.items()))
+
+
+class MetricsLog:
+    """A line per logged step in metrics.jsonl, the bar's postfix, and the trackers named by --report-to; main process
+    only."""
+
+    def __init__(self, path: Path, accelerator, config: dict, report_to: str | None):
+        self.accelerator = accelerator
+        self.file = open(path, "a", encoding="utf-8") if accelerator.is_main_process else None
+        self.tracking = bool(report_to)
+        if report_to:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config["options"].items()}
+            try:
+                accelerator.init_trackers("hanorec", config=flat)
+            except (ImportError, ValueError) as error:
+                raise UserError(f"--report-to {report_to} cannot start ({error}); is it installed?") from error
+
+    def write(self, step: int, values: dict) -> None:
+        """values: numbers or scalar tensors."""
+        values = {name: round(float(value), 6) for name, value in values.items()}
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        if self.tracking:
+            self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.tracking:
+            self.accelerator.end_training()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = non_negative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not positive")
+    return value
+
+
+def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_accum: int) -> None:
+    """The options that sft.py and dpo_hano.py share. None: inherited, or chosen for the backbone and printed."""
+    lora = parser.add_argument_group("LoRA (the paper: rank 8, alpha 32, dropout 0.05)")
+    lora.add_argument("--lora-rank", type=positive_int, help="rank of the LoRA matrices [8]")
+    lora.add_argument("--lora-alpha", type=positive_int, help="LoRA's scale times its rank [32]")
+    lora.add_argument("--lora-dropout", type=non_negative_float, help="dropout before LoRA [0.05]")
+    train = parser.add_argument_group("training")
+    train.add_argument("--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [the paper: 1e-4]")
+    train.add_argument("--epochs", type=positive_int, help="passes over the training rows [the paper: 5]")
+    train.add_argument("--max-steps", type=positive_int, help="stop after so many optimizer steps")
+    train.add_argument(
+        "--batch-size", type=positive_int, help=f"samples per process and micro-batch [the paper: {batch_size}]"
+    )
+    train.add_argument("--grad-accum", type=positive_int, help=f"micro-batches per step [the paper: {grad_accum}]")
+    train.add_argument("--max-length", type=positive_int, help="most tokens a prompt with its answer may have [4096]")
+    train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
+    train.add_argument("--eval-limit", type=non_negative_int, help="validation rows used each epoch; 0: all")
+    train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")
+    train.add_argument("--seed", type=int, default=42, help="of sample order, fresh weights, dropout and noise [42]")
+
+
+def set_defaults(options: argparse.Namespace, **defaults) -> None:
+    """Give options that are still None their value."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def start_accelerator(mixed_precision: str = "no", report_to: str | None = None, out: Path | None = None):
+    """An Accelerator with the processes the launcher was asked for; on a CPU alone, with all its threads."""
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=out)
+    asked = launched_processes()
+    if asked > accelerator.num_processes:
+        raise UserError(
+            f"the launcher was asked for {asked} processes but started {accelerator.num_processes}; several CPU processes "
+            f"are ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ..."
+        )
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the launcher sets one thread where it is not told
+    return accelerator
+
+
+def pick_dtype(name: str, accelerator):
+    """--dtype as a torch dtype; auto is bf16 on a GPU and float32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if accelerator.device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def launched_processes() -> int:
+    """--num_processes of the `accelerate launch` that started this process, 1 where there is none to be seen."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return 1
+    if "launch" not in words:
+        return 1
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        name, _, inline = flag.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            return int(inline or value or 1)
+    return 1
+
+
+def micro_batches(
+    rows: int, per_row: int, batch: int, accum: int, processes: int, rank: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """Steps without end, each a list of this process's `accum` micro-batches, each a list of `batch` sample numbers.
+
+    Sample r * per_row + t is task t of training row r. Every epoch is a new permutation of the rows, drawn from
+    (seed, epoch) alone; the samples of a row stay side by side, so that packing computes their history once. An
+    incomplete last step is dropped: each step has batch * accum * processes samples.
+    """
+    per_step, epoch = batch * accum * processes, 0
+    if rows * per_row < per_step:
+        raise UserError(
+            f"{rows * per_row} samples do not fill a step of {per_step}: lower --batch-size or --grad-accum"
+        )
+    while True:
+        shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
+        order = (shuffled[:, None] * per_row + np.arange(per_row)).ravel().tolist()
+        for start in range(0, len(order) - per_step + 1, per_step):
+            yield [order[start + (i * processes + rank) * batch :][:batch] for i in range(accum)]
+        epoch += 1
+
+
+def cosine(optimizer, steps: int):
+    """Cosine decay from the peak to 0 over `steps` optimizer steps, no warm-up. It counts optimizer steps, so it is not
+    passed through accelerator.prepare."""
+    import torch
+
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+    )

@@ -1,0 +1,203 @@
+"""Stage 1: supervised fine-tuning on ranking and Yes/No questions.
+
+    accelerate launch sft.py                                            # the demo: data/demo -> runs/demo/sft
+    accelerate launch sft.py --data data/ml-1m --out runs/ml-1m/sft     # LoRA on the backbone the data was encoded for
+
+Writes config.json, metrics.jsonl and the weights that validated best: adapter/ (LoRA, PEFT's format) or, with --tune
+full, model/. The loss is cross-entropy on the answer's tokens only, over their number in the whole optimizer step. The
+vision tower is never trained, so its image tokens are read from the data folder.
+"""
+
+import argparse
+import contextlib
+import itertools
+import time
+from functools import partial
+from pathlib import Path
+
+import runs
+from runs import UserError
+
+TINY_RECIPE = {"lr": 2e-3, "epochs": 4, "batch_size": 32, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
+TINY_RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
+RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 2, "grad_accum": 8, "max_length": 4096, "eval_limit": 0}  # the paper
+RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
+LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder [data/demo]")
+    parser.add_argument("--model", help="which of the data's encodings, where there are several")
+    parser.add_argument("--out", type=Path, help="run folder to write [runs/<data>/sft]")
+    parser.add_argument("--tune", choices=["lora", "full"], help="what is trained [full for tiny, else lora]")
+    parser.add_argument("--tasks", nargs="+", choices=["rank", "yesno"], default=["rank", "yesno"], help="[both]")
+    parser.add_argument("--candidate-images", action="store_true", help="candidates carry images, not only titles")
+    parser.add_argument("--blank-images", action="store_true", help="a neutral image everywhere: the titles-only model")
+    parser.add_argument(
+        "--warmup-steps",
+        type=runs.non_negative_int,
+        help="steps of language modelling over the "
+        "training histories before the first answer, for a backbone that knows no titles [0]",
+    )
+    parser.add_argument("--warmup-items", type=runs.positive_int, default=50, help="items to a warm-up sequence [50]")
+    parser.add_argument("--dropout", type=runs.non_negative_float, help="of embeddings and attention, --tune full [0]")
+    parser.add_argument("--weight-decay", type=runs.non_negative_float, default=0.01, help="AdamW's [0.01]")
+    runs.add_training_options(parser, batch_size=2, grad_accum=8)
+    options = parser.parse_args(argv)
+    options.tasks = [task for task in ("rank", "yesno") if task in options.tasks]
+    options.out = options.out or Path("runs") / options.data.resolve().name / "sft"
+    return options
+
+
+def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
+    """(warm-up, answers): lists of functions that build the prompt tree of a sample; of answers, sample r * tasks + t is
+    task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
+    half = max(options.warmup_items // 2, 1)
+    spans = [s[i : i + options.warmup_items] for s in sequences for i in range(0, max(len(s) - half, 1), half)]
+    warmup = [partial(lambda span: [prompts.history(span, scored=True)], span) for span in spans if len(span) > 1]
+    answers = []
+    for number, row in enumerate(rows):
+        for task in options.tasks:
+            build = partial(prompts.sft_tree, task=task, about_target=number % 2 == 0)
+            answers.append(partial(prompts.fitting, build, row, options.max_length))
+    return warmup, answers
+
+
+def trainable_model(options, data, dtype):
+    """The backbone with what --tune says made trainable, in a PackedMLLM."""
+    import torch
+
+    import mllm
+
+    if options.tune == "full":
+        model = mllm.load_model(data.source, torch.float32)  # master weights; the forward may be bf16
+        for part in (model.model.language_model, model.lm_head):
+            part.requires_grad_(True)
+    else:
+        model = mllm.load_model(data.source, dtype)
+        model = mllm.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
+    packed = mllm.PackedMLLM(model)
+    packed.set_dropout(options.dropout)
+    if options.gradient_checkpointing:
+        packed.enable_checkpointing()
+    return packed
+
+
+def save_weights(model, data, options) -> None:
+    """Write what was trained: adapter/, or model/ with its tokenizer."""
+    import mllm
+
+    name = "model" if options.tune == "full" else "adapter"
+    with runs.replacing(options.out / name) as beside:
+        model.save_pretrained(beside)
+        if options.tune == "full":
+            mllm.load_tokenizer(data.source).save_pretrained(beside)
+            mllm.load_image_processor(data.source, data.encoding["max_pixels"]).save_pretrained(beside)
+
+
+@runs.one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    import torch
+
+    from accelerate.utils import tqdm
+
+    import evaluate
+    import mllm
+
+    data = evaluate.Data(options.data, options.model, options.blank_images)
+    tiny = data.backbone == mllm.TINY
+    options.model, options.tune = data.backbone, options.tune or ("full" if tiny else "lora")
+    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE), **LORA)
+    mixed = options.tune == "full" and torch.cuda.is_available() and options.dtype != "float32"
+    accelerator = runs.start_accelerator("bf16" if mixed else "no", options.report_to, options.out)
+    say = accelerator.print
+    world, rank = accelerator.num_processes, accelerator.process_index
+
+    # Data
+    rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
+    prompts = data.prompts(options.candidate_images)
+    warmup, answers = training_samples(prompts, rows, data.sequences(), options)
+    shape = {"batch": options.batch_size, "accum": options.grad_accum, "processes": world, "rank": rank}
+    per_step = options.batch_size * options.grad_accum * world
+    steps_per_epoch = max(len(answers) // per_step, 1)
+    steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**9)
+    total = options.warmup_steps + steps
+    say(f"{data.folder}: {len(rows)} training rows x {len(options.tasks)} tasks = {len(answers)} samples")
+    say(f"step = {options.batch_size} samples x {options.grad_accum} micro-batches x {world} processes = {per_step}")
+    say(f"{options.warmup_steps} warm-up steps, then {steps} steps ({steps / steps_per_epoch:.2f} epochs)")
+
+    # Model
+    torch.manual_seed(options.seed)  # dropout
+    packed = trainable_model(options, data, runs.pick_dtype(options.dtype, accelerator))
+    parameters = [p for p in packed.parameters() if p.requires_grad]
+    say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    schedule = runs.cosine(optimizer, total)
+    model, optimizer = accelerator.prepare(packed, optimizer)
+
+    with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+            config = runs.begin_run(options.out, "sft", kept, data=data.hash())
+        accelerator.wait_for_everyone()
+        config = runs.read_json(options.out / "config.json", "")
+        log = runs.MetricsLog(options.out / "metrics.jsonl", accelerator, config, options.report_to)
+        best, bar = {"select": -1.0}, tqdm(total=total, desc="sft", unit="step")
+        batches = itertools.chain(
+            itertools.islice(runs.micro_batches(len(warmup), 1, **shape, seed=options.seed), options.warmup_steps)
+            if options.warmup_steps
+            else (),
+            itertools.islice(runs.micro_batches(len(rows), len(options.tasks), **shape, seed=options.seed), steps),
+        )
+        for step, numbers in enumerate(batches, 1):
+            started = time.perf_counter()
+            model.train()
+            source = warmup if step <= options.warmup_steps else answers
+            micro = [packed.collate([source[n]() for n in batch], data.catalogue) for batch in numbers]
+            tokens = sum(int(batch["answers"].sum()) for batch in micro)
+            tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device))
+            loss = torch.zeros((), device=accelerator.device)
+            for number, batch in enumerate(micro, 1):
+                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                with accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext():
+                    with accelerator.autocast():
+                        nll = -model(batch).sum() / tokens
+                    accelerator.backward(nll * world)  # gradients are averaged over processes
+                loss += nll.detach()
+            norm = accelerator.clip_grad_norm_(parameters, 1.0)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+            bar.update()
+            if step % 10 == 0 or step in (1, total):
+                loss = accelerator.reduce(loss)
+                seconds = time.perf_counter() - started
+                values = {"loss": loss, "grad_norm": norm, "lr": rate, "samples_per_second": per_step / seconds}
+                log.write(step, values | {"warmup": step <= options.warmup_steps})
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+                if not torch.isfinite(loss):
+                    raise UserError(f"the loss is {float(loss)} at step {step}; lower --lr ({options.lr})")
+            done = step - options.warmup_steps
+            if done > 0 and (done % steps_per_epoch == 0 or step == total):
+                found = evaluate.validate(
+                    packed, data, prompts, val_rows, vars(options), accelerator, 16 if tiny else 2
+                )
+                log.write(step, {f"val_{name}": value for name, value in found.items()})
+                say(f"\nepoch {done / steps_per_epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in found.items()))
+                if found["select"] > best["select"]:
+                    best = {"step": step, **found}
+                    if accelerator.is_main_process:
+                        save_weights(packed.model, data, options)
+        log.close()
+        if accelerator.is_main_process:
+            runs.write_json(options.out / "result.json", {"stage": "sft", "best": best, "steps": total})
+        say(f"{options.out}: weights of step {best['step']}")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
