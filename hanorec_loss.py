@@ -112,14 +112,14 @@ def hanorec_loss(
     reference_rejected_logps: torch.Tensor,
     hardness: torch.Tensor,
     beta: float = 0.1,
-    eta: float | torch.Tensor | None = None,
+    eta=None,
     beta_floor: float = 1e-6,
     gather=None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Equations (7), (8), (11), (12): DPO with a beta of its own for each pair.
 
-    The log-probabilities and hardness (lambda of equation (6)): [B]. eta: None computes equation (8) from this batch,
-    a number is used as it is. gather: a function such as `accelerator.gather` that joins a tensor over all processes,
+    The log-probabilities and hardness (lambda of equation (6)): [B]. eta: None computes equation (8) from this batch, a
+    number is used as it is, a function is called with the reward gaps [B] of all processes. gather: a function such as `accelerator.gather` that joins a tensor over all processes,
     so that eta is the same on each. Returns losses [B] (average them) and metrics: detached scalars of this process's
     pairs, except eta. Rewards are in nats times beta, equation (7).
 
@@ -135,8 +135,8 @@ def hanorec_loss(
     gap = chosen_gain - rejected_gain  # [B], the bracket of (7)
     reward_gap = beta * gap.detach()  # (7)
     hardness = hardness.detach().float()
-    if eta is None:
-        eta = responsiveness(gather(reward_gap) if gather else reward_gap)  # (8)
+    if eta is None or callable(eta):
+        eta = (eta or responsiveness)(gather(reward_gap) if gather else reward_gap)  # (8)
     eta = torch.as_tensor(eta, dtype=torch.float32, device=gap.device).detach()
     dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), [B]
     losses = -F.logsigmoid(dynamic_beta * gap)  # (12)

@@ -117,18 +117,26 @@ def load_image_processor(name: str | Path, max_pixels: int):
     return images
 
 
-def build_tiny(folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 1500, width: int = 128) -> None:
+def build_tiny(folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 3072, width: int = 128) -> None:
     """Write an untrained Qwen2.5-VL of about a million weights, its tokenizer (byte-level BPE trained on `texts`), chat
     template and image processor to `folder`, loadable like any pretrained model."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2 import Qwen2Tokenizer
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     prompts = [HISTORY, CANDIDATES, RANK_QUESTION, CANDIDATE, YESNO_QUESTION, YES, NO, "user\n", "assistant\n"]
-    corpus = [*(f"{text}\n" for text in texts), *prompts * 100]  # often enough that each prompt word is one token
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        corpus, vocab_size=vocabulary, new_special_tokens=special[1:], show_progress=False
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+| "), "isolated")  # a year in brackets stays one word
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([*texts, *prompts * 100], trainer)  # often enough that each prompt word is one token
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special[1:]
     )
     tokenizer.chat_template = CHATML
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
@@ -231,6 +239,13 @@ class Catalogue:
     def image_tokens(self, row: int) -> torch.Tensor:
         """[n, d] of an item that has an image."""
         return self.vectors["neutral"] if self.blank_images else self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    def image_means(self) -> torch.Tensor:
+        """[N, d] float32: the mean image token of each item, zeros without an image."""
+        means = self.vectors["image"]
+        if not self.blank_images:
+            return means
+        return (means.abs().sum(-1, keepdim=True) > 0) * self.vectors["neutral"].float().mean(0)
 
     def grid(self, row: int) -> torch.Tensor:
         """[3], time, height and width in patches; zeros where the backbone's positions need none."""

@@ -57,7 +57,9 @@ def backbone(request, tmp_path_factory):
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
         processor = LlavaNextImageProcessorPil(
-            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=[[56, 112], [112, 112]]
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=[[56, 112], [112, 112]],
         )
     else:
         processor = mllm.load_image_processor(folder / "tokenizer", 10000)

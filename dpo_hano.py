@@ -1,0 +1,315 @@
+"""Stage 2: HaNoRec preference optimisation, DPO with HaRS (a beta per pair) and NoDO (noise in the LoRA weights).
+
+    accelerate launch dpo_hano.py --sigma 0.05                                           # the demo: after sft.py
+    accelerate launch dpo_hano.py --sft runs/ml-1m/sft --out runs/ml-1m/dpo_hano --sigma 0.1
+    accelerate launch dpo_hano.py --hardness none --responsiveness none --sigma 0        # plain DPO
+
+Starts from the SFT result merged into the backbone and trains a fresh LoRA; with that LoRA off the model is the
+reference, whose log-probabilities are computed once and kept in the SFT run (reference/). Writes config.json,
+metrics.jsonl, adapter/ (PEFT's format, of the epoch that validated best), and with --export DIR the models in DIR/base,
+DIR/adapter and DIR/merged, which load without this project.
+"""
+
+import argparse
+import contextlib
+import itertools
+import time
+from functools import partial
+from pathlib import Path
+
+import runs
+from runs import UserError
+
+TINY_RECIPE = {"lr": 5e-4, "epochs": 1, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
+RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 4, "grad_accum": 8, "eval_limit": 0}  # the paper
+INHERITED = ("data", "model", "tasks", "candidate_images", "blank_images", "max_length")
+LORA = ("lora_rank", "lora_alpha", "lora_dropout")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sft", type=Path, default=Path("runs/demo/sft"), help="finished SFT run [runs/demo/sft]")
+    parser.add_argument("--out", type=Path, help="run folder to write [dpo_hano beside the SFT run]")
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="also write the models, loadable without this project"
+    )
+    method = parser.add_argument_group("method")
+    method.add_argument("--beta", type=runs.positive_float, default=0.1, help="beta0 of equation (7) [0.1]")
+    method.add_argument(
+        "--sigma",
+        type=runs.non_negative_float,
+        default=0.05,
+        help="NoDO's noise; the paper: 0.05 (MicroLens), 0.1 (Netflix, MovieLens-1M); 0: w/o NoDO [0.05]",
+    )
+    method.add_argument(
+        "--noise",
+        choices=["relative", "absolute"],
+        default="relative",
+        help="sigma in units of each matrix's RMS, or as it is (the authors' code) [relative]",
+    )
+    method.add_argument(
+        "--hardness",
+        choices=["topk", "cosine", "none"],
+        default="topk",
+        help="lambda from neighbour profiles (the paper), from the pair's own similarity (w/o SAM), or 1 [topk]",
+    )
+    method.add_argument("--top-k", type=runs.positive_int, default=10, help="neighbours K of a profile [10]")
+    method.add_argument(
+        "--responsiveness",
+        choices=["batch", "ema", "none"],
+        default="batch",
+        help="eta of equation (8), DAMA's moving average, or 1; w/o HaRS: none, with --hardness none [batch]",
+    )
+    runs.add_training_options(parser, batch_size=4, grad_accum=8)
+    options = parser.parse_args(argv)
+    options.out = options.out or options.sft.parent / "dpo_hano"
+    return options
+
+
+def pair_hardness(options, data, model, tokenizer, rows):
+    """lambda [rows] of each row's (target, rejected), equation (6), from the embeddings that DPO starts with."""
+    import torch
+
+    import hanorec_loss
+    import mllm
+
+    chosen, rejected = torch.tensor([[row.target, row.rejected] for row in rows]).T
+    if options.hardness == "none":
+        return torch.ones(len(rows))
+    text = mllm.mean_embeddings(model, tokenizer, data.catalogue.titles)
+    vectors = hanorec_loss.fuse_item_vectors(text, data.catalogue.image_means())
+    if options.hardness == "cosine":
+        distance = hanorec_loss.cosine_distance(vectors, chosen, rejected)
+        distance = (distance - distance.mean()) / distance.std().clamp_min(1e-8)
+        return hanorec_loss.hardness_weight(distance, 0.0)
+    if options.top_k >= len(vectors):
+        raise UserError(f"--top-k {options.top_k} needs more items than {len(vectors)}")
+    distance = hanorec_loss.pair_distance(hanorec_loss.neighbor_profiles(vectors, options.top_k), chosen, rejected)
+    return hanorec_loss.hardness_weight(distance, distance.mean())
+
+
+class MovingResponsiveness:
+    """DAMA's eta (arXiv 2502.01943): sigmoid of the trimmed mean reward gap over sigmoid of its moving average."""
+
+    def __init__(self, decay: float = 0.9):
+        self.decay, self.average = decay, None
+
+    def __call__(self, reward_gap):
+        """reward_gap: [B] of all processes. Returns a scalar; the first batch gives 1."""
+        from hanorec_loss import trimmed_mean
+
+        mean = trimmed_mean(reward_gap.float())
+        self.average = mean if self.average is None else self.decay * self.average + (1 - self.decay) * mean
+        return mean.sigmoid() / self.average.sigmoid()
+
+
+def reference_logps(packed, data, pairs, key: str, folder: Path, accelerator, batch_size: int):
+    """[pairs, 2]: log-probabilities of the chosen and rejected answers with the adapter off, read from `folder` where a
+    file of that key exists, else computed over all processes and kept there."""
+    import torch
+    from accelerate.utils import gather_object, tqdm
+    from safetensors.torch import load_file, save_file
+
+    path = folder / f"{key[:16]}.safetensors"
+    if not path.exists():
+        chunks = [range(i, min(i + batch_size, len(pairs))) for i in range(0, len(pairs), batch_size)]
+        mine, found = chunks[accelerator.process_index :: accelerator.num_processes], []
+        packed.eval()
+        for chunk in tqdm(mine, desc="reference", unit="batch"):
+            batch = packed.collate([pairs[i]() for i in chunk], data.catalogue)
+            with torch.inference_mode(), packed.model.disable_adapter():
+                logps = packed({name: value.to(accelerator.device) for name, value in batch.items()})
+            found += list(zip(chunk, logps.view(-1, 2).tolist(), strict=True))
+        found = gather_object(found) if accelerator.num_processes > 1 else found
+        logps = torch.tensor([values for _, values in sorted(found)])
+        if accelerator.is_main_process:
+            with runs.replacing(path) as beside:
+                save_file({"logps": logps}, beside, metadata={"key": key})
+        accelerator.wait_for_everyone()
+    return load_file(path)["logps"]
+
+
+def check_start(packed, batch, reference, beta: float) -> None:
+    """UserError unless the reward gap, without noise and dropout, is 0 before the first step."""
+    import torch
+
+    packed.eval()
+    with torch.inference_mode():
+        gain = packed(batch).view(-1, 2) - reference
+    worst = float((beta * (gain[:, 0] - gain[:, 1])).abs().max())
+    dtype = next(packed.core.parameters()).dtype
+    if not worst <= (1e-4 if dtype == torch.float32 else 5e-2):
+        raise UserError(
+            f"before the first step the reward gap is {worst:.2e}, not 0: policy and reference differ; the likely cause is "
+            "a reference kept from other weights or another dtype. Delete reference/ in the SFT run and try again"
+        )
+
+
+def export(options, data, adapter: Path) -> None:
+    """DIR/base (backbone and SFT merged), DIR/adapter (DPO's, naming DIR/base), DIR/merged (both), in float32."""
+    import json
+
+    from peft import PeftModel
+
+    import evaluate
+    import mllm
+
+    for name in ("base", "merged"):
+        model = evaluate.load_result(options.sft, data)
+        if name == "merged":
+            model = mllm.merge_adapter(model, adapter)
+        with runs.replacing(options.export / name) as beside:
+            model.save_pretrained(beside)
+            mllm.load_tokenizer(data.source).save_pretrained(beside)
+            mllm.load_image_processor(data.source, data.encoding["max_pixels"]).save_pretrained(beside)
+    with runs.replacing(options.export / "adapter") as beside:
+        PeftModel.from_pretrained(evaluate.load_result(options.sft, data), adapter).save_pretrained(beside)
+        config = json.loads((beside / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str((options.export / "base").resolve())
+        runs.write_json(beside / "adapter_config.json", config)
+
+
+@runs.one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    sft = runs.read_run(options.sft, ["sft"])
+    runs.inherit(options, sft, INHERITED, options.sft)
+    import torch
+    from accelerate.utils import tqdm
+
+    import evaluate
+    import hanorec_loss
+    import mllm
+
+    data = evaluate.Data(Path(options.data), options.model, options.blank_images)
+    if data.hash() != sft["data"]:
+        raise UserError(f"{options.sft} was trained on an earlier {options.data}; run sft.py again")
+    tiny = data.backbone == mllm.TINY
+    runs.inherit(options, sft, LORA, options.sft)
+    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE))
+    accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
+    say = accelerator.print
+    world, rank = accelerator.num_processes, accelerator.process_index
+
+    # Model: SFT merged in float32, then a fresh LoRA
+    torch.manual_seed(options.seed)
+    dtype = runs.pick_dtype(options.dtype, accelerator)
+    base = evaluate.load_result(options.sft, data).to(dtype)
+    prompts = data.prompts(options.candidate_images)
+    rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
+    hardness = pair_hardness(options, data, base, prompts.tokenizer, rows)
+    model = mllm.add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
+    packed = mllm.PackedMLLM(model)
+    if options.gradient_checkpointing:
+        packed.enable_checkpointing()
+    parameters = [p for p in packed.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+
+    # Pairs: pair r * kinds + k is kind k of row r
+    kinds = [
+        kind
+        for kind in ("rank", "yes", "no")
+        if (kind == "rank" and "rank" in options.tasks) or (kind != "rank" and "yesno" in options.tasks)
+    ]
+    pairs = [
+        partial(prompts.fitting, partial(prompts.pair_tree, kind=kind), row, options.max_length)
+        for row in rows
+        for kind in kinds
+    ]
+    per_step = options.batch_size * options.grad_accum * world
+    steps_per_epoch = max(len(pairs) // per_step, 1)
+    steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**9)
+    schedule = runs.cosine(optimizer, steps)
+    low, high = hardness.quantile(torch.tensor([0.01, 0.99])).tolist()
+    say(f"{data.folder}: {len(rows)} training rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} pairs")
+    say(
+        f"step = {options.batch_size} pairs x {options.grad_accum} micro-batches x {world} processes = {per_step}; {steps} steps"
+    )
+    say(
+        f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights; lambda ({options.hardness}): "
+        f"mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}"
+    )
+    accelerate_to = accelerator.device
+    packed.to(accelerate_to)
+    key = runs.value_hash([sft, data.hash(), kinds, options.max_length, str(dtype)])
+    reference = reference_logps(packed, data, pairs, key, options.sft / "reference", accelerator, 32 if tiny else 8)
+    model, optimizer = accelerator.prepare(packed, optimizer)
+
+    with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+            runs.begin_run(options.out, "dpo_hano", kept, data=data.hash())
+        accelerator.wait_for_everyone()
+        config = runs.read_json(options.out / "config.json", "")
+        log = runs.MetricsLog(options.out / "metrics.jsonl", accelerator, config, options.report_to)
+        eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
+        best, bar = {"select": -1.0}, tqdm(total=steps, desc="dpo_hano", unit="step")
+        batches = runs.micro_batches(
+            len(rows), len(kinds), options.batch_size, options.grad_accum, world, rank, options.seed
+        )
+        for step, numbers in enumerate(itertools.islice(batches, steps), 1):
+            started = time.perf_counter()
+            model.train()
+            sums = {}
+            for number, chosen in enumerate(numbers, 1):
+                batch = packed.collate([pairs[n]() for n in chosen], data.catalogue)
+                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                anchor = reference[chosen].to(accelerator.device)
+                weight = hardness[[n // len(kinds) for n in chosen]].to(accelerator.device)
+                if step == number == 1:
+                    check_start(packed, batch, anchor, options.beta)
+                    model.train()
+                generator = torch.Generator().manual_seed(hash((options.seed, step, number)) % 2**63)
+                with (
+                    accelerator.no_sync(model) if number < len(numbers) else contextlib.nullcontext(),
+                    hanorec_loss.noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
+                ):
+                    logps = model(batch).view(-1, 2)
+                    losses, metrics = hanorec_loss.hanorec_loss(
+                        logps[:, 0],
+                        logps[:, 1],
+                        anchor[:, 0],
+                        anchor[:, 1],
+                        weight,
+                        options.beta,
+                        eta,
+                        gather=accelerator.gather,
+                    )
+                    accelerator.backward(losses.mean() / len(numbers))
+                for name, value in (metrics | {"noise": noise.to(accelerator.device)}).items():
+                    sums[name] = sums.get(name, 0) + value / len(numbers)
+            norm = accelerator.clip_grad_norm_(parameters, 1.0)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+            metrics = accelerator.reduce(sums, "mean")
+            seconds = time.perf_counter() - started
+            log.write(step, metrics | {"grad_norm": norm, "lr": rate, "pairs_per_second": per_step / seconds})
+            bar.update()
+            bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", accuracy=f"{float(metrics['accuracy']):.2f}")
+            if not torch.isfinite(metrics["loss"]):
+                raise UserError(f"the loss is {float(metrics['loss'])} at step {step}; lower --lr ({options.lr})")
+            if step % steps_per_epoch == 0 or step == steps:
+                found = evaluate.validate(
+                    packed, data, prompts, val_rows, vars(options), accelerator, 16 if tiny else 2
+                )
+                log.write(step, {f"val_{name}": value for name, value in found.items()})
+                say(f"\nepoch {step / steps_per_epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in found.items()))
+                if found["select"] > best["select"]:
+                    best = {"step": step, **found}
+                    if accelerator.is_main_process:
+                        with runs.replacing(options.out / "adapter") as beside:
+                            packed.model.save_pretrained(beside)
+        log.close()
+        if accelerator.is_main_process:
+            runs.write_json(options.out / "result.json", {"stage": "dpo_hano", "best": best, "steps": steps})
+            if options.export:
+                export(options, data, options.out / "adapter")
+        say(f"{options.out}: adapter of step {best['step']}")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
