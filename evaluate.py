@@ -10,8 +10,6 @@ Every candidate's title is scored behind one prompt; Yes/No by log p(Yes) - log 
 """
 
 import argparse
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 

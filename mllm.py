@@ -117,7 +117,9 @@ def load_image_processor(name: str | Path, max_pixels: int):
     return images
 
 
-def build_tiny(folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 3072, width: int = 128) -> None:
+def build_tiny(
+    folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 3072, width: int = 128, layers: int = 2
+) -> None:
     """Write an untrained Qwen2.5-VL of about a million weights, its tokenizer (byte-level BPE trained on `texts`), chat
     template and image processor to `folder`, loadable like any pretrained model."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -144,7 +146,7 @@ def build_tiny(folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: i
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": width,
         "intermediate_size": 3 * width,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
@@ -374,13 +376,19 @@ class Prompts:
             node.images.append(row)
         return range(start, end)
 
-    def history(self, rows: Sequence[int], scored: bool = False) -> Node:
-        """The root: chat template and history, oldest first. scored: every title is predicted (language modelling)."""
+    def history(self, rows: Sequence[int]) -> Node:
+        """The root: chat template and history, oldest first."""
         root = Node(None, [*self.before, *self.text(HISTORY)])
-        spans = [self.item(root, row, image=True) for row in rows]
-        if scored:
-            root.scored = [offset for span in spans[1:] for offset in span]
+        for row in rows:
+            self.item(root, row, image=True)
         return root
+
+    def language_tree(self, rows: Sequence[int]) -> list[Node]:
+        """A history of titles alone in which each title after the first is predicted: plain language modelling."""
+        root = Node(None, [*self.before, *self.text(HISTORY)])
+        spans = [self.item(root, row, image=False) for row in rows]
+        root.scored = [offset for span in spans[1:] for offset in span]
+        return [root]
 
     def rank(self, candidates: Sequence[int], parent: int = 0) -> Node:
         """The ranking question over candidate rows, up to where the answer begins."""
@@ -503,11 +511,11 @@ class PackedMLLM(nn.Module):
             raise BackboneError("packing needs attn_implementation='sdpa': others read the tree's mask wrongly")
 
     def set_dropout(self, probability: float) -> None:
-        """Dropout of the embeddings and of attention, while training."""
+        """Dropout of the embeddings and of what each attention and MLP block adds, while training."""
         self.dropout = probability
-        for module in self.core.model.language_model.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = probability
+        for name, module in self.core.model.language_model.named_modules():
+            if probability and name.endswith(("self_attn.o_proj", "mlp.down_proj")):
+                module.register_forward_hook(lambda layer, _, out: F.dropout(out, probability, layer.training))
 
     def enable_checkpointing(self, reentrant: bool = False) -> None:
         """Recompute activations in backward; training mode only."""

@@ -90,11 +90,58 @@ def read_movielens(source: Path, images: Path | None) -> Raw:
     return Raw(*numbers, list(user_codes), list(item_codes), titles, found, [ratings, movies])
 
 
-PLACES = (
-    "Alder Avon Basil Birch Cairn Cedar Clover Cobalt Delta Dover Ember Fallow Fern Garnet Glen Harbor Hazel Heron Indigo "
-    "Iris Jasper Juniper Kestrel Larch Linden Lotus Maple Marlow Mercer Nettle Nova Oakley Olive Opal Orchid Pebble Piper "
-    "Quartz Raven Reed Robin Rowan Saffron Sorrel Sterling Thistle Umber Vesper Willow Yarrow"
-).split()
+PLACES = [
+    "Alder",
+    "Avon",
+    "Basil",
+    "Birch",
+    "Cairn",
+    "Cedar",
+    "Clover",
+    "Cobalt",
+    "Delta",
+    "Dover",
+    "Ember",
+    "Fallow",
+    "Fern",
+    "Garnet",
+    "Glen",
+    "Harbor",
+    "Hazel",
+    "Heron",
+    "Indigo",
+    "Iris",
+    "Jasper",
+    "Juniper",
+    "Kestrel",
+    "Larch",
+    "Linden",
+    "Lotus",
+    "Maple",
+    "Marlow",
+    "Mercer",
+    "Nettle",
+    "Nova",
+    "Oakley",
+    "Olive",
+    "Opal",
+    "Orchid",
+    "Pebble",
+    "Piper",
+    "Quartz",
+    "Raven",
+    "Reed",
+    "Robin",
+    "Rowan",
+    "Saffron",
+    "Sorrel",
+    "Sterling",
+    "Thistle",
+    "Umber",
+    "Vesper",
+    "Willow",
+    "Yarrow",
+]
 GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy", "Thriller", "Musical"]
 COLOURS = [(200, 30, 40), (240, 140, 20), (240, 220, 40), (40, 160, 60), (40, 200, 220), (40, 60, 200), (130, 40, 170)]
 COLOURS += [(240, 130, 190)]

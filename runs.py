@@ -336,11 +336,13 @@ def micro_batches(
         epoch += 1
 
 
-def cosine(optimizer, steps: int):
-    """Cosine decay from the peak to 0 over `steps` optimizer steps, no warm-up. It counts optimizer steps, so it is not
-    passed through accelerator.prepare."""
+def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
+    """Cosine decay from the peak to 0 over `steps` optimizer steps; before it, another one over `before` steps whose peak
+    is `before_scale` times as high. It counts optimizer steps, so it is not passed through accelerator.prepare."""
     import torch
 
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
-    )
+    def scale(step: int) -> float:
+        phase, length, peak = (step, before, before_scale) if step < before else (step - before, steps, 1.0)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(phase / length, 1)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)

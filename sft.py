@@ -34,14 +34,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=["rank", "yesno"], default=["rank", "yesno"], help="[both]")
     parser.add_argument("--candidate-images", action="store_true", help="candidates carry images, not only titles")
     parser.add_argument("--blank-images", action="store_true", help="a neutral image everywhere: the titles-only model")
-    parser.add_argument(
-        "--warmup-steps",
-        type=runs.non_negative_int,
-        help="steps of language modelling over the "
-        "training histories before the first answer, for a backbone that knows no titles [0]",
+    warmup = parser.add_argument_group(
+        "warm-up: language modelling over the training histories, for an untrained backbone"
     )
-    parser.add_argument("--warmup-items", type=runs.positive_int, default=50, help="items to a warm-up sequence [50]")
-    parser.add_argument("--dropout", type=runs.non_negative_float, help="of embeddings and attention, --tune full [0]")
+    warmup.add_argument("--warmup-steps", type=runs.non_negative_int, help="steps before the first answer [0]")
+    warmup.add_argument("--warmup-items", type=runs.positive_int, default=50, help="items to a sequence [50]")
+    warmup.add_argument("--warmup-batch-size", type=runs.positive_int, default=4, help="sequences per process [4]")
+    warmup.add_argument("--warmup-lr", type=runs.positive_float, default=3e-3, help="peak learning rate [3e-3]")
+    parser.add_argument("--dropout", type=runs.non_negative_float, help="of embeddings and layers, --tune full [0]")
     parser.add_argument("--weight-decay", type=runs.non_negative_float, default=0.01, help="AdamW's [0.01]")
     runs.add_training_options(parser, batch_size=2, grad_accum=8)
     options = parser.parse_args(argv)
@@ -53,9 +53,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
     """(warm-up, answers): lists of functions that build the prompt tree of a sample; of answers, sample r * tasks + t is
     task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
-    half = max(options.warmup_items // 2, 1)
-    spans = [s[i : i + options.warmup_items] for s in sequences for i in range(0, max(len(s) - half, 1), half)]
-    warmup = [partial(lambda span: [prompts.history(span, scored=True)], span) for span in spans if len(span) > 1]
+    size, phases = options.warmup_items, range(0, options.warmup_items, max(options.warmup_items // 4, 1))
+    spans = [s[max(i, 0) : i + size] for s in sequences for phase in phases for i in range(-phase, len(s), size)]
+    warmup = [partial(prompts.language_tree, span) for span in spans if len(span) > 1]
     answers = []
     for number, row in enumerate(rows):
         for task in options.tasks:
@@ -100,7 +100,6 @@ def save_weights(model, data, options) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     import torch
-
     from accelerate.utils import tqdm
 
     import evaluate
@@ -120,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = data.prompts(options.candidate_images)
     warmup, answers = training_samples(prompts, rows, data.sequences(), options)
     shape = {"batch": options.batch_size, "accum": options.grad_accum, "processes": world, "rank": rank}
+    shape["seed"] = options.seed
+    warmup_shape = shape | {"batch": options.warmup_batch_size, "accum": 1}
     per_step = options.batch_size * options.grad_accum * world
     steps_per_epoch = max(len(answers) // per_step, 1)
     steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**9)
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parameters = [p for p in packed.parameters() if p.requires_grad]
     say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    schedule = runs.cosine(optimizer, total)
+    schedule = runs.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
 
     with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
@@ -146,10 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         log = runs.MetricsLog(options.out / "metrics.jsonl", accelerator, config, options.report_to)
         best, bar = {"select": -1.0}, tqdm(total=total, desc="sft", unit="step")
         batches = itertools.chain(
-            itertools.islice(runs.micro_batches(len(warmup), 1, **shape, seed=options.seed), options.warmup_steps)
-            if options.warmup_steps
-            else (),
-            itertools.islice(runs.micro_batches(len(rows), len(options.tasks), **shape, seed=options.seed), steps),
+            itertools.islice(runs.micro_batches(len(warmup), 1, **warmup_shape), options.warmup_steps),
+            itertools.islice(runs.micro_batches(len(rows), len(options.tasks), **shape), steps),
         )
         for step, numbers in enumerate(batches, 1):
             started = time.perf_counter()

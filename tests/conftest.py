@@ -8,3 +8,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+MOVIELENS = ROOT.parent / "shared" / "data" / "movielens-small"

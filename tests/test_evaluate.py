@@ -1,0 +1,164 @@
+"""Metrics and intervals against brute-force loops; predictions and other systems' scores."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+import evaluate
+
+
+def random_scores(rows=40, candidates=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 4, (rows, candidates)).astype(float), rng.integers(candidates, size=rows)  # many ties
+
+
+def brute_force(scores, target):
+    """Each metric as its mean over every order of tied candidates, by enumeration."""
+    sums = dict.fromkeys(("HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR"), 0.0)
+    for row, column in zip(scores, target, strict=True):
+        orders = list(itertools.permutations(range(len(row))))
+        valid = [o for o in orders if all(row[a] >= row[b] for a, b in itertools.pairwise(o))]
+        for order in valid:
+            rank = order.index(column) + 1
+            for k in (1, 3, 5):
+                sums[f"HR@{k}"] += (rank <= k) / len(valid)
+            for k in (3, 5):
+                sums[f"NDCG@{k}"] += (rank <= k) / math.log2(rank + 1) / len(valid)
+            sums["MRR"] += 1 / rank / len(valid)
+    return {name: value / len(scores) for name, value in sums.items()}
+
+
+def brute_force_auc(scores, target, rows=None):
+    rows = range(len(scores)) if rows is None else rows
+    positive = [scores[r, target[r]] for r in rows]
+    negative = [scores[r, c] for r in rows for c in range(scores.shape[1]) if c != target[r]]
+    wins = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    return sum(wins) / len(wins)
+
+
+def test_ranking_metrics_equal_brute_force():
+    scores, target = random_scores()
+    found = {name: value.mean() for name, value in evaluate.ranking_metrics(scores, target).items()}
+    assert found == pytest.approx(brute_force(scores, target))
+
+
+def test_auc_and_gauc_equal_brute_force():
+    scores, target = random_scores()
+    assert evaluate.pooled_auc(scores, target)[0] == pytest.approx(brute_force_auc(scores, target))
+    per_row = [brute_force_auc(scores, target, [row]) for row in range(len(scores))]
+    assert evaluate.group_auc(scores, target) == pytest.approx(per_row)
+
+
+def test_weighted_auc_is_the_auc_of_the_resample():
+    scores, target = random_scores()
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        rows = rng.integers(len(scores), size=len(scores))
+        weight = np.bincount(rows, minlength=len(scores)).astype(float)
+        expected = brute_force_auc(scores, target, rows)
+        assert evaluate.pooled_auc(scores, target, weight[None])[0] == pytest.approx(expected)
+
+
+def test_chance_is_exact():
+    result = evaluate.measure(np.zeros((7, 10)), np.zeros((7, 10)), np.arange(7))
+    expected = {
+        "AUC": 0.5,
+        "GAUC": 0.5,
+        "HR@1": 0.1,
+        "HR@3": 0.3,
+        "HR@5": 0.5,
+        "MRR": sum(1 / k for k in range(1, 11)) / 10,
+    }
+    expected |= {f"NDCG@{k}": sum(1 / math.log2(r + 1) for r in range(1, k + 1)) / 10 for k in (3, 5)}
+    assert result.values == pytest.approx(expected)
+
+
+def test_bootstrap_interval_has_the_textbook_width():
+    rng = np.random.default_rng(0)
+    scores, target = rng.random((1000, 10)), rng.integers(10, size=1000)
+    result = evaluate.measure(scores, scores, target)
+    value = result.values["HR@1"]
+    low, high = result.interval("HR@1")
+    assert low < value < high
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(value * (1 - value) / 1000), rel=0.1)
+
+
+def test_paired_difference_is_narrower_than_unpaired():
+    rng = np.random.default_rng(0)
+    scores, target = rng.random((500, 10)), rng.integers(10, size=500)
+    one = evaluate.measure(scores, None, target)
+    other = evaluate.measure(scores + 0.01 * rng.random((500, 10)), None, target)
+    width = np.diff(evaluate.difference(one, other).interval("NDCG@3"))
+    assert width < 0.3 * np.diff(one.interval("NDCG@3"))
+    assert evaluate.difference(one, one).interval("MRR") == [0, 0]
+
+
+class Catalogue:
+    ids = ["a", "b", "c"]
+
+
+class FakeData:
+    folder, catalogue = "data", Catalogue
+
+
+class Row:
+    user, target, candidates = "u1", 1, [2, 1]
+
+
+def write(path, **changes):
+    line = {"user": "u1", "target": "b", "candidates": ["b", "c"], "scores": [0.5, 0.25], **changes}
+    path.write_text(json.dumps(line) + "\n")
+
+
+def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    write(path)
+    scores, yes = evaluate.read_scores(path, FakeData, [Row])
+    assert scores.tolist() == [[0.25, 0.5]] and yes is None
+    write(path, yes_scores=[3, 4])
+    assert evaluate.read_scores(path, FakeData, [Row])[1].tolist() == [[4, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user": "u2"}, "no row for user u1"),
+        ({"candidates": ["b", "a"]}, "not the candidates"),
+        ({"scores": [1.0]}, "one finite number"),
+        ({"scores": [1.0, float("nan")]}, "one finite number"),
+    ],
+)
+def test_wrong_scores_are_refused(tmp_path, changes, message):
+    path = tmp_path / "scores.jsonl"
+    write(path, **changes)
+    with pytest.raises(evaluate.UserError, match=message):
+        evaluate.read_scores(path, FakeData, [Row])
+
+
+def test_popularity_and_cooccurrence_equal_brute_force():
+    rng = np.random.default_rng(0)
+    sequences = [rng.permutation(12)[: rng.integers(2, 8)].tolist() for _ in range(30)]
+
+    class Data:
+        class catalogue:
+            ids = list(range(12))
+
+        @staticmethod
+        def sequences():
+            return sequences
+
+    class Sample:
+        def __init__(self):
+            items = rng.permutation(12).tolist()
+            self.history, self.candidates = items[:3], items[3:8]
+
+    rows = [Sample() for _ in range(9)]
+    popularity = [[sum(c in s for s in sequences) for c in row.candidates] for row in rows]
+    assert evaluate.popularity_scores(Data, rows).tolist() == popularity
+    together = [
+        [sum(c in s and i in s for s in sequences for i in row.history) for c in row.candidates] for row in rows
+    ]
+    assert evaluate.cooccurrence_scores(Data, rows).tolist() == together

@@ -1,0 +1,248 @@
+"""Equations (5) to (12) against numbers worked by hand, TRL's formula, and NoDO under every form of checkpointing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import hanorec_loss as h
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_fused_vectors_by_hand():
+    text = torch.tensor([[3.0, 4.0], [2.0, 0.0], [0.0, 5.0]])
+    image = torch.tensor([[0.0, 2.0], [0.0, 0.0], [7.0, 0.0]])
+    expected = [[0.6 / math.sqrt(3.6), 1.8 / math.sqrt(3.6)], [1, 0], [math.sqrt(0.5), math.sqrt(0.5)]]
+    torch.testing.assert_close(h.fuse_item_vectors(text, image), torch.tensor(expected))
+
+
+def test_neighbor_profiles_by_hand():
+    # unit vectors at 0, 60 and 90 degrees: cosines .5 (0-60), 0 (0-90), cos 30 (60-90)
+    angles = torch.tensor([0.0, math.pi / 3, math.pi / 2])
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([[1.0], [5.0], [0.1]])
+    near = math.cos(math.pi / 6)
+    expected = torch.tensor([[0.5, 0.0], [near, 0.5], [near, 0.0]]).softmax(-1)
+    torch.testing.assert_close(h.neighbor_profiles(vectors, k=2), expected)
+    cold = torch.tensor([[0.5, 0.0], [near, 0.5], [near, 0.0]]).div(0.1).softmax(-1)
+    torch.testing.assert_close(h.neighbor_profiles(vectors, k=2, temperature=0.1), cold, atol=1e-5, rtol=1e-5)
+
+
+def test_neighbor_profiles_by_blocks_equal_brute_force():
+    vectors = torch.randn(2100, 8, generator=torch.Generator().manual_seed(0))
+    unit = F.normalize(vectors, dim=-1)
+    cosines = (unit @ unit.T).fill_diagonal_(-2)
+    expected = cosines.sort(dim=-1, descending=True).values[:, :10].softmax(-1)
+    torch.testing.assert_close(h.neighbor_profiles(vectors), expected)
+    with pytest.raises(ValueError, match="k=10"):
+        h.neighbor_profiles(vectors[:10])
+
+
+def test_distances_by_hand():
+    profiles = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.5, 0.5]])
+    found = h.pair_distance(profiles, torch.tensor([0, 1]), torch.tensor([1, 2]))
+    torch.testing.assert_close(found, torch.tensor([math.hypot(0.3, 0.3), math.hypot(0.4, 0.4)]))  # (5)
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+    found = h.cosine_distance(vectors, torch.tensor([0, 0]), torch.tensor([1, 2]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 - math.sqrt(0.5)]))
+
+
+def test_hardness_by_hand():
+    found = h.hardness_weight(torch.tensor([0.0, 0.2]), 0.1)  # (6)
+    torch.testing.assert_close(found, torch.tensor([0.5 / sigmoid(0.1), sigmoid(0.2) / sigmoid(0.1)]))
+
+
+@pytest.mark.parametrize(
+    ("gap", "expected"),
+    [
+        ([1.0, 2.0, 3.0, 6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # mean 3: r = 1/3, 2/3, 1, 2
+        ([-1.0, -2.0, -3.0, -6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # eta(R) = eta(-R)
+        ([4.0, 1.0], 1.0),  # two pairs: nothing is dropped
+        ([0.0, 0.0, 0.0], 1.0),  # as before the first step: r = 0
+        ([1.0, -1.0, 0.5, -0.5], sigmoid(0.0) / sigmoid(0.0)),  # mean 0: divided by mean |R|
+        ([3.0, -1.0, -1.0, -1.0, 0.0], sigmoid(-2 / 3 / 1.2) / sigmoid(0.0)),  # r = R / 1.2
+    ],
+)
+def test_responsiveness_by_hand(gap, expected):
+    assert float(h.responsiveness(torch.tensor(gap))) == pytest.approx(expected, rel=1e-6)  # (8)
+
+
+LOGPS = tuple(
+    torch.tensor(values) for values in ([-4.0, -9.0, -2.5], [-6.0, -8.0, -7.5], [-5.0, -9.5, -4.0], [-5.5, -9.0, -6.0])
+)
+
+
+def test_loss_by_hand():
+    hardness = torch.tensor([0.9, 1.0, 1.1])
+    losses, metrics = h.hanorec_loss(*LOGPS, hardness, beta=0.2)
+    gap = [1 - (-0.5), 0.5 - 1.0, 1.5 - (-1.5)]  # (chosen - reference) - (rejected - reference)
+    rewards = [0.2 * g for g in gap]  # (7)
+    mean = sum(rewards) / 3
+    eta = sigmoid(sorted(r / mean for r in rewards)[1]) / sigmoid(1)  # (8): the middle one remains
+    betas = [0.2 * eta * weight for weight in (0.9, 1.0, 1.1)]  # (11)
+    expected = [-math.log(sigmoid(b * g)) for b, g in zip(betas, gap, strict=True)]  # (12)
+    torch.testing.assert_close(losses, torch.tensor(expected))
+    assert float(metrics["eta"]) == pytest.approx(eta)
+    assert float(metrics["beta_mean"]) == pytest.approx(sum(betas) / 3)
+    assert float(metrics["accuracy"]) == pytest.approx(2 / 3)
+    assert float(metrics["margin"]) == pytest.approx(mean)
+    assert float(metrics["reward_chosen"]) == pytest.approx(0.2 * (1 + 0.5 + 1.5) / 3)
+    assert float(metrics["reward_rejected"]) == pytest.approx(0.2 * (-0.5 + 1 - 1.5) / 3)
+    pull = [b * sigmoid(-b * g) for b, g in zip(betas, gap, strict=True)]
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(sum(pull[:2]) / sum(pull))
+
+
+def test_plain_dpo_is_trl_formula():
+    """TRL's sigmoid loss: logits = (chosen - rejected) - (ref_chosen - ref_rejected); -logsigmoid(beta * logits)."""
+    generator = torch.Generator().manual_seed(0)
+    logps = [-20 * torch.rand(64, generator=generator) for _ in range(4)]
+    leaves = [x.clone().requires_grad_(True) for x in logps[:2]]
+    losses, _ = h.hanorec_loss(*leaves, *logps[2:], torch.ones(64), beta=0.3, eta=1.0)
+    others = [x.clone().requires_grad_(True) for x in logps[:2]]
+    logits = (others[0] - others[1]) - (logps[2] - logps[3])
+    expected = -F.logsigmoid(0.3 * logits)
+    torch.testing.assert_close(losses, expected)
+    losses.mean().backward()
+    expected.mean().backward()
+    for one, other in zip(leaves, others, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_no_gradient_through_beta_and_eta():
+    leaves = [x.clone().requires_grad_(True) for x in LOGPS[:2]]
+    losses, metrics = h.hanorec_loss(*leaves, *LOGPS[2:], torch.tensor([0.9, 1.0, 1.1]), beta=0.2)
+    (grad,) = torch.autograd.grad(losses.sum(), leaves[0])
+    gap = (LOGPS[0] - LOGPS[2]) - (LOGPS[1] - LOGPS[3])
+    beta = 0.2 * metrics["eta"] * torch.tensor([0.9, 1.0, 1.1])
+    torch.testing.assert_close(grad, -beta * torch.sigmoid(-beta * gap))
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_beta_floor_gather_and_callable_eta():
+    _, metrics = h.hanorec_loss(*LOGPS, torch.ones(3), beta=0.2, eta=0.0)
+    assert float(metrics["beta_mean"]) == pytest.approx(1e-6)
+    other = torch.tensor([0.5, -0.2, 0.9])  # what another process holds
+    _, metrics = h.hanorec_loss(*LOGPS, torch.ones(3), beta=0.2, gather=lambda mine: torch.cat([mine, other]))
+    gap = (LOGPS[0] - LOGPS[2]) - (LOGPS[1] - LOGPS[3])
+    torch.testing.assert_close(metrics["eta"], h.responsiveness(torch.cat([0.2 * gap, other])))
+    seen = []
+    h.hanorec_loss(*LOGPS, torch.ones(3), beta=0.2, eta=lambda gap: seen.append(gap) or 1.0)
+    torch.testing.assert_close(seen[0], 0.2 * gap)
+
+
+def test_half_precision_is_computed_in_float32():
+    losses, metrics = h.hanorec_loss(*(x.bfloat16() for x in LOGPS), torch.ones(3).bfloat16(), beta=0.2)
+    assert losses.dtype == torch.float32 and all(v.dtype == torch.float32 for v in metrics.values())
+    with pytest.raises(ValueError, match="one number a pair"):
+        h.hanorec_loss(*LOGPS[:3], torch.ones(2), torch.ones(3))
+
+
+class Layer(torch.nn.Module):
+    """A linear layer with LoRA, named as PEFT names them."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(16, 16).requires_grad_(False)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(16, 4, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 16, bias=False)})
+
+    def forward(self, x):
+        return torch.tanh(self.base(x) + self.lora_B["default"](self.lora_A["default"](x)))
+
+
+class Stack(torch.nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.reentrant = torch.nn.ModuleList(Layer() for _ in range(3)), reentrant
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x.square().sum()
+
+
+def noisy_gradients(reentrant, relative):
+    model = Stack(reentrant)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    with h.noisy_lora(model, 0.3, relative, torch.Generator().manual_seed(2)):
+        model(x).backward()
+    return model, [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_noisy_gradients_do_not_depend_on_checkpointing(relative):
+    _, plain = noisy_gradients(None, relative)
+    for reentrant in (False, True):
+        for one, other in zip(noisy_gradients(reentrant, relative)[1], plain, strict=True):
+            torch.testing.assert_close(one, other)
+    clean = Stack(None)
+    clean(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_(True)).backward()
+    differences = [
+        (p.grad - g).norm() / g.norm()
+        for p, g in zip((p for p in clean.parameters() if p.requires_grad), plain, strict=True)
+    ]
+    assert max(differences) > 0.05  # the noise does reach the gradients
+
+
+def test_weights_come_back_bit_for_bit_also_after_an_error():
+    model = Stack(None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="stop"), h.noisy_lora(model, 0.3, False):
+        assert not torch.equal(model.layers[0].lora_A["default"].weight, before["layers.0.lora_A.default.weight"])
+        assert torch.equal(model.layers[0].base.weight, before["layers.0.base.weight"])
+        raise RuntimeError("stop")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_backward_after_the_noise_is_gone_is_refused():
+    model = Stack(None)
+    with h.noisy_lora(model, 0.3):
+        loss = model(torch.randn(5, 16))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("relative", "expected"), [(True, 0.3), (False, None)])
+def test_scale_of_the_noise(relative, expected):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(400, 300, bias=False)})
+    weight = model["lora_A"].weight
+    before = weight.detach().clone()
+    with h.noisy_lora(model, 0.3, relative, torch.Generator().manual_seed(0)) as size:
+        noise = weight.detach() - before
+    rms = float(before.square().mean().sqrt())
+    assert float(noise.std()) == pytest.approx(0.3 * rms if relative else 0.3, rel=0.02)
+    assert float(size) == pytest.approx(float(noise.norm() / before.norm()), rel=1e-3)
+    if relative:
+        assert float(size) == pytest.approx(expected, rel=0.02)
+
+
+def test_noise_repeats_with_its_generator_and_sigma_zero_is_none():
+    def draw(seed):
+        model = Stack(None)
+        with h.noisy_lora(model, 0.3, generator=torch.Generator().manual_seed(seed)):
+            return [p.detach().clone() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(1), draw(1), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(draw(1), draw(2), strict=True))
+    model = Stack(None)
+    before = [p.detach().clone() for p in model.parameters()]
+    with h.noisy_lora(model, 0.0) as size:
+        assert float(size) == 0 and all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_noise_refuses_models_without_whole_trainable_lora():
+    with pytest.raises(ValueError, match="no trainable LoRA"), h.noisy_lora(torch.nn.Linear(2, 2), 0.1):
+        pass
+    frozen = Stack(None).requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable LoRA"), h.noisy_lora(frozen, 0.1):
+        pass
+    empty = Stack(None)
+    empty.layers[0].lora_A["default"].weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError, match="sharded"), h.noisy_lora(empty, 0.1):
+        pass

@@ -1,0 +1,233 @@
+"""The prepared files' invariants against a brute-force look at the raw interactions, and readers of true layouts."""
+
+import json
+import os
+import time
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from conftest import MOVIELENS
+
+import prepare_data
+
+
+def movielens(folder, users=40, items=60, seed=0, layout="csv"):
+    """A small MovieLens in either layout, with ties in time, unordered rows, equal titles and some posters."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        for item in rng.permutation(items)[: rng.integers(4, 14)]:
+            rows.append(
+                (f"{user * 3 + 1}", f"{item + 100}", f"{rng.integers(1, 11) / 2}", f"{rng.integers(1000, 1008)}")
+            )
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    titles = {str(item + 100): f"Film {item // 2 if item < 8 else item}, The (1999)" for item in range(items)}
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "csv":
+        lines = ["userId,movieId,rating,timestamp", *(",".join(row) for row in rows)]
+        (folder / "ratings.csv").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+        lines = ["movieId,title,genres", *(f'{item},"{title}",Drama' for item, title in titles.items())]
+        (folder / "movies.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        (folder / "ratings.dat").write_text("".join("::".join(row) + "\n" for row in rows), encoding="latin-1")
+        lines = (f"{item}::{title.replace('Film', 'Café')}::Drama\n" for item, title in titles.items())
+        (folder / "movies.dat").write_bytes("".join(lines).encode("latin-1"))
+    return rows, titles
+
+
+def prepare(monkeypatch, *argv):
+    monkeypatch.setattr(prepare_data, "encode", lambda options: None)  # the files between stages alone
+    prepare_data.main([str(word) for word in argv])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def in_order(rows, min_rating=0.0):
+    users = defaultdict(list)
+    for row in sorted((r for r in rows if float(r[2]) >= min_rating), key=lambda row: float(row[3])):  # stable
+        users[row[0]].append(row[1])
+    return users
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+@pytest.mark.parametrize("history", [1, 5, 50])
+def test_leave_one_out_invariants(tmp_path, monkeypatch, sampling, history):
+    rows, titles = movielens(tmp_path / "raw")
+    out = tmp_path / "data"
+    prepare(
+        monkeypatch,
+        "--dataset",
+        "movielens",
+        "--source",
+        tmp_path / "raw",
+        "--out",
+        out,
+        "--history",
+        history,
+        "--negative-sampling",
+        sampling,
+        "--max-windows-per-user",
+        3,
+    )
+    sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
+    train, val, test = (lines(out / f"{name}.jsonl") for name in ("train", "val", "test"))
+    assert [row["user"] for row in test] == [row["user"] for row in val]
+    assert {row["user"]: row["target"] for row in test} == {user: items[-1] for user, items in sequences.items()}
+    assert {row["user"]: row["target"] for row in val} == {user: items[-2] for user, items in sequences.items()}
+    targets = defaultdict(list)
+    for row in train:
+        targets[row["user"]].append(row["target"])
+    assert targets == {user: items[1:-2][-3:] for user, items in sequences.items()}
+    kept = {item for items in sequences.values() for item in items}
+    assert [item["item"] for item in lines(out / "items.jsonl")] == [item for item in titles if item in kept]
+    assert {row["user"]: row["items"] for row in lines(out / "sequences.jsonl")} == {
+        user: items[:-2] for user, items in sequences.items()
+    }
+    for row in train + val + test:
+        own = sequences[row["user"]]
+        place = own.index(row["target"])
+        assert row["history"] == own[max(0, place - history) : place]  # nothing of the target or later
+        negatives = [item for item in row["candidates"] if item != row["target"]]
+        assert len(row["candidates"]) == 10 and len(negatives) == 9
+        assert row["rejected"] in negatives
+        assert len({titles[item] for item in row["candidates"]}) == 10
+        assert not {titles[item] for item in own} & {titles[item] for item in negatives}
+    places = [row["candidates"].index(row["target"]) for row in train + val + test]
+    assert len(set(places)) == 10  # shuffled
+
+
+def test_test_candidates_do_not_depend_on_history_or_windows(tmp_path, monkeypatch):
+    movielens(tmp_path / "raw")
+    for name, history, windows in (("a", 5, 10), ("b", 50, 0)):
+        prepare(
+            monkeypatch,
+            "--dataset",
+            "movielens",
+            "--source",
+            tmp_path / "raw",
+            "--out",
+            tmp_path / name,
+            "--history",
+            history,
+            "--max-windows-per-user",
+            windows,
+        )
+    for split in ("val", "test"):
+        one, other = (lines(tmp_path / name / f"{split}.jsonl") for name in "ab")
+        assert [row["candidates"] for row in one] == [row["candidates"] for row in other]
+
+
+def test_seed_decides_everything(tmp_path, monkeypatch):
+    movielens(tmp_path / "raw")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        prepare(
+            monkeypatch,
+            "--dataset",
+            "movielens",
+            "--source",
+            tmp_path / "raw",
+            "--out",
+            tmp_path / name,
+            "--seed",
+            seed,
+        )
+    read = {name: (tmp_path / name / "train.jsonl").read_bytes() for name in "abc"}
+    assert read["a"] == read["b"] != read["c"]
+
+
+def test_split_by_user(tmp_path, monkeypatch):
+    rows, _ = movielens(tmp_path / "raw")
+    out = tmp_path / "data"
+    prepare(monkeypatch, "--dataset", "movielens", "--source", tmp_path / "raw", "--out", out, "--split", "user")
+    sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
+    users = {name: {row["user"] for row in lines(out / f"{name}.jsonl")} for name in ("train", "val", "test")}
+    assert not users["train"] & users["val"] and not users["train"] & users["test"] and not users["val"] & users["test"]
+    assert users["train"] | users["val"] | users["test"] == set(sequences)
+    assert len(users["val"]) == len(users["test"]) == len(sequences) // 10
+    for name in ("val", "test"):
+        for row in lines(out / f"{name}.jsonl"):
+            assert row["target"] == sequences[row["user"]][-1]
+    assert {row["user"] for row in lines(out / "sequences.jsonl")} == users["train"]
+
+
+def test_old_layout_and_min_rating(tmp_path, monkeypatch):
+    rows, _ = movielens(tmp_path / "raw", layout="dat")
+    out = tmp_path / "data"
+    prepare(
+        monkeypatch,
+        "--dataset",
+        "movielens",
+        "--source",
+        tmp_path / "raw",
+        "--out",
+        out,
+        "--min-rating",
+        2.5,
+        "--min-interactions",
+        4,
+    )
+    sequences = {user: items for user, items in in_order(rows, 2.5).items() if len(items) >= 4}
+    assert {row["user"]: row["target"] for row in lines(out / "test.jsonl")} == {u: i[-1] for u, i in sequences.items()}
+    assert lines(out / "items.jsonl")[0]["title"].startswith("Café")  # latin-1
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    assert counts["interactions_read"] == len(rows)
+    assert counts["below_min_rating"] == sum(float(row[2]) < 2.5 for row in rows)
+    assert counts["users_too_short"] == len({row[0] for row in rows}) - len(sequences)
+
+
+def test_ties_and_images_are_counted(tmp_path, monkeypatch):
+    rows, _ = movielens(tmp_path / "raw")
+    (tmp_path / "raw" / "posters").mkdir()
+    (tmp_path / "raw" / "posters" / "101.jpg").write_bytes(b"not looked at here")
+    out = tmp_path / "data"
+    prepare(monkeypatch, "--dataset", "movielens", "--source", tmp_path / "raw", "--out", out)
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    kept = {user for user, items in in_order(rows).items() if len(items) >= 6}
+    times = defaultdict(int)
+    for row in rows:
+        times[row[0], row[3]] += row[0] in kept
+    assert counts["interactions_tied_in_time"] == sum(n for n in times.values() if n > 1)
+    items = lines(out / "items.jsonl")
+    images = {item["item"]: item["image"] for item in items if item["image"]}
+    assert {name: os.path.basename(path) for name, path in images.items()} == {"101": "101.jpg"}
+    assert (out / images["101"]).exists()
+    assert counts["items_without_image"] == len(items) - 1
+
+
+@pytest.mark.skipif(not MOVIELENS.exists(), reason=f"real data is absent: {MOVIELENS}")
+def test_real_movielens(tmp_path, monkeypatch):
+    import evaluate
+
+    monkeypatch.setattr(evaluate.Data, "__init__", lambda self, folder: None)
+    prepare(monkeypatch, "--dataset", "movielens", "--source", MOVIELENS, "--out", tmp_path)
+    counts = json.loads((tmp_path / "manifest.json").read_text())["counts"]
+    assert (counts["users"], counts["items"], counts["interactions"]) == (665, 1000, 54436)
+    assert counts["interactions_tied_in_time"] == pytest.approx(0.38 * 54436, rel=0.02)
+    train = [row["target"] for row in lines(tmp_path / "train.jsonl")]
+    assert len(train) == counts["train_rows"] <= 6650
+
+
+def test_a_million_interactions_take_seconds(tmp_path):
+    rng = np.random.default_rng(0)
+    count = 1_000_000
+    users, items = rng.integers(20_000, size=count), (rng.random(count) ** 2 * 10_000).astype(int)
+    ids, titles = [str(i) for i in range(10_000)], {str(i): f"Title {i}" for i in range(10_000)}
+    raw = prepare_data.Raw(
+        users,
+        items,
+        rng.random(count),
+        np.ones(count, dtype=np.float32),
+        [str(i) for i in range(20_000)],
+        ids,
+        titles,
+        {},
+        [],
+    )
+    options = prepare_data.parse(["--out", str(tmp_path), "--dataset", "movielens", "--source", "x"])
+    started = time.perf_counter()
+    prepare_data.write_data(prepare_data.build_sequences(raw, 0.0, 6), options, [])
+    assert time.perf_counter() - started < 60
+    assert len(lines(tmp_path / "train.jsonl")) == 200_000

@@ -1,0 +1,123 @@
+"""The run folder: atomic writes, locks, sample order, schedule, one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import runs
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), runs.replacing(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("first", "second"):
+        with runs.replacing(tmp_path / "folder") as beside:
+            beside.mkdir()
+            (beside / name).touch()
+    assert os.listdir(tmp_path / "folder") == ["second"]
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    other = "import sys, time, runs, pathlib\nwith runs.locked(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", other, tmp_path], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(runs.UserError, match="in use by another process"), runs.locked(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with runs.locked(tmp_path):  # a killed process leaves no lock behind
+        pass
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_micro_batches_cover_each_epoch_once(processes):
+    rows, per_row, batch, accum = 29, 2, 2, 3
+    per_step = batch * accum * processes
+    steps = rows * per_row // per_step
+    streams = [runs.micro_batches(rows, per_row, batch, accum, processes, rank, seed=3) for rank in range(processes)]
+    epochs = []
+    for _ in range(2):
+        seen = []
+        for _ in range(steps):
+            by_process = [next(stream) for stream in streams]
+            assert all(len(micro) == accum and all(len(b) == batch for b in micro) for micro in by_process)
+            # micro-batch by micro-batch, the processes side by side: the order of one process
+            seen += [n for i in range(accum) for micro in by_process for n in micro[i]]
+        assert len(set(seen)) == len(seen) == steps * per_step <= rows * per_row
+        pairs = [(a // per_row, b // per_row) for a, b in zip(seen[::2], seen[1::2], strict=True)]
+        assert all(a == b for a, b in pairs)  # a row's samples stay side by side
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+    if processes > 1:
+        single = runs.micro_batches(rows, per_row, batch, accum * processes, 1, 0, seed=3)
+        assert [n for b in next(single) for n in b] == epochs[0][:per_step]
+
+
+def test_micro_batches_refuse_too_few_samples():
+    with pytest.raises(runs.UserError, match="4 samples do not fill a step of 8"):
+        next(runs.micro_batches(2, 2, 8, 1, 1, 0, seed=0))
+
+
+def test_cosine_by_hand():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = runs.cosine(optimizer, steps=4, before=2, before_scale=3.0)
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    half = 0.5**0.5
+    assert rates == pytest.approx([0.3, 0.15, 0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)])
+    assert schedule.get_last_lr()[0] == pytest.approx(0)
+
+
+def test_readers_name_file_line_and_remedy(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(runs.UserError, match=r"rows.jsonl does not exist; make it"):
+        runs.read_jsonl(path, ["a"], "make it")
+    path.write_text('{"a": 1}\n{"b": 2}\n')
+    with pytest.raises(runs.UserError, match=r"line 2: no 'a'; make it"):
+        runs.read_jsonl(path, ["a"], "make it")
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(runs.UserError, match=r"line 2: not JSON"):
+        runs.read_jsonl(path, ["a"], "make it")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(runs.UserError, match="no run folder"):
+        runs.begin_run(tmp_path, "sft", {})
+    with pytest.raises(runs.UserError, match="does not exist"):
+        runs.read_run(tmp_path)
+    runs.write_json(tmp_path / "config.json", {"stage": "sft", "options": {}})
+    with pytest.raises(runs.UserError, match="not finished"):
+        runs.read_run(tmp_path)
+    with pytest.raises(runs.UserError, match=r"no run of dpo_hano.py"):
+        runs.read_run(tmp_path, ["dpo_hano"])
+
+
+def test_processes_that_the_launcher_was_asked_for(monkeypatch):
+    def launched(line):
+        monkeypatch.setattr(Path, "read_text", lambda path: "\0".join(line.split()))
+        return runs.launched_processes()
+
+    assert launched("python accelerate launch --cpu --num_processes 2 sft.py") == 2
+    assert launched("python accelerate launch --num-processes=4 sft.py") == 4
+    assert launched("python accelerate launch sft.py") == 1
+    assert launched("bash") == 1
