@@ -140,8 +140,8 @@ def check_start(packed, batch, reference, beta: float) -> None:
     dtype = next(packed.core.parameters()).dtype
     if not worst <= (1e-4 if dtype == torch.float32 else 5e-2):
         raise UserError(
-            f"before the first step the reward gap is {worst:.2e}, not 0: policy and reference differ; the likely cause is "
-            "a reference kept from other weights or another dtype. Delete reference/ in the SFT run and try again"
+            f"before the first step the reward gap is {worst:.2e}, not 0: policy and reference differ; the likely "
+            "cause is a reference kept from other weights or another dtype. Delete reference/ in the SFT run and try again"
         )
 
 
@@ -223,7 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     low, high = hardness.quantile(torch.tensor([0.01, 0.99])).tolist()
     say(f"{data.folder}: {len(rows)} training rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} pairs")
     say(
-        f"step = {options.batch_size} pairs x {options.grad_accum} micro-batches x {world} processes = {per_step}; {steps} steps"
+        f"step = {options.batch_size} pairs x {options.grad_accum} micro-batches x {world} processes = {per_step}; "
+        f"{steps} steps"
     )
     say(
         f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights; lambda ({options.hardness}): "

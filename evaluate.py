@@ -10,12 +10,13 @@ Every candidate's title is scored behind one prompt; Yes/No by log p(Yes) - log 
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import runs
+from prompts import Prompts, Row
 from runs import UserError
 
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
@@ -111,7 +112,7 @@ def popularity_scores(data, rows) -> np.ndarray:
 
 
 def cooccurrence_scores(data, rows) -> np.ndarray:
-    """[R, C]: the number of pairs (history item, training user) such that the user has both that item and the candidate."""
+    """[R, C]: the number of pairs (history item, training user) whose user has both that item and the candidate."""
     sequences = data.sequences()
     users = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
     items = np.array([item for sequence in sequences for item in sequence])
@@ -184,7 +185,7 @@ class Data:
         lines = runs.read_jsonl(self.folder / f"{split}.jsonl", keys, again)
         if not lines:
             raise UserError(f"{self.folder / split}.jsonl has no rows; {again}")
-        return [self.catalogue.row(line) for line in (lines[:limit] if limit else lines)]
+        return [Row.of(line, self.catalogue.row_of) for line in (lines[:limit] if limit else lines)]
 
     def sequences(self) -> list[list[int]]:
         """Each training user's items in order of time, as rows."""
@@ -195,7 +196,7 @@ class Data:
         import mllm
 
         token = mllm.load_config(self.source).image_token_id
-        return mllm.Prompts(mllm.load_tokenizer(self.source), token, self.catalogue, candidate_images)
+        return Prompts(mllm.load_tokenizer(self.source), token, self.catalogue, candidate_images)
 
     def hash(self) -> str:
         return runs.value_hash([self.manifest, self.encoding])
@@ -342,8 +343,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> list:
     """The row of --user, its candidates replaced by those of --from."""
-    from dataclasses import replace
-
     found = [row for row in rows if row.user == options.user]
     if not found:
         raise UserError(f"user {options.user} has no row in {data.folder / options.split}.jsonl")

@@ -119,9 +119,9 @@ def hanorec_loss(
     """Equations (7), (8), (11), (12): DPO with a beta of its own for each pair.
 
     The log-probabilities and hardness (lambda of equation (6)): [B]. eta: None computes equation (8) from this batch, a
-    number is used as it is, a function is called with the reward gaps [B] of all processes. gather: a function such as `accelerator.gather` that joins a tensor over all processes,
-    so that eta is the same on each. Returns losses [B] (average them) and metrics: detached scalars of this process's
-    pairs, except eta. Rewards are in nats times beta, equation (7).
+    number is used as it is, a function is called with the reward gaps of all processes. gather: a function such as
+    `accelerator.gather` that joins a tensor over all processes, so that eta is the same on each. Returns losses [B]
+    (average them) and metrics: detached scalars of this process's pairs, except eta. Rewards are in nats times beta.
 
     A smaller beta does not by itself give a hard pair more gradient: beta' * sigmoid(-beta' * gap) falls with beta'
     until the gap exceeds 1.278 / beta' (12.8 nats at 0.1). `hard_gradient_share` is what the harder half really gets.
@@ -164,7 +164,7 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
 
     relative: the noise's standard deviation is sigma times the root mean square of that matrix (so a B of zeros stays
     zero); otherwise it is sigma itself, as in the authors' code. generator: makes the draw repeatable, and equal on
-    every process that seeds it alike. Yields ||noise|| / ||weights|| over all matrices, a float32 scalar (0 for sigma 0).
+    every process that seeds it alike. Yields ||noise|| / ||weights|| over all matrices, a scalar (0 for sigma 0).
 
     Keep it open until backward() has ended: with activation checkpointing the forward runs again there, and must see
     the same noise. Weights come back bit for bit, also after an error; a backward() after that raises, because

@@ -1,4 +1,4 @@
-"""The multimodal LLM as the stages share it: load or build, encode items, render prompts, pack, score answers.
+"""The multimodal LLM as the stages share it: load, encode items, pack prompt trees (prompts.py), score answers.
 
 Two ideas carry the speed. (1) A prompt is computed once for all its answers: history, question and answers form a tree,
 laid end to end in one row, in which a token attends to its own node and that node's ancestors only, and positions
@@ -9,64 +9,25 @@ read back from a memory map as image tokens.
 wraps, because calling parts of it by hand would train every process for itself.
 """
 
-import functools
 import json
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts, in the order they are read. They stand here and nowhere else.
-
-HISTORY = "The user's history, oldest first:\n"
-CANDIDATES = "\nCandidates:\n"
-RANK_QUESTION = "\nWhich candidate comes next? Answer with its title."
-CANDIDATE = "\nCandidate:\n"
-YESNO_QUESTION = "\nDoes the candidate come next? Answer Yes or No."
-YES, NO = "Yes", "No"
-
 TINY = "tiny"
 TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels: the tiny backbone is for laptops
 MAX_PIXELS = 262144  # the paper's image_max_pixels
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 class BackboneError(ValueError):
     """A backbone, an encoding or an image that cannot be used; the message says what, where and what to do."""
 
     exit_code = 2
-
-
-@dataclass
-class Row:
-    """A line of train.jsonl, val.jsonl or test.jsonl, its items as item rows."""
-
-    user: str
-    history: list[int]
-    target: int
-    candidates: list[int]
-    rejected: int
-
-
-@dataclass
-class Node:
-    """A stretch of tokens in a prompt tree. `parent` is the node it continues (None: the root), `scored` the offsets
-    of its tokens whose log-probabilities are summed, `images` the item rows whose image tokens stand in it, in order."""
-
-    parent: int | None
-    ids: list[int]
-    images: list[int] = field(default_factory=list)
-    scored: Sequence[int] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,60 +78,6 @@ def load_image_processor(name: str | Path, max_pixels: int):
     return images
 
 
-def build_tiny(
-    folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 3072, width: int = 128, layers: int = 2
-) -> None:
-    """Write an untrained Qwen2.5-VL of about a million weights, its tokenizer (byte-level BPE trained on `texts`), chat
-    template and image processor to `folder`, loadable like any pretrained model."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-    prompts = [HISTORY, CANDIDATES, RANK_QUESTION, CANDIDATE, YESNO_QUESTION, YES, NO, "user\n", "assistant\n"]
-    bpe = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+| "), "isolated")  # a year in brackets stays one word
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([*texts, *prompts * 100], trainer)  # often enough that each prompt word is one token
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special[1:]
-    )
-    tokenizer.chat_template = CHATML
-    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
-    text = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": width,
-        "intermediate_size": 3 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-    }
-    text["rope_parameters"]["mrope_section"] = [width // 32, width * 3 // 64, width * 3 // 64]
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": width}
-    vision |= {"window_size": 112, "fullatt_block_indexes": [1]}
-    tokens = {
-        "image_token_id": ids["<|image_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "video_token_id": ids["<|vision_end|>"],  # no videos here; it must not be an id of its own
-    }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
-        part.save_pretrained(folder)
-
-
 def lora_targets(model) -> str:
     """A regular expression over the language model's linear layers. Suffix lists, and peft's `all-linear`, also hit the
     vision tower."""
@@ -218,16 +125,6 @@ class Catalogue:
             self.vectors = load_file(encoded / "items.safetensors")  # text, image, offsets, grid, neutral, ...
             self.tokens = load_file(encoded / "image_tokens.safetensors")["image_tokens"]  # [sum n_i, d], memory map
             self.offsets = self.vectors["offsets"].tolist()
-
-    def row(self, line: dict) -> Row:
-        """A line of a split as item rows; BackboneError where it names an item that items.jsonl has not."""
-        try:
-            history, candidates = ([self.row_of[item] for item in line[key]] for key in ("history", "candidates"))
-            return Row(line["user"], history, self.row_of[line["target"]], candidates, self.row_of[line["rejected"]])
-        except KeyError as error:
-            raise BackboneError(
-                f"user {line['user']}: {error} is not in items.jsonl; prepare the data again"
-            ) from error
 
     def has_image(self, row: int) -> bool:
         return self.offsets[row + 1] > self.offsets[row]
@@ -327,159 +224,10 @@ def safetensors_header(name: str, dtype: torch.dtype, shape: list[int]) -> bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts as trees of tokens
-
-
-class Prompts:
-    """Token ids of the prompts for one backbone: its chat template cut around our texts, and texts that stay texts (a
-    title that spells a control token does not become one)."""
-
-    def __init__(self, tokenizer, image_token: int, catalogue: Catalogue, candidate_images: bool = False):
-        self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
-        self.candidate_images = candidate_images
-        mark = "\u2042"
-        question = self._template([{"type": "text", "text": mark}])
-        self.before, self.after = (self._control(part) for part in question.split(mark))
-        with_image = self._template([{"type": "image"}, {"type": "text", "text": mark}]).split(mark)[0]
-        wrapper = self._control(with_image[len(question.split(mark)[0]) :])
-        if wrapper.count(image_token) != 1:
-            raise BackboneError(f"the chat template does not place one image token ({image_token}) for an image")
-        self.image_wrapper = wrapper
-        answered = self._template([{"type": "text", "text": "?"}], answer=mark).split(mark)[1]
-        end = self._control(answered)
-        self.end_of_turn = end[0] if end else tokenizer.eos_token_id
-        self.text = functools.lru_cache(maxsize=200_000)(self._text)
-
-    def _template(self, content: list[dict], answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": content}]
-        messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else []
-        if not self.tokenizer.chat_template:
-            raise BackboneError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no chat template")
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-
-    def _control(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def _text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-
-    def item(self, node: Node, row: int, image: bool) -> range:
-        """Append an item's line, and its image after it; the offsets of the line's tokens are returned. The title comes
-        first, so that nothing before it gives it away."""
-        start = len(node.ids)
-        node.ids.extend(self.text(self.catalogue.titles[row] + "\n"))
-        end = len(node.ids)
-        length = self.catalogue.image_length(row) if image else 0
-        if length:
-            at = self.image_wrapper.index(self.image_token)
-            node.ids += [*self.image_wrapper[:at], *[self.image_token] * length, *self.image_wrapper[at + 1 :]]
-            node.images.append(row)
-        return range(start, end)
-
-    def history(self, rows: Sequence[int]) -> Node:
-        """The root: chat template and history, oldest first."""
-        root = Node(None, [*self.before, *self.text(HISTORY)])
-        for row in rows:
-            self.item(root, row, image=True)
-        return root
-
-    def language_tree(self, rows: Sequence[int]) -> list[Node]:
-        """A history of titles alone in which each title after the first is predicted: plain language modelling."""
-        root = Node(None, [*self.before, *self.text(HISTORY)])
-        spans = [self.item(root, row, image=False) for row in rows]
-        root.scored = [offset for span in spans[1:] for offset in span]
-        return [root]
-
-    def rank(self, candidates: Sequence[int], parent: int = 0) -> Node:
-        """The ranking question over candidate rows, up to where the answer begins."""
-        node = Node(parent, list(self.text(CANDIDATES)))
-        for row in candidates:
-            self.item(node, row, image=self.candidate_images)
-        node.ids += [*self.text(RANK_QUESTION), *self.after]
-        return node
-
-    def yesno(self, candidate: int, parent: int = 0) -> Node:
-        """The Yes/No question about one candidate row, up to where the answer begins."""
-        node = Node(parent, list(self.text(CANDIDATE)))
-        self.item(node, candidate, image=self.candidate_images)
-        node.ids += [*self.text(YESNO_QUESTION), *self.after]
-        return node
-
-    def answer(self, text: str, parent: int) -> Node:
-        """A scored answer: the text and the end of turn (without which "Toy Story" is a prefix of "Toy Story 2")."""
-        ids = [*self.text(text), self.end_of_turn]
-        return Node(parent, ids, scored=range(len(ids)))
-
-    def sft_tree(self, row: Row, task: str, about_target: bool = True) -> list[Node]:
-        """One training sample: the history, one question, its answer. task: `rank`, or `yesno` about the target or about
-        the row's rejected item."""
-        root = self.history(row.history)
-        if task == "rank":
-            return [root, self.rank(row.candidates), self.answer(self.catalogue.titles[row.target], 1)]
-        asked, answer = (row.target, YES) if about_target else (row.rejected, NO)
-        return [root, self.yesno(asked), self.answer(answer, 1)]
-
-    def pair_tree(self, row: Row, kind: str) -> list[Node]:
-        """One preference pair: the history, one question, the chosen and the rejected answer. kind: `rank` (the target's
-        title over the rejected item's), `yes` (Yes over No about the target), `no` (No over Yes about the rejected)."""
-        titles = self.catalogue.titles
-        question, chosen, rejected = {
-            "rank": (lambda: self.rank(row.candidates), titles[row.target], titles[row.rejected]),
-            "yes": (lambda: self.yesno(row.target), YES, NO),
-            "no": (lambda: self.yesno(row.rejected), NO, YES),
-        }[kind]
-        return [self.history(row.history), question(), self.answer(chosen, 1), self.answer(rejected, 1)]
-
-    def evaluation_tree(self, row: Row, tasks: Sequence[str]) -> list[Node]:
-        """All answers of a row behind its history: with `rank` each candidate's title, then with `yesno` Yes and No for
-        each candidate, in the order of row.candidates."""
-        tree = [self.history(row.history)]
-        if "rank" in tasks:
-            tree.append(self.rank(row.candidates))
-            tree += [self.answer(self.catalogue.titles[candidate], 1) for candidate in row.candidates]
-        for candidate in row.candidates if "yesno" in tasks else ():
-            question = len(tree)
-            tree += [self.yesno(candidate), self.answer(YES, question), self.answer(NO, question)]
-        return tree
-
-    def fitting(self, build, row: Row, max_length: int) -> list[Node]:
-        """build(row), its oldest history items dropped until no path is longer than max_length tokens."""
-        for first in range(len(row.history)):
-            tree = build(replace(row, history=row.history[first:]))
-            if tree_length(tree) <= max_length:
-                return tree
-        raise BackboneError(f"user {row.user}: {tree_length(tree)} tokens with one history item; raise --max-length")
-
-    def show(self, tree: list[Node]) -> str:
-        """The tree as a person reads it, image tokens folded to their count."""
-        parts = []
-        for node in tree:
-            ids, runs = iter(node.ids), []
-            for token in ids:
-                if token == self.image_token:
-                    runs.append(runs.pop() + 1 if runs and isinstance(runs[-1], int) else 1)
-                else:
-                    runs.append([*runs.pop(), token] if runs and isinstance(runs[-1], list) else [token])
-            text = "".join(
-                f"[{run} image tokens]" if isinstance(run, int) else self.tokenizer.decode(run) for run in runs
-            )
-            parts.append(f">>> {text}" if node.scored and node.parent is not None else text)
-        return "\n".join(parts)
-
-
-def tree_length(tree: list[Node]) -> int:
-    """Tokens of the longest path from the root to a leaf: what the model sees at most at once."""
-    ends: list[int] = []
-    for node in tree:
-        ends.append((ends[node.parent] if node.parent is not None else 0) + len(node.ids))
-    return max(ends)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Packing and scoring
 
 
-def merge_trees(trees: Iterable[list[Node]]) -> list[tuple[list[Node], list[int]]]:
+def merge_trees(trees: Iterable[list]) -> list[tuple[list, list[int]]]:
     """Join neighbouring trees with the same root, so that their history is computed once. Returns (tree, the numbers of
     the answers in it), answers numbered over all trees in order."""
     merged, number = [], 0
@@ -489,7 +237,7 @@ def merge_trees(trees: Iterable[list[Node]]) -> list[tuple[list[Node], list[int]
         number += len(answers)
         if merged and merged[-1][0][0].ids == tree[0].ids and not tree[0].scored:
             shift = len(merged[-1][0]) - 1
-            moved = [Node((n.parent + shift) if n.parent else 0, n.ids, n.images, n.scored) for n in tree[1:]]
+            moved = [replace(node, parent=node.parent + shift if node.parent else 0) for node in tree[1:]]
             merged[-1] = (merged[-1][0] + moved, merged[-1][1] + numbers)
         else:
             merged.append((list(tree), numbers))
@@ -537,7 +285,7 @@ class PackedMLLM(nn.Module):
         kinds = (ids == self.core.config.image_token_id).int()
         return self.core.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=torch.stack(grids))[0][:, 0]
 
-    def collate(self, trees: Iterable[list[Node]], catalogue: Catalogue) -> dict[str, torch.Tensor]:
+    def collate(self, trees: Iterable[list], catalogue: Catalogue) -> dict[str, torch.Tensor]:
         """Pack trees (neighbours with the same root share it) into one right-padded batch of tensors.
 
         input_ids, node [B, L]; visible [B, nodes, nodes], True where a node's ancestor-or-self; position_ids [P, B, L];

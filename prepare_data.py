@@ -2,7 +2,7 @@
 
     python prepare_data.py                    # the embedded demo -> data/demo, with a tiny untrained backbone
     python prepare_data.py --dataset movielens --source ml-1m/ --model Qwen/Qwen2.5-VL-3B-Instruct --out data/ml-1m
-    python prepare_data.py --out data/ml-1m --encode-only --model llava-hf/llava-v1.6-mistral-7b-hf   # one more backbone
+    python prepare_data.py --out data/ml-1m --encode-only --model llava-hf/llava-v1.6-mistral-7b-hf   # another backbone
 
 Writes items.jsonl, train.jsonl, val.jsonl, test.jsonl, sequences.jsonl (each user's whole training sequence),
 manifest.json and encoded/<backbone>/. Everything random is drawn here, once, from --seed, and stored.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+import demo
 import runs
 from runs import UserError
 
@@ -58,8 +59,8 @@ def table_rows(path: Path, delimiter: str, encoding: str, header: bool) -> Itera
 
 
 def read_movielens(source: Path, images: Path | None) -> Raw:
-    """MovieLens as GroupLens ships it: ratings.dat and movies.dat (`::`, latin-1), or ratings.csv and movies.csv; posters
-    in DIR/posters/<movieId>.jpg or --images."""
+    """MovieLens as GroupLens ships it: ratings.dat and movies.dat (`::`, latin-1), or ratings.csv and movies.csv;
+    posters in DIR/posters/<movieId>.jpg or --images."""
     if not source.is_dir():
         raise UserError(f"--source {source} is not a folder; give the unpacked MovieLens archive")
     old = (source / "ratings.dat").exists()
@@ -88,117 +89,6 @@ def read_movielens(source: Path, images: Path | None) -> Raw:
     found = {path.stem: path for path in folder.glob("*.jpg")} if folder.is_dir() else {}
     numbers = (np.array(column) for column in (users, items, times, scores))
     return Raw(*numbers, list(user_codes), list(item_codes), titles, found, [ratings, movies])
-
-
-PLACES = [
-    "Alder",
-    "Avon",
-    "Basil",
-    "Birch",
-    "Cairn",
-    "Cedar",
-    "Clover",
-    "Cobalt",
-    "Delta",
-    "Dover",
-    "Ember",
-    "Fallow",
-    "Fern",
-    "Garnet",
-    "Glen",
-    "Harbor",
-    "Hazel",
-    "Heron",
-    "Indigo",
-    "Iris",
-    "Jasper",
-    "Juniper",
-    "Kestrel",
-    "Larch",
-    "Linden",
-    "Lotus",
-    "Maple",
-    "Marlow",
-    "Mercer",
-    "Nettle",
-    "Nova",
-    "Oakley",
-    "Olive",
-    "Opal",
-    "Orchid",
-    "Pebble",
-    "Piper",
-    "Quartz",
-    "Raven",
-    "Reed",
-    "Robin",
-    "Rowan",
-    "Saffron",
-    "Sorrel",
-    "Sterling",
-    "Thistle",
-    "Umber",
-    "Vesper",
-    "Willow",
-    "Yarrow",
-]
-GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy", "Thriller", "Musical"]
-COLOURS = [(200, 30, 40), (240, 140, 20), (240, 220, 40), (40, 160, 60), (40, 200, 220), (40, 60, 200), (130, 40, 170)]
-COLOURS += [(240, 130, 190)]
-
-
-def make_demo(folder: Path, seed: int, users: int = 400) -> Raw:
-    """The embedded demo: 400 films (8 genres, named in the title, x 50 places) whose posters have one of 8 colours, which
-    no title tells. A user's next film is, with probability 0.65, of the genre that belongs to the last poster's
-    colour; with 0.15 of the last film's genre; else of any. Within a genre some films are more popular than others."""
-    rng = np.random.default_rng([seed, 7])
-    count = len(GENRES) * len(PLACES)
-    genre, colour = np.arange(count) // len(PLACES), rng.integers(len(COLOURS), size=count)
-    next_genre = rng.permutation(len(GENRES))  # of each colour
-    popularity = rng.permutation(np.arange(1, count + 1)) ** -0.5
-    rows = []
-    for user in range(users):
-        seen: list[int] = [int(rng.choice(count, p=popularity / popularity.sum()))]
-        for _ in range(rng.integers(9, 15)):
-            draw = rng.random()
-            wanted = next_genre[colour[seen[-1]]] if draw < 0.65 else genre[seen[-1]] if draw < 0.8 else None
-            weight = popularity * (genre == wanted if wanted is not None else True)
-            weight[seen] = 0
-            seen.append(int(rng.choice(count, p=weight / weight.sum())))
-        rows += [(user, item, time) for time, item in enumerate(seen)]
-    ids = [f"film{item:03d}" for item in range(count)]
-    images = {ids[item]: folder / "images" / f"{ids[item]}.png" for item in range(count)}
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for item, path in enumerate(images.values()):
-        draw_poster(path, COLOURS[colour[item]], rng)
-    titles = {ids[item]: f"{GENRES[genre[item]]} in {PLACES[item % len(PLACES)]}" for item in range(count)}
-    users_, items, times = np.array(rows).T
-    names = [f"user{user:03d}" for user in range(users)]
-    return Raw(users_, items, times.astype(float), np.ones(len(rows)), names, ids, titles, images, [])
-
-
-def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> None:
-    """A poster of 84 x 112 pixels: the colour, a shape and a bar of lettering that mean nothing."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new(
-        "RGB", (84, 112), tuple(int(c) for c in np.clip(np.array(colour) + rng.integers(-12, 13, 3), 0, 255))
-    )
-    draw = ImageDraw.Draw(image)
-    x, y, size = (int(v) for v in rng.integers((10, 15, 16), (45, 55, 32)))
-    shade = int(rng.choice([20, 235]))
-    box = (x, y, x + size, y + size)
-    kind = rng.integers(3)
-    if kind == 0:
-        draw.ellipse(box, fill=(shade,) * 3)
-    elif kind == 1:
-        draw.rectangle(box, fill=(shade,) * 3)
-    else:
-        draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=(shade,) * 3)
-    for line in range(2):
-        left, right = (int(v) for v in (rng.integers(8, 25), rng.integers(50, 76)))
-        draw.rectangle((left, 94 + 8 * line, right, 96 + 8 * line), fill=(255 - shade,) * 3)
-    image.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +220,8 @@ def split_lines(data: Sequences, targets: np.ndarray, options: argparse.Namespac
     names = [json.dumps(user, ensure_ascii=False) for user in data.user_ids]
     return [
         f'{{"user": {names[user]}, "history": [{", ".join(quoted[data.items[first:at]])}], '
-        f'"target": {quoted[data.items[at]]}, "candidates": [{", ".join(quoted[row])}], "rejected": {quoted[negative]}}}'
+        f'"target": {quoted[data.items[at]]}, "candidates": [{", ".join(quoted[row])}], '
+        f'"rejected": {quoted[negative]}}}'
         for user, first, at, row, negative in zip(users, begin, targets, candidates, rejected, strict=True)
     ]
 
@@ -381,7 +272,7 @@ def encode(options: argparse.Namespace) -> None:
     name = options.model
     if name == mllm.TINY:
         with runs.replacing(options.out / "tiny") as beside:
-            mllm.build_tiny(beside, titles, options.seed)
+            demo.build_tiny(beside, titles, options.seed)
         name = options.out / "tiny"
     pixels = options.max_pixels or (mllm.TINY_MAX_PIXELS if options.model == mllm.TINY else mllm.MAX_PIXELS)
     gpu = torch.cuda.is_available()
@@ -407,7 +298,7 @@ def encode(options: argparse.Namespace) -> None:
 
 
 def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -> None:
-    """Print the bytes that encoding will write, judged by 32 of the images; UserError where the disk cannot hold them."""
+    """Print the bytes that encoding will write, judged by 32 images; UserError where the disk cannot hold them."""
     import mllm
 
     if not paths:
@@ -417,9 +308,8 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
     width = model.get_input_embeddings().weight.shape[1]
     needed = int(len(paths) * tokens * width * model.dtype.itemsize)
     free = shutil.disk_usage(folder).free
-    print(
-        f"encoding {len(paths)} images x {tokens:.1f} tokens x {width} x {model.dtype.itemsize} bytes = about {needed:,} bytes"
-    )
+    each = f"{tokens:.1f} tokens x {width} x {model.dtype.itemsize} bytes"
+    print(f"encoding {len(paths)} images x {each} = about {needed:,} bytes")
     if needed > 0.95 * free:
         fitting = int(pixels * 0.95 * free / needed)
         raise UserError(f"{folder} has {free:,} bytes free; --max-pixels {fitting} would fit")
@@ -472,15 +362,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def show(options: argparse.Namespace) -> None:
     """Print the prompts of the first training rows with their answers, as the model sees them."""
     import mllm
+    import prompts
 
     items = runs.read_jsonl(options.out / "items.jsonl", ("item", "title", "image"), "run prepare_data.py")
     catalogue = mllm.Catalogue(items, options.out / "encoded" / options.model.strip("/").replace("/", "--"))
     name = options.out / "tiny" if options.model == mllm.TINY else options.model
-    prompts = mllm.Prompts(mllm.load_tokenizer(name), mllm.load_config(name).image_token_id, catalogue)
+    rendered = prompts.Prompts(mllm.load_tokenizer(name), mllm.load_config(name).image_token_id, catalogue)
     for line in runs.read_jsonl(options.out / "train.jsonl", ("user",), "run prepare_data.py")[: options.show]:
         for task in ("rank", "yesno"):
-            tree = prompts.sft_tree(catalogue.row(line), task)
-            print(f"\n--- user {line['user']}, {task}\n{prompts.show(tree)}")
+            tree = rendered.sft_tree(prompts.Row.of(line, catalogue.row_of), task)
+            print(f"\n--- user {line['user']}, {task}\n{rendered.show(tree)}")
 
 
 @runs.one_line_errors
@@ -489,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
     with runs.locked(options.out):
         if not options.encode_only:
             readers = {"movielens": lambda: read_movielens(options.source, options.images)}
-            readers["demo"] = lambda: make_demo(options.out, options.seed)
+            readers["demo"] = lambda: Raw(*demo.make_demo(options.out, options.seed))
             raw = readers[options.dataset]()
             data = build_sequences(raw, options.min_rating, options.min_interactions)
             write_data(data, options, raw.files)

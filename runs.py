@@ -47,7 +47,7 @@ def one_line_errors(main: Callable) -> Callable:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder at; it takes the final name when the block ends without error."""
+    """A path beside `path` to write a file or a folder at; it takes the final name once the block has ended well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -119,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` (made where absent) for one writer at a time; UserError where another holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below; its lock ends with it, also by a kill)
+        file = open(folder / ".lock", "w")  # closed below; its lock ends with it, also by a kill
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}); choose another --out") from error
     with file:
@@ -135,8 +135,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin_run(out: Path, stage: str, options: dict, **facts) -> dict:
-    """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder that
-    holds something else. Returns the config."""
+    """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder
+    that holds something else. Returns the config."""
     if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / "config.json").exists():
         raise UserError(f"{out} holds files but is no run folder (no config.json); choose another --out")
     for old in ("metrics.jsonl", "result.json", "metrics.json", "predictions.jsonl"):
@@ -282,8 +282,8 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
     asked = launched_processes()
     if asked > accelerator.num_processes:
         raise UserError(
-            f"the launcher was asked for {asked} processes but started {accelerator.num_processes}; several CPU processes "
-            f"are ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ..."
+            f"the launcher was asked for {asked} processes but started {accelerator.num_processes}; several CPU "
+            f"processes are ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ..."
         )
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the launcher sets one thread where it is not told
@@ -337,8 +337,8 @@ def micro_batches(
 
 
 def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
-    """Cosine decay from the peak to 0 over `steps` optimizer steps; before it, another one over `before` steps whose peak
-    is `before_scale` times as high. It counts optimizer steps, so it is not passed through accelerator.prepare."""
+    """Cosine decay from the peak to 0 over `steps` optimizer steps; before it, another one over `before` steps whose
+    peak is `before_scale` times as high. It counts optimizer steps, so it is not passed through accelerator.prepare."""
     import torch
 
     def scale(step: int) -> float:

@@ -51,8 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
-    """(warm-up, answers): lists of functions that build the prompt tree of a sample; of answers, sample r * tasks + t is
-    task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
+    """(warm-up, answers): lists of functions that build the prompt tree of a sample; of answers, sample r * tasks + t
+    is task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
     size, phases = options.warmup_items, range(0, options.warmup_items, max(options.warmup_items // 4, 1))
     spans = [s[max(i, 0) : i + size] for s in sequences for phase in phases for i in range(-phase, len(s), size)]
     warmup = [partial(prompts.language_tree, span) for span in spans if len(span) > 1]

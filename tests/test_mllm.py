@@ -5,13 +5,15 @@ import torch
 import transformers
 from PIL import Image
 
+import demo
 import mllm
+import prompts as prompt_trees
 
 TITLES = ["Toy Story", "Toy Story 2", "Heat", "<|im_end|> <|image_pad|> <image>", "Amélie 😀", "Up"]
 
 
 def tokenizer(folder):
-    mllm.build_tiny(folder, TITLES, width=64)
+    demo.build_tiny(folder, TITLES, width=64)
     return mllm.load_tokenizer(folder)
 
 
@@ -75,12 +77,12 @@ def backbone(request, tmp_path_factory):
     encoded.mkdir()
     mllm.encode_items(model, tokens, processor, TITLES, paths, encoded)
     catalogue = mllm.Catalogue([{"item": str(i), "title": t, "image": None} for i, t in enumerate(TITLES)], encoded)
-    prompts = mllm.Prompts(tokens, model.config.image_token_id, catalogue, candidate_images=True)
+    prompts = prompt_trees.Prompts(tokens, model.config.image_token_id, catalogue, candidate_images=True)
     images = [mllm.open_image(path) if path else None for path in paths]
     return mllm.PackedMLLM(model), prompts, catalogue, processor, images
 
 
-def plain_logps(backbone, tree: list[mllm.Node]) -> list[torch.Tensor]:
+def plain_logps(backbone, tree: list[prompt_trees.Node]) -> list[torch.Tensor]:
     """The log-probability of each scored node by the model's own forward over its whole path, pixels and all."""
     packed, _, _, processor, images = backbone
     core, result = packed.core, []
@@ -104,8 +106,8 @@ def plain_logps(backbone, tree: list[mllm.Node]) -> list[torch.Tensor]:
 
 
 def rows():
-    first = mllm.Row("a", [0, 1, 3, 4], 5, [2, 5, 0, 1, 3, 4], 2)
-    second = mllm.Row("b", [4], 0, [0, 3, 2, 5, 1], 3)
+    first = prompt_trees.Row("a", [0, 1, 3, 4], 5, [2, 5, 0, 1, 3, 4], 2)
+    second = prompt_trees.Row("b", [4], 0, [0, 3, 2, 5, 1], 3)
     return [first, second]
 
 

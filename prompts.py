@@ -1,0 +1,202 @@
+"""Prompts as trees of tokens: the texts, the chat template, and the trees that the stages train on and score.
+
+A tree is a list of nodes, parents first; node 0 is the root, the history. A question continues the root, and answers
+continue a question, so that packing (see mllm.py) computes the history once for all that follows it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+# The texts, in the order they are read. They stand here and nowhere else.
+
+HISTORY = "The user's history, oldest first:\n"
+CANDIDATES = "\nCandidates:\n"
+RANK_QUESTION = "\nWhich candidate comes next? Answer with its title."
+CANDIDATE = "\nCandidate:\n"
+YESNO_QUESTION = "\nDoes the candidate come next? Answer Yes or No."
+YES, NO = "Yes", "No"
+TEXTS = (HISTORY, CANDIDATES, RANK_QUESTION, CANDIDATE, YESNO_QUESTION, YES, NO)
+
+
+class PromptError(ValueError):
+    """A row or a chat template that gives no prompt; the message says what, where and what to do."""
+
+    exit_code = 2
+
+
+@dataclass
+class Row:
+    """A line of train.jsonl, val.jsonl or test.jsonl, its items as item rows."""
+
+    user: str
+    history: list[int]
+    target: int
+    candidates: list[int]
+    rejected: int
+
+    @classmethod
+    def of(cls, line: dict, row_of: dict[str, int]) -> "Row":
+        """A line of a split; PromptError where it names an item that items.jsonl has not."""
+        try:
+            history, candidates = ([row_of[item] for item in line[key]] for key in ("history", "candidates"))
+            return cls(line["user"], history, row_of[line["target"]], candidates, row_of[line["rejected"]])
+        except KeyError as error:
+            raise PromptError(f"user {line['user']}: {error} is not in items.jsonl; prepare the data again") from error
+
+
+@dataclass
+class Node:
+    """A stretch of tokens in a prompt tree. `parent` is the node it continues (None: the root), `scored` the offsets
+    of its tokens whose log-probabilities are summed, `images` the item rows whose image tokens stand in it in order."""
+
+    parent: int | None
+    ids: list[int]
+    images: list[int] = field(default_factory=list)
+    scored: Sequence[int] = ()
+
+
+class Prompts:
+    """Token ids of the prompts for one backbone: its chat template cut around our texts, and texts that stay texts (a
+    title that spells a control token does not become one)."""
+
+    def __init__(self, tokenizer, image_token: int, catalogue, candidate_images: bool = False):
+        self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
+        self.candidate_images = candidate_images
+        mark = "\u2042"
+        question = self._template([{"type": "text", "text": mark}])
+        self.before, self.after = (self._control(part) for part in question.split(mark))
+        with_image = self._template([{"type": "image"}, {"type": "text", "text": mark}]).split(mark)[0]
+        wrapper = self._control(with_image[len(question.split(mark)[0]) :])
+        if wrapper.count(image_token) != 1:
+            raise PromptError(f"the chat template does not place one image token ({image_token}) for an image")
+        self.image_wrapper = wrapper
+        answered = self._template([{"type": "text", "text": "?"}], answer=mark).split(mark)[1]
+        end = self._control(answered)
+        self.end_of_turn = end[0] if end else tokenizer.eos_token_id
+        self.text = functools.lru_cache(maxsize=200_000)(self._text)
+
+    def _template(self, content: list[dict], answer: str | None = None) -> str:
+        messages = [{"role": "user", "content": content}]
+        messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else []
+        if not self.tokenizer.chat_template:
+            raise PromptError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no chat template")
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+
+    def _control(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def item(self, node: Node, row: int, image: bool) -> range:
+        """Append an item's line, and its image after it; the offsets of the line's tokens are returned. The title comes
+        first, so that nothing before it gives it away."""
+        start = len(node.ids)
+        node.ids.extend(self.text(self.catalogue.titles[row] + "\n"))
+        end = len(node.ids)
+        length = self.catalogue.image_length(row) if image else 0
+        if length:
+            at = self.image_wrapper.index(self.image_token)
+            node.ids += [*self.image_wrapper[:at], *[self.image_token] * length, *self.image_wrapper[at + 1 :]]
+            node.images.append(row)
+        return range(start, end)
+
+    def history(self, rows: Sequence[int]) -> Node:
+        """The root: chat template and history, oldest first."""
+        root = Node(None, [*self.before, *self.text(HISTORY)])
+        for row in rows:
+            self.item(root, row, image=True)
+        return root
+
+    def language_tree(self, rows: Sequence[int]) -> list[Node]:
+        """A history of titles alone in which each title after the first is predicted: plain language modelling."""
+        root = Node(None, [*self.before, *self.text(HISTORY)])
+        spans = [self.item(root, row, image=False) for row in rows]
+        root.scored = [offset for span in spans[1:] for offset in span]
+        return [root]
+
+    def rank(self, candidates: Sequence[int], parent: int = 0) -> Node:
+        """The ranking question over candidate rows, up to where the answer begins."""
+        node = Node(parent, list(self.text(CANDIDATES)))
+        for row in candidates:
+            self.item(node, row, image=self.candidate_images)
+        node.ids += [*self.text(RANK_QUESTION), *self.after]
+        return node
+
+    def yesno(self, candidate: int, parent: int = 0) -> Node:
+        """The Yes/No question about one candidate row, up to where the answer begins."""
+        node = Node(parent, list(self.text(CANDIDATE)))
+        self.item(node, candidate, image=self.candidate_images)
+        node.ids += [*self.text(YESNO_QUESTION), *self.after]
+        return node
+
+    def answer(self, text: str, parent: int) -> Node:
+        """A scored answer: the text and the end of turn (without which "Toy Story" is a prefix of "Toy Story 2")."""
+        ids = [*self.text(text), self.end_of_turn]
+        return Node(parent, ids, scored=range(len(ids)))
+
+    def sft_tree(self, row: Row, task: str, about_target: bool = True) -> list[Node]:
+        """One training sample: the history, one question, its answer. task: `rank`, or `yesno` about the target or
+        about the row's rejected item."""
+        root = self.history(row.history)
+        if task == "rank":
+            return [root, self.rank(row.candidates), self.answer(self.catalogue.titles[row.target], 1)]
+        asked, answer = (row.target, YES) if about_target else (row.rejected, NO)
+        return [root, self.yesno(asked), self.answer(answer, 1)]
+
+    def pair_tree(self, row: Row, kind: str) -> list[Node]:
+        """One preference pair: the history, one question, the chosen and the rejected answer. kind: `rank` (the
+        target's title over the rejected item's), `yes` (Yes over No about the target), `no` (No over Yes about the
+        rejected)."""
+        titles = self.catalogue.titles
+        question, chosen, rejected = {
+            "rank": (lambda: self.rank(row.candidates), titles[row.target], titles[row.rejected]),
+            "yes": (lambda: self.yesno(row.target), YES, NO),
+            "no": (lambda: self.yesno(row.rejected), NO, YES),
+        }[kind]
+        return [self.history(row.history), question(), self.answer(chosen, 1), self.answer(rejected, 1)]
+
+    def evaluation_tree(self, row: Row, tasks: Sequence[str]) -> list[Node]:
+        """All answers of a row behind its history: with `rank` each candidate's title, then with `yesno` Yes and No for
+        each candidate, in the order of row.candidates."""
+        tree = [self.history(row.history)]
+        if "rank" in tasks:
+            tree.append(self.rank(row.candidates))
+            tree += [self.answer(self.catalogue.titles[candidate], 1) for candidate in row.candidates]
+        for candidate in row.candidates if "yesno" in tasks else ():
+            question = len(tree)
+            tree += [self.yesno(candidate), self.answer(YES, question), self.answer(NO, question)]
+        return tree
+
+    def fitting(self, build: Callable[[Row], list[Node]], row: Row, max_length: int) -> list[Node]:
+        """build(row), its oldest history items dropped until no path is longer than max_length tokens."""
+        for first in range(len(row.history)):
+            tree = build(replace(row, history=row.history[first:]))
+            if tree_length(tree) <= max_length:
+                return tree
+        raise PromptError(f"user {row.user}: {tree_length(tree)} tokens with one history item; raise --max-length")
+
+    def show(self, tree: list[Node]) -> str:
+        """The tree as a person reads it, image tokens folded to their count."""
+        parts = []
+        for node in tree:
+            ids, runs = iter(node.ids), []
+            for token in ids:
+                if token == self.image_token:
+                    runs.append(runs.pop() + 1 if runs and isinstance(runs[-1], int) else 1)
+                else:
+                    runs.append([*runs.pop(), token] if runs and isinstance(runs[-1], list) else [token])
+            text = "".join(
+                f"[{run} image tokens]" if isinstance(run, int) else self.tokenizer.decode(run) for run in runs
+            )
+            parts.append(f">>> {text}" if node.scored and node.parent is not None else text)
+        return "\n".join(parts)
+
+
+def tree_length(tree: list[Node]) -> int:
+    """Tokens of the longest path from the root to a leaf: what the model sees at most at once."""
+    ends: list[int] = []
+    for node in tree:
+        ends.append((ends[node.parent] if node.parent is not None else 0) + len(node.ids))
+    return max(ends)
