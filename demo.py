@@ -82,7 +82,7 @@ COLOURS += [(240, 130, 190)]
 
 
 def make_demo(folder: Path, seed: int, users: int = 400) -> tuple:
-    """The embedded demo: 400 films (8 genres, named in the title, x 50 places) whose posters have one of 8 colours, which
+    """The embedded demo: 400 films (8 genres, in their titles, x 50 places) whose posters have one of 8 colours, that
     no title tells. A user's next film is, with probability 0.65, of the genre that belongs to the last poster's
     colour; with 0.15 of the last film's genre; else of any. Within a genre some films are more popular than others."""
     rng = np.random.default_rng([seed, 7])

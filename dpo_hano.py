@@ -17,6 +17,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 import runs
 from runs import UserError
 
@@ -140,8 +142,8 @@ def check_start(packed, batch, reference, beta: float) -> None:
     dtype = next(packed.core.parameters()).dtype
     if not worst <= (1e-4 if dtype == torch.float32 else 5e-2):
         raise UserError(
-            f"before the first step the reward gap is {worst:.2e}, not 0: policy and reference differ; the likely "
-            "cause is a reference kept from other weights or another dtype. Delete reference/ in the SFT run and try again"
+            f"before the first step the reward gap is {worst:.2e}, not 0: policy and reference differ. The likely "
+            "cause is a reference kept from other weights or another dtype: delete reference/ in the SFT run, try again"
         )
 
 
@@ -178,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate.utils import tqdm
 
     import evaluate
-    import hanorec_loss
     import mllm
+    from hanorec_loss import hanorec_loss, noisy_lora
 
     data = evaluate.Data(Path(options.data), options.model, options.blank_images)
     if data.hash() != sft["data"]:
@@ -189,7 +191,6 @@ def main(argv: list[str] | None = None) -> None:
     runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE))
     accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
     say = accelerator.print
-    world, rank = accelerator.num_processes, accelerator.process_index
 
     # Model: SFT merged in float32, then a fresh LoRA
     torch.manual_seed(options.seed)
@@ -202,114 +203,80 @@ def main(argv: list[str] | None = None) -> None:
     packed = mllm.PackedMLLM(model)
     if options.gradient_checkpointing:
         packed.enable_checkpointing()
+    packed.to(accelerator.device)
     parameters = [p for p in packed.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    low, high = hardness.quantile(torch.tensor([0.01, 0.99])).tolist()
+    say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights")
+    say(f"lambda ({options.hardness}): mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
 
     # Pairs: pair r * kinds + k is kind k of row r
-    kinds = [
-        kind
-        for kind in ("rank", "yes", "no")
-        if (kind == "rank" and "rank" in options.tasks) or (kind != "rank" and "yesno" in options.tasks)
-    ]
+    kinds = [kind for task in options.tasks for kind in {"rank": ["rank"], "yesno": ["yes", "no"]}[task]]
     pairs = [
         partial(prompts.fitting, partial(prompts.pair_tree, kind=kind), row, options.max_length)
         for row in rows
         for kind in kinds
     ]
-    per_step = options.batch_size * options.grad_accum * world
-    steps_per_epoch = max(len(pairs) // per_step, 1)
-    steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**9)
-    schedule = runs.cosine(optimizer, steps)
-    low, high = hardness.quantile(torch.tensor([0.01, 0.99])).tolist()
-    say(f"{data.folder}: {len(rows)} training rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} pairs")
-    say(
-        f"step = {options.batch_size} pairs x {options.grad_accum} micro-batches x {world} processes = {per_step}; "
-        f"{steps} steps"
-    )
-    say(
-        f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights; lambda ({options.hardness}): "
-        f"mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}"
-    )
-    accelerate_to = accelerator.device
-    packed.to(accelerate_to)
+    say(f"{data.folder}: {len(rows)} training rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} samples")
+    steps, steps_per_epoch = runs.plan_steps(len(pairs), options, accelerator)
+    shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
+    batches = runs.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
     key = runs.value_hash([sft, data.hash(), kinds, options.max_length, str(dtype)])
     reference = reference_logps(packed, data, pairs, key, options.sft / "reference", accelerator, 32 if tiny else 8)
+
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    schedule = runs.cosine(optimizer, steps)
+    eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
     model, optimizer = accelerator.prepare(packed, optimizer)
 
-    with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process:
-            kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-            runs.begin_run(options.out, "dpo_hano", kept, data=data.hash())
-        accelerator.wait_for_everyone()
-        config = runs.read_json(options.out / "config.json", "")
-        log = runs.MetricsLog(options.out / "metrics.jsonl", accelerator, config, options.report_to)
-        eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
+    with runs.started(options, "dpo_hano", data.hash(), accelerator) as log:
         best, bar = {"select": -1.0}, tqdm(total=steps, desc="dpo_hano", unit="step")
-        batches = runs.micro_batches(
-            len(rows), len(kinds), options.batch_size, options.grad_accum, world, rank, options.seed
-        )
         for step, numbers in enumerate(itertools.islice(batches, steps), 1):
-            started = time.perf_counter()
-            model.train()
+            began = time.perf_counter()
             sums = {}
             for number, chosen in enumerate(numbers, 1):
                 batch = packed.collate([pairs[n]() for n in chosen], data.catalogue)
                 batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-                anchor = reference[chosen].to(accelerator.device)
+                anchor = reference[chosen].to(accelerator.device)  # [B, 2]
                 weight = hardness[[n // len(kinds) for n in chosen]].to(accelerator.device)
                 if step == number == 1:
                     check_start(packed, batch, anchor, options.beta)
-                    model.train()
-                generator = torch.Generator().manual_seed(hash((options.seed, step, number)) % 2**63)
+                model.train()
+                draw = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
+                generator = torch.Generator().manual_seed(int(draw))  # the same on every process
                 with (
                     accelerator.no_sync(model) if number < len(numbers) else contextlib.nullcontext(),
-                    hanorec_loss.noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
+                    noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
                 ):
-                    logps = model(batch).view(-1, 2)
-                    losses, metrics = hanorec_loss.hanorec_loss(
-                        logps[:, 0],
-                        logps[:, 1],
-                        anchor[:, 0],
-                        anchor[:, 1],
-                        weight,
-                        options.beta,
-                        eta,
-                        gather=accelerator.gather,
+                    logps = model(batch).view(-1, 2).T
+                    losses, metrics = hanorec_loss(
+                        *logps, *anchor.T, weight, options.beta, eta, gather=accelerator.gather
                     )
                     accelerator.backward(losses.mean() / len(numbers))
                 for name, value in (metrics | {"noise": noise.to(accelerator.device)}).items():
                     sums[name] = sums.get(name, 0) + value / len(numbers)
             norm = accelerator.clip_grad_norm_(parameters, 1.0)
-            rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
 
             metrics = accelerator.reduce(sums, "mean")
-            seconds = time.perf_counter() - started
-            log.write(step, metrics | {"grad_norm": norm, "lr": rate, "pairs_per_second": per_step / seconds})
+            log.check(step, metrics["loss"], options.lr)
+            speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
+            metrics |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0], "pairs_per_second": speed}
+            log.write(step, metrics)
             bar.update()
             bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", accuracy=f"{float(metrics['accuracy']):.2f}")
-            if not torch.isfinite(metrics["loss"]):
-                raise UserError(f"the loss is {float(metrics['loss'])} at step {step}; lower --lr ({options.lr})")
             if step % steps_per_epoch == 0 or step == steps:
-                found = evaluate.validate(
-                    packed, data, prompts, val_rows, vars(options), accelerator, 16 if tiny else 2
-                )
-                log.write(step, {f"val_{name}": value for name, value in found.items()})
-                say(f"\nepoch {step / steps_per_epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in found.items()))
+                found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
+                log.validation(step, step / steps_per_epoch, found)
                 if found["select"] > best["select"]:
                     best = {"step": step, **found}
                     if accelerator.is_main_process:
                         with runs.replacing(options.out / "adapter") as beside:
                             packed.model.save_pretrained(beside)
-        log.close()
-        if accelerator.is_main_process:
-            runs.write_json(options.out / "result.json", {"stage": "dpo_hano", "best": best, "steps": steps})
-            if options.export:
-                export(options, data, options.out / "adapter")
-        say(f"{options.out}: adapter of step {best['step']}")
-    accelerator.wait_for_everyone()
+        if options.export and accelerator.is_main_process:
+            export(options, data, options.out / "adapter")
+        log.finish(best, prompts.shortened)
 
 
 if __name__ == "__main__":

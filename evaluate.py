@@ -11,6 +11,7 @@ Every candidate's title is scored behind one prompt; Yes/No by log p(Yes) - log 
 
 import argparse
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from prompts import Prompts, Row
 from runs import UserError
 
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
-FILES = ("predictions.jsonl", "metrics.json")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -105,17 +105,15 @@ def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: in
 
 def popularity_scores(data, rows) -> np.ndarray:
     """[R, C]: how many training interactions each candidate has."""
-    counts = np.bincount(
-        [item for sequence in data.sequences() for item in sequence], minlength=len(data.catalogue.ids)
-    )
-    return counts[candidate_matrix(rows)].astype(float)
+    counts = np.bincount(np.concatenate(data.sequences()), minlength=len(data.catalogue.ids))
+    return counts[[row.candidates for row in rows]].astype(float)
 
 
 def cooccurrence_scores(data, rows) -> np.ndarray:
     """[R, C]: the number of pairs (history item, training user) whose user has both that item and the candidate."""
     sequences = data.sequences()
     users = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
-    items = np.array([item for sequence in sequences for item in sequence])
+    items = np.concatenate(sequences)
     order = np.argsort(items, kind="stable")
     users, start = users[order], np.append(0, np.bincount(items, minlength=len(data.catalogue.ids)).cumsum())
     scores = np.zeros((len(rows), len(rows[0].candidates)))
@@ -127,10 +125,6 @@ def cooccurrence_scores(data, rows) -> np.ndarray:
     return scores
 
 
-def candidate_matrix(rows) -> np.ndarray:
-    return np.array([row.candidates for row in rows])
-
-
 def target_columns(rows) -> np.ndarray:
     return np.array([row.candidates.index(row.target) for row in rows])
 
@@ -139,7 +133,7 @@ def baselines(data, rows) -> dict[str, np.ndarray]:
     return {
         "co-occurrence": cooccurrence_scores(data, rows),
         "popularity": popularity_scores(data, rows),
-        "chance": np.zeros(candidate_matrix(rows).shape),
+        "chance": np.zeros((len(rows), len(rows[0].candidates))),
     }
 
 
@@ -153,43 +147,36 @@ class Data:
     def __init__(self, folder: Path, model: str | None, blank_images: bool = False):
         import mllm
 
-        again = f"run prepare_data.py --out {folder}"
-        self.folder = Path(folder)
-        self.manifest = runs.read_json(self.folder / "manifest.json", again)
-        items = runs.read_jsonl(self.folder / "items.jsonl", ("item", "title", "image"), again)
-        encoded = sorted(p.parent for p in self.folder.glob("encoded/*/manifest.json"))
-        manifests = {
-            m["backbone"]: (path, m) for path in encoded for m in [runs.read_json(path / "manifest.json", again)]
-        }
-        if model is None and len(manifests) > 1:
-            raise UserError(f"{folder} is encoded for {', '.join(manifests)}; say which with --model")
-        model = model or next(iter(manifests), mllm.TINY)
-        renew = f"prepare_data.py --out {folder} --encode-only --model {model}"
-        if model not in manifests:
-            raise UserError(
-                f"{folder} is encoded for {', '.join(manifests) or 'no backbone'}, not for {model}; run {renew}"
-            )
-        path, encoding = manifests[model]
+        self.folder, self.again = Path(folder), f"run prepare_data.py --out {folder}"
+        self.manifest = runs.read_json(self.folder / "manifest.json", self.again)
+        items = runs.read_jsonl(self.folder / "items.jsonl", ("item", "title", "image"), self.again)
+        paths = [path.parent for path in sorted(self.folder.glob("encoded/*/manifest.json"))]
+        encodings = {m["backbone"]: (p, m) for p in paths for m in [runs.read_json(p / "manifest.json", self.again)]}
+        names = ", ".join(encodings) or "no backbone"
+        if model is None and len(encodings) > 1:
+            raise UserError(f"{folder} is encoded for {names}; say which with --model")
+        model = model or next(iter(encodings), mllm.TINY)
+        renew = f"{self.again} --encode-only --model {model}"
+        if model not in encodings:
+            raise UserError(f"{folder} is encoded for {names}, not for {model}; {renew}")
+        path, encoding = encodings[model]
         if encoding["items"] != runs.file_hash(self.folder / "items.jsonl"):
-            raise UserError(
-                f"{path} was made from another items.jsonl; run {renew} --max-pixels {encoding['max_pixels']}"
-            )
+            raise UserError(f"{path} is of another items.jsonl; {renew} --max-pixels {encoding['max_pixels']}")
         self.backbone, self.encoding = model, encoding
         self.source = self.folder / "tiny" if model == mllm.TINY else model
         self.catalogue = mllm.Catalogue(items, path, blank_images)
 
     def rows(self, split: str, limit: int = 0) -> list:
         """The rows of train, val or test; the first `limit` where that is not 0."""
-        again = f"run prepare_data.py --out {self.folder}"
         keys = ("user", "history", "target", "candidates", "rejected")
-        lines = runs.read_jsonl(self.folder / f"{split}.jsonl", keys, again)
+        lines = runs.read_jsonl(self.folder / f"{split}.jsonl", keys, self.again)
         if not lines:
-            raise UserError(f"{self.folder / split}.jsonl has no rows; {again}")
+            raise UserError(f"{self.folder / split}.jsonl has no rows; {self.again}")
         return [Row.of(line, self.catalogue.row_of) for line in (lines[:limit] if limit else lines)]
 
     def sequences(self) -> list[list[int]]:
         """Each training user's items in order of time, as rows."""
-        lines = runs.read_jsonl(self.folder / "sequences.jsonl", ("items",), f"run prepare_data.py --out {self.folder}")
+        lines = runs.read_jsonl(self.folder / "sequences.jsonl", ("items",), self.again)
         return [[self.catalogue.row_of[item] for item in line["items"]] for line in lines]
 
     def prompts(self, candidate_images: bool = False):
@@ -215,23 +202,25 @@ def load_result(run: Path, data: Data):
     return mllm.merge_adapter(mllm.load_model(data.source), run / "adapter")
 
 
-def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, batch_size: int):
+def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, batch_size: int = 0):
     """(scores, yes_scores), each [R, C] or None for a task that the model was not trained on; rows are shared out over
     the processes and every process gets all. model: a PackedMLLM. options: a run's (tasks, max_length)."""
     import torch
     from accelerate.utils import gather_object, tqdm
 
+    import mllm
+
     tasks, world = options["tasks"], accelerator.num_processes
     mine = list(range(accelerator.process_index, len(rows), world))
-    trees = {
-        i: prompts.fitting(lambda r: prompts.evaluation_tree(r, tasks), rows[i], options["max_length"]) for i in mine
-    }
-    mine.sort(key=lambda i: sum(len(node.ids) for node in trees[i]))  # little padding
+    builds = [partial(prompts.evaluation_tree, task=task) for task in tasks]
+    trees = {i: [prompts.fitting(build, rows[i], options["max_length"]) for build in builds] for i in mine}
+    mine.sort(key=lambda i: len(trees[i][0][0].ids))  # little padding
     found = []
     model.eval()
+    batch_size = batch_size or (16 if data.backbone == mllm.TINY else 2)
     chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     for chunk in tqdm(chunks, desc="evaluate", unit="batch", leave=False):
-        batch = model.collate([trees[i] for i in chunk], data.catalogue)
+        batch = model.collate([tree for i in chunk for tree in trees[i]], data.catalogue)
         with torch.inference_mode(), accelerator.autocast():
             logps = model({name: value.to(accelerator.device) for name, value in batch.items()})
         found += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))
@@ -243,9 +232,9 @@ def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, bat
     return scores, yes
 
 
-def validate(model, data, prompts, rows, options: dict, accelerator, batch_size: int) -> dict[str, float]:
+def validate(model, data: Data, prompts, rows, options: argparse.Namespace, accelerator) -> dict[str, float]:
     """Metrics without intervals, as training needs them; `select` is what the best weights are chosen by."""
-    scores, yes = score_rows(model, data, prompts, rows, options, accelerator, batch_size)
+    scores, yes = score_rows(model, data, prompts, rows, vars(options), accelerator)
     values = measure(scores if scores is not None else yes, yes, target_columns(rows), resamples=1).values
     return values | {"select": values["NDCG@3"] if scores is not None else values["AUC"]}
 
@@ -260,12 +249,11 @@ def table(results: dict[str, Result]) -> str:
     lines = [f"| {'':{width}} | " + " | ".join(f"{name:^15}" for name in METRICS) + " |"]
     lines.append(f"|{'-' * (width + 2)}|" + ("-" * 17 + "|") * len(METRICS))
     for name, result in results.items():
-        cells = []
-        for metric in METRICS:
-            low, high = result.interval(metric) if metric in result.values else (0, 0)
-            known = metric in result.values
-            cells.append(f"{result.values[metric]:.3f} {low:.3f}-{high:.3f}".replace("0.", ".") if known else "-")
-        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^15}" for cell in cells) + " |")
+        cells = dict.fromkeys(METRICS, "-")
+        for metric, value in result.values.items():
+            low, high = result.interval(metric)
+            cells[metric] = f"{value:.3f} {low:.3f}-{high:.3f}".replace("0.", ".")
+        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^15}" for cell in cells.values()) + " |")
     return "\n".join(lines)
 
 
@@ -292,18 +280,12 @@ def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | 
 
 
 def write_predictions(path: Path, data: Data, rows, scores, yes) -> None:
-    ids = data.catalogue.ids
-
-    def lines():
-        for number, row in enumerate(rows):
-            line = {"user": row.user, "target": ids[row.target], "candidates": [ids[c] for c in row.candidates]}
-            ranked = scores if scores is not None else yes
-            yield line | {
-                "scores": ranked[number].tolist(),
-                "yes_scores": None if yes is None else yes[number].tolist(),
-            }
-
-    runs.write_jsonl(path, lines())
+    ids, lines = data.catalogue.ids, []
+    for number, row in enumerate(rows):
+        line = {"user": row.user, "target": ids[row.target], "candidates": [ids[c] for c in row.candidates]}
+        line["scores"] = (scores if scores is not None else yes)[number].tolist()
+        lines.append(line | {"yes_scores": None if yes is None else yes[number].tolist()})
+    runs.write_jsonl(path, lines)
 
 
 def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> None:
@@ -329,7 +311,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a neutral one")
     parser.add_argument("--compare", type=Path, metavar="RUN", help="also the difference of each --run to this one")
     parser.add_argument("--scores", type=Path, nargs="+", default=[], help="other systems' predictions.jsonl")
-    parser.add_argument("--batch-size", type=runs.positive_int, help="rows at once [tiny: 16, else 2]")
+    parser.add_argument("--batch-size", type=runs.positive_int, default=0, help="rows at once [tiny: 16, else 2]")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
     user = parser.add_argument_group("recommendations")
@@ -362,13 +344,11 @@ def score_run(run: Path, config: dict, data: Data, rows, options: argparse.Names
     dtype = runs.pick_dtype(options.dtype, accelerator)
     model = mllm.PackedMLLM(load_result(run, data).to(dtype)).to(accelerator.device)
     prompts = data.prompts(config["options"]["candidate_images"])
-    batch = options.batch_size or (16 if data.backbone == mllm.TINY else 2)
-    return score_rows(model, data, prompts, rows, config["options"], accelerator, batch)
+    return score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
 
 
-@runs.one_line_errors
-def main(argv: list[str] | None = None) -> dict[str, Result] | None:
-    options = parse(argv)
+def chosen_runs(options: argparse.Namespace) -> tuple[dict[Path, dict], Path]:
+    """The configs of the runs to evaluate, and the data folder that they share."""
     names = list(options.run)
     if not names and not options.scores:
         names = [run for run in (Path("runs/demo/sft"), Path("runs/demo/dpo_hano")) if run.exists()]
@@ -380,27 +360,35 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     folders = {config["options"]["data"] for config in configs.values()} or {options.data}
     if len(folders) != 1 or folders == {None}:
         raise UserError("the runs must share one data folder; --scores without --run needs --data")
-    folder = Path(folders.pop())
+    return configs, Path(folders.pop())
 
+
+def file_prefix(options: argparse.Namespace) -> str:
+    """What sets the files of a partial or changed evaluation apart from those of the test split."""
+    prefix = "" if options.split == "test" else f"{options.split}_"
+    return prefix + ("blank_" if options.blank_images else "") + (f"first{options.limit}_" if options.limit else "")
+
+
+@runs.one_line_errors
+def main(argv: list[str] | None = None) -> dict[str, Result] | None:
+    options = parse(argv)
+    configs, folder = chosen_runs(options)
     accelerator = runs.start_accelerator()
-    results, written = {}, []
+    results = {}
     for run, config in configs.items():
-        blank = options.blank_images or config["options"]["blank_images"]
-        data = Data(folder, config["options"]["model"], blank)
+        data = Data(folder, config["options"]["model"], options.blank_images or config["options"]["blank_images"])
         if config["data"] != data.hash():
             raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
         rows = data.rows(options.split, 0 if options.user else options.limit)
         rows = candidates_among(options, data, rows) if options.user else rows
         scores, yes = score_run(run, config, data, rows, options, accelerator)
+        ranked = scores if scores is not None else yes
         if options.user:
-            recommend(str(run), data, rows[0], (scores if scores is not None else yes)[0], options.top_k)
+            recommend(str(run), data, rows[0], ranked[0], options.top_k)
             continue
-        results[str(run)] = measure(scores if scores is not None else yes, yes, target_columns(rows), options.seed)
+        results[str(run)] = measure(ranked, yes, target_columns(rows), options.seed)
         if accelerator.is_main_process:
-            prefix = "" if options.split == "test" else f"{options.split}_"
-            prefix += ("blank_" if options.blank_images else "") + (f"first{options.limit}_" if options.limit else "")
-            write_predictions(run / f"{prefix}predictions.jsonl", data, rows, scores, yes)
-            written.append(run / f"{prefix}metrics.json")
+            write_predictions(run / f"{file_prefix(options)}predictions.jsonl", data, rows, scores, yes)
     if options.user or not accelerator.is_main_process:
         return None
 
@@ -411,20 +399,20 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         scores, yes = read_scores(path, data, rows)
         results[str(path)] = measure(scores, yes if yes is not None else scores, target_columns(rows), options.seed)
     compared = results.get(str(options.compare))
-    for name in [n for n in results if compared and results[n] is not compared]:
+    for name in [name for name, result in results.items() if compared and result is not compared]:
         results[f"{name} minus {options.compare}"] = difference(results[name], compared)
     for name, scores in baselines(data, rows).items():
         results[name] = measure(scores, scores, target_columns(rows), options.seed)
     made = data.manifest["options"]
-    protocol = (
-        f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
-        f"{made['negative_sampling']} negatives, seed {made['seed']}{', blank images' if options.blank_images else ''}"
-    )
+    protocol = f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
+    protocol += f"{made['negative_sampling']} negatives, seed {made['seed']}"
+    protocol += ", blank images" if options.blank_images else ""
     print(f"\n{protocol}; each value with its 95% bootstrap interval\n\n{table(results)}")
-    for path in written:
-        result = results[str(path.parent)]
-        intervals = {name: result.interval(name) for name in result.values}
-        runs.write_json(path, {"protocol": protocol, "values": result.values, "intervals": intervals})
+    for run in configs:
+        values = results[str(run)].values
+        intervals = {name: results[str(run)].interval(name) for name in values}
+        metrics = {"protocol": protocol, "values": values, "intervals": intervals}
+        runs.write_json(run / f"{file_prefix(options)}metrics.json", metrics)
     return results
 
 

@@ -235,7 +235,8 @@ def merge_trees(trees: Iterable[list]) -> list[tuple[list, list[int]]]:
         answers = [i for i, node in enumerate(tree) if node.scored]
         numbers = list(range(number, number + len(answers)))
         number += len(answers)
-        if merged and merged[-1][0][0].ids == tree[0].ids and not tree[0].scored:
+        root = merged[-1][0][0] if merged else None
+        if root and (root.ids, root.images) == (tree[0].ids, tree[0].images) and not tree[0].scored:
             shift = len(merged[-1][0]) - 1
             moved = [replace(node, parent=node.parent + shift if node.parent else 0) for node in tree[1:]]
             merged[-1] = (merged[-1][0] + moved, merged[-1][1] + numbers)

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 
 # The texts, in the order they are read. They stand here and nowhere else.
 
-HISTORY = "The user's history, oldest first:\n"
-CANDIDATES = "\nCandidates:\n"
-RANK_QUESTION = "\nWhich candidate comes next? Answer with its title."
+RANK_QUESTION = "Which candidate comes next in the history? Answer with its title.\nCandidates:\n"
+HISTORY = "History, oldest first:\n"
 CANDIDATE = "\nCandidate:\n"
-YESNO_QUESTION = "\nDoes the candidate come next? Answer Yes or No."
+YESNO_QUESTION = "\nDoes the candidate come next in the history? Answer Yes or No."
 YES, NO = "Yes", "No"
-TEXTS = (HISTORY, CANDIDATES, RANK_QUESTION, CANDIDATE, YESNO_QUESTION, YES, NO)
+TEXTS = (RANK_QUESTION, HISTORY, CANDIDATE, YESNO_QUESTION, YES, NO)
 
 
 class PromptError(ValueError):
@@ -63,6 +62,7 @@ class Prompts:
     def __init__(self, tokenizer, image_token: int, catalogue, candidate_images: bool = False):
         self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
         self.candidate_images = candidate_images
+        self.shortened = 0  # prompts that lost history items to --max-length
         mark = "\u2042"
         question = self._template([{"type": "text", "text": mark}])
         self.before, self.after = (self._control(part) for part in question.split(mark))
@@ -102,34 +102,37 @@ class Prompts:
             node.images.append(row)
         return range(start, end)
 
-    def history(self, rows: Sequence[int]) -> Node:
-        """The root: chat template and history, oldest first."""
-        root = Node(None, [*self.before, *self.text(HISTORY)])
-        for row in rows:
-            self.item(root, row, image=True)
-        return root
+    def _history(self, node: Node, rows: Sequence[int], images: bool = True) -> list[range]:
+        node.ids += self.text(HISTORY)
+        return [self.item(node, row, images) for row in rows]
 
-    def language_tree(self, rows: Sequence[int]) -> list[Node]:
-        """A history of titles alone in which each title after the first is predicted: plain language modelling."""
-        root = Node(None, [*self.before, *self.text(HISTORY)])
-        spans = [self.item(root, row, image=False) for row in rows]
+    def language_tree(self, rows: Sequence[int], images: bool = True) -> list[Node]:
+        """A history in which each title after the first is predicted: plain language modelling."""
+        root = Node(None, list(self.before))
+        spans = self._history(root, rows, images)
         root.scored = [offset for span in spans[1:] for offset in span]
         return [root]
 
-    def rank(self, candidates: Sequence[int], parent: int = 0) -> Node:
-        """The ranking question over candidate rows, up to where the answer begins."""
-        node = Node(parent, list(self.text(CANDIDATES)))
-        for row in candidates:
-            self.item(node, row, image=self.candidate_images)
-        node.ids += [*self.text(RANK_QUESTION), *self.after]
-        return node
+    def rank_question(self, row: Row) -> list[Node]:
+        """The ranking question with its candidates, then the history: the answer stands where the next item would."""
+        root = Node(None, [*self.before, *self.text(RANK_QUESTION)])
+        for candidate in row.candidates:
+            self.item(root, candidate, image=self.candidate_images)
+        self._history(root, row.history)
+        root.ids += self.after
+        return [root]
 
-    def yesno(self, candidate: int, parent: int = 0) -> Node:
-        """The Yes/No question about one candidate row, up to where the answer begins."""
-        node = Node(parent, list(self.text(CANDIDATE)))
-        self.item(node, candidate, image=self.candidate_images)
-        node.ids += [*self.text(YESNO_QUESTION), *self.after]
-        return node
+    def yesno_questions(self, row: Row, candidates: Sequence[int]) -> list[Node]:
+        """The history, then for each candidate the Yes/No question: nodes 1, 2, ... of the tree."""
+        root = Node(None, list(self.before))
+        self._history(root, row.history)
+        tree = [root]
+        for candidate in candidates:
+            node = Node(0, list(self.text(CANDIDATE)))
+            self.item(node, candidate, image=self.candidate_images)
+            node.ids += [*self.text(YESNO_QUESTION), *self.after]
+            tree.append(node)
+        return tree
 
     def answer(self, text: str, parent: int) -> Node:
         """A scored answer: the text and the end of turn (without which "Toy Story" is a prefix of "Toy Story 2")."""
@@ -137,43 +140,38 @@ class Prompts:
         return Node(parent, ids, scored=range(len(ids)))
 
     def sft_tree(self, row: Row, task: str, about_target: bool = True) -> list[Node]:
-        """One training sample: the history, one question, its answer. task: `rank`, or `yesno` about the target or
-        about the row's rejected item."""
-        root = self.history(row.history)
+        """One training sample: a question and its answer. task: `rank`, or `yesno` about the target or about the row's
+        rejected item."""
         if task == "rank":
-            return [root, self.rank(row.candidates), self.answer(self.catalogue.titles[row.target], 1)]
+            return [*self.rank_question(row), self.answer(self.catalogue.titles[row.target], 0)]
         asked, answer = (row.target, YES) if about_target else (row.rejected, NO)
-        return [root, self.yesno(asked), self.answer(answer, 1)]
+        return [*self.yesno_questions(row, [asked]), self.answer(answer, 1)]
 
     def pair_tree(self, row: Row, kind: str) -> list[Node]:
-        """One preference pair: the history, one question, the chosen and the rejected answer. kind: `rank` (the
-        target's title over the rejected item's), `yes` (Yes over No about the target), `no` (No over Yes about the
-        rejected)."""
-        titles = self.catalogue.titles
-        question, chosen, rejected = {
-            "rank": (lambda: self.rank(row.candidates), titles[row.target], titles[row.rejected]),
-            "yes": (lambda: self.yesno(row.target), YES, NO),
-            "no": (lambda: self.yesno(row.rejected), NO, YES),
-        }[kind]
-        return [self.history(row.history), question(), self.answer(chosen, 1), self.answer(rejected, 1)]
+        """One preference pair: a question, the chosen and the rejected answer. kind: `rank` (the target's title over
+        the rejected item's), `yes` (Yes over No about the target), `no` (No over Yes about the rejected item)."""
+        if kind == "rank":
+            chosen, rejected = (self.catalogue.titles[item] for item in (row.target, row.rejected))
+            return [*self.rank_question(row), self.answer(chosen, 0), self.answer(rejected, 0)]
+        asked, chosen, rejected = (row.target, YES, NO) if kind == "yes" else (row.rejected, NO, YES)
+        return [*self.yesno_questions(row, [asked]), self.answer(chosen, 1), self.answer(rejected, 1)]
 
-    def evaluation_tree(self, row: Row, tasks: Sequence[str]) -> list[Node]:
-        """All answers of a row behind its history: with `rank` each candidate's title, then with `yesno` Yes and No for
-        each candidate, in the order of row.candidates."""
-        tree = [self.history(row.history)]
-        if "rank" in tasks:
-            tree.append(self.rank(row.candidates))
-            tree += [self.answer(self.catalogue.titles[candidate], 1) for candidate in row.candidates]
-        for candidate in row.candidates if "yesno" in tasks else ():
-            question = len(tree)
-            tree += [self.yesno(candidate), self.answer(YES, question), self.answer(NO, question)]
-        return tree
+    def evaluation_tree(self, row: Row, task: str) -> list[Node]:
+        """Every answer to score, in the order of row.candidates: with `rank` each one's title, with `yesno` Yes and No
+        about each."""
+        if task == "rank":
+            titles = [self.catalogue.titles[candidate] for candidate in row.candidates]
+            return [*self.rank_question(row), *(self.answer(title, 0) for title in titles)]
+        tree = self.yesno_questions(row, row.candidates)
+        questions = range(1, len(tree))
+        return tree + [self.answer(text, question) for question in questions for text in (YES, NO)]
 
     def fitting(self, build: Callable[[Row], list[Node]], row: Row, max_length: int) -> list[Node]:
         """build(row), its oldest history items dropped until no path is longer than max_length tokens."""
         for first in range(len(row.history)):
             tree = build(replace(row, history=row.history[first:]))
             if tree_length(tree) <= max_length:
+                self.shortened += first > 0
                 return tree
         raise PromptError(f"user {row.user}: {tree_length(tree)} tokens with one history item; raise --max-length")
 

@@ -174,27 +174,26 @@ def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], sou
     """Fill the options that were not given (None) from the run before, and print which."""
     taken = {}
     for name in names:
-        if getattr(options, name) is None and name in config["options"]:
+        if getattr(options, name, None) is None and name in config["options"]:
             taken[name] = config["options"][name]
             setattr(options, name, taken[name])
     if taken and int(os.environ.get("RANK", 0)) == 0:
         print(f"from {source}: " + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in taken.items()))
 
 
-class MetricsLog:
-    """A line per logged step in metrics.jsonl, the bar's postfix, and the trackers named by --report-to; main process
-    only."""
+class Log:
+    """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end."""
 
-    def __init__(self, path: Path, accelerator, config: dict, report_to: str | None):
-        self.accelerator = accelerator
-        self.file = open(path, "a", encoding="utf-8") if accelerator.is_main_process else None
-        self.tracking = bool(report_to)
-        if report_to:
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config["options"].items()}
+    def __init__(self, out: Path, stage: str, accelerator, options: dict):
+        self.out, self.stage, self.accelerator = out, stage, accelerator
+        self.file = open(out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
+        self.tracker = options["report_to"]
+        if self.tracker:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
             try:
                 accelerator.init_trackers("hanorec", config=flat)
             except (ImportError, ValueError) as error:
-                raise UserError(f"--report-to {report_to} cannot start ({error}); is it installed?") from error
+                raise UserError(f"--report-to {self.tracker} cannot start ({error}); is it installed?") from error
 
     def write(self, step: int, values: dict) -> None:
         """values: numbers or scalar tensors."""
@@ -202,14 +201,45 @@ class MetricsLog:
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
-        if self.tracking:
+        if self.tracker:
             self.accelerator.log(values, step=step)
 
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.tracking:
-            self.accelerator.end_training()
+    def validation(self, step: int, epoch: float, values: dict) -> None:
+        self.write(step, {f"val_{name}": value for name, value in values.items()})
+        self.accelerator.print(f"\nepoch {epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
+
+    def check(self, step: int, loss, lr: float) -> None:
+        """UserError where the loss is no number any more."""
+        if not math.isfinite(float(loss)):
+            raise UserError(f"the loss is {float(loss)} at step {step}; lower --lr ({lr})")
+
+    def finish(self, best: dict, shortened: int) -> None:
+        """Declare the run whole. best: the step whose weights were kept and its validation metrics."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(self.out / "result.json", {"stage": self.stage, "best": best, "shortened_prompts": shortened})
+        self.accelerator.print(f"{self.out}: weights of step {best['step']}")
+        if shortened:
+            self.accelerator.print(f"{shortened} prompts lost their oldest history items to --max-length")
+
+
+@contextlib.contextmanager
+def started(options: argparse.Namespace, stage: str, data: str, accelerator) -> Iterator[Log]:
+    """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped."""
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    with locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            begin_run(options.out, stage, plain, data=data)
+        accelerator.wait_for_everyone()
+        log = Log(options.out, stage, accelerator, plain)
+        try:
+            yield log
+        finally:
+            if log.file:
+                log.file.close()
+        if log.tracker:
+            accelerator.end_training()
+    accelerator.wait_for_everyone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,6 +344,19 @@ def launched_processes() -> int:
     return 1
 
 
+def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[int, int]:
+    """(optimizer steps in all, in an epoch) for so many samples, printed as the arithmetic they come from."""
+    world = accelerator.num_processes
+    per_step = options.batch_size * options.grad_accum * world
+    per_epoch = max(samples // per_step, 1)
+    steps = min(options.epochs * per_epoch, options.max_steps or 10**9)
+    accelerator.print(
+        f"step = {options.batch_size} samples x {options.grad_accum} micro-batches x {world} processes = {per_step}; "
+        f"{steps} steps = {steps / per_epoch:.2f} epochs of {samples} samples"
+    )
+    return steps, per_epoch
+
+
 def micro_batches(
     rows: int, per_row: int, batch: int, accum: int, processes: int, rank: int, seed: int
 ) -> Iterator[list[list[int]]]:
@@ -337,12 +380,17 @@ def micro_batches(
 
 
 def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
-    """Cosine decay from the peak to 0 over `steps` optimizer steps; before it, another one over `before` steps whose
-    peak is `before_scale` times as high. It counts optimizer steps, so it is not passed through accelerator.prepare."""
+    """Cosine decay from the peak to 0 over `steps` optimizer steps, after a warm-up of `before` steps: a rise over 5%
+    of them to a peak `before_scale` times as high, and cosine decay over the rest. It counts optimizer steps, so it is not
+    passed through accelerator.prepare."""
     import torch
 
+    rise = before // 20
+
     def scale(step: int) -> float:
-        phase, length, peak = (step, before, before_scale) if step < before else (step - before, steps, 1.0)
-        return peak * 0.5 * (1 + math.cos(math.pi * min(phase / length, 1)))
+        if step < rise:
+            return before_scale * (step + 1) / rise
+        done, length = (step - rise, before - rise) if step < before else (step - before, steps)
+        return (before_scale if step < before else 1.0) * 0.5 * (1 + math.cos(math.pi * min(done / length, 1)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import runs
-from runs import UserError
 
 TINY_RECIPE = {"lr": 2e-3, "epochs": 4, "batch_size": 32, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
 TINY_RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
@@ -41,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     warmup.add_argument("--warmup-items", type=runs.positive_int, default=50, help="items to a sequence [50]")
     warmup.add_argument("--warmup-batch-size", type=runs.positive_int, default=4, help="sequences per process [4]")
     warmup.add_argument("--warmup-lr", type=runs.positive_float, default=3e-3, help="peak learning rate [3e-3]")
+    warmup.add_argument("--warmup-images", action="store_true", help="with their images, not titles alone")
     parser.add_argument("--dropout", type=runs.non_negative_float, help="of embeddings and layers, --tune full [0]")
     parser.add_argument("--weight-decay", type=runs.non_negative_float, default=0.01, help="AdamW's [0.01]")
     runs.add_training_options(parser, batch_size=2, grad_accum=8)
@@ -55,7 +55,7 @@ def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
     is task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
     size, phases = options.warmup_items, range(0, options.warmup_items, max(options.warmup_items // 4, 1))
     spans = [s[max(i, 0) : i + size] for s in sequences for phase in phases for i in range(-phase, len(s), size)]
-    warmup = [partial(prompts.language_tree, span) for span in spans if len(span) > 1]
+    warmup = [partial(prompts.language_tree, span, images=options.warmup_images) for span in spans if len(span) > 1]
     answers = []
     for number, row in enumerate(rows):
         for task in options.tasks:
@@ -96,6 +96,28 @@ def save_weights(model, data, options) -> None:
             mllm.load_image_processor(data.source, data.encoding["max_pixels"]).save_pretrained(beside)
 
 
+def take_step(model, micro: list[dict], parameters, optimizer, schedule, accelerator):
+    """One optimizer step over this process's micro-batches. Returns the loss (nats per answer token, over all
+    micro-batches and processes) and the gradient's norm before clipping at 1."""
+    import torch
+
+    tokens = torch.tensor(float(sum(int(batch["answers"].sum()) for batch in micro)), device=accelerator.device)
+    tokens = accelerator.reduce(tokens)
+    loss = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(micro, 1):
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        with accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext():
+            with accelerator.autocast():
+                nll = -model(batch).sum() / tokens
+            accelerator.backward(nll * accelerator.num_processes)  # gradients are averaged over processes
+        loss += nll.detach()
+    norm = accelerator.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(loss), norm
+
+
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -112,22 +134,24 @@ def main(argv: list[str] | None = None) -> None:
     mixed = options.tune == "full" and torch.cuda.is_available() and options.dtype != "float32"
     accelerator = runs.start_accelerator("bf16" if mixed else "no", options.report_to, options.out)
     say = accelerator.print
-    world, rank = accelerator.num_processes, accelerator.process_index
 
     # Data
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
     prompts = data.prompts(options.candidate_images)
     warmup, answers = training_samples(prompts, rows, data.sequences(), options)
-    shape = {"batch": options.batch_size, "accum": options.grad_accum, "processes": world, "rank": rank}
-    shape["seed"] = options.seed
-    warmup_shape = shape | {"batch": options.warmup_batch_size, "accum": 1}
-    per_step = options.batch_size * options.grad_accum * world
-    steps_per_epoch = max(len(answers) // per_step, 1)
-    steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**9)
-    total = options.warmup_steps + steps
     say(f"{data.folder}: {len(rows)} training rows x {len(options.tasks)} tasks = {len(answers)} samples")
-    say(f"step = {options.batch_size} samples x {options.grad_accum} micro-batches x {world} processes = {per_step}")
-    say(f"{options.warmup_steps} warm-up steps, then {steps} steps ({steps / steps_per_epoch:.2f} epochs)")
+    steps, steps_per_epoch = runs.plan_steps(len(answers), options, accelerator)
+    total = options.warmup_steps + steps
+    say(f"{options.warmup_steps} warm-up steps of {options.warmup_batch_size} sequences per process come first")
+    shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
+    batches = itertools.chain(
+        itertools.islice(
+            runs.micro_batches(len(warmup), 1, options.warmup_batch_size, 1, **shape), options.warmup_steps
+        ),
+        itertools.islice(
+            runs.micro_batches(len(rows), len(options.tasks), options.batch_size, options.grad_accum, **shape), steps
+        ),
+    )
 
     # Model
     torch.manual_seed(options.seed)  # dropout
@@ -138,64 +162,31 @@ def main(argv: list[str] | None = None) -> None:
     schedule = runs.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
 
-    with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process:
-            kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-            config = runs.begin_run(options.out, "sft", kept, data=data.hash())
-        accelerator.wait_for_everyone()
-        config = runs.read_json(options.out / "config.json", "")
-        log = runs.MetricsLog(options.out / "metrics.jsonl", accelerator, config, options.report_to)
+    with runs.started(options, "sft", data.hash(), accelerator) as log:
         best, bar = {"select": -1.0}, tqdm(total=total, desc="sft", unit="step")
-        batches = itertools.chain(
-            itertools.islice(runs.micro_batches(len(warmup), 1, **warmup_shape), options.warmup_steps),
-            itertools.islice(runs.micro_batches(len(rows), len(options.tasks), **shape), steps),
-        )
         for step, numbers in enumerate(batches, 1):
-            started = time.perf_counter()
+            began = time.perf_counter()
             model.train()
             source = warmup if step <= options.warmup_steps else answers
             micro = [packed.collate([source[n]() for n in batch], data.catalogue) for batch in numbers]
-            tokens = sum(int(batch["answers"].sum()) for batch in micro)
-            tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device))
-            loss = torch.zeros((), device=accelerator.device)
-            for number, batch in enumerate(micro, 1):
-                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-                with accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext():
-                    with accelerator.autocast():
-                        nll = -model(batch).sum() / tokens
-                    accelerator.backward(nll * world)  # gradients are averaged over processes
-                loss += nll.detach()
-            norm = accelerator.clip_grad_norm_(parameters, 1.0)
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            loss, norm = take_step(model, micro, parameters, optimizer, schedule, accelerator)
 
             bar.update()
             if step % 10 == 0 or step in (1, total):
-                loss = accelerator.reduce(loss)
-                seconds = time.perf_counter() - started
-                values = {"loss": loss, "grad_norm": norm, "lr": rate, "samples_per_second": per_step / seconds}
+                log.check(step, loss, options.lr)
+                speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
+                values = {"loss": loss, "grad_norm": norm, "lr": schedule.get_last_lr()[0], "samples_per_second": speed}
                 log.write(step, values | {"warmup": step <= options.warmup_steps})
                 bar.set_postfix(loss=f"{float(loss):.3f}")
-                if not torch.isfinite(loss):
-                    raise UserError(f"the loss is {float(loss)} at step {step}; lower --lr ({options.lr})")
             done = step - options.warmup_steps
             if done > 0 and (done % steps_per_epoch == 0 or step == total):
-                found = evaluate.validate(
-                    packed, data, prompts, val_rows, vars(options), accelerator, 16 if tiny else 2
-                )
-                log.write(step, {f"val_{name}": value for name, value in found.items()})
-                say(f"\nepoch {done / steps_per_epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in found.items()))
+                found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
+                log.validation(step, done / steps_per_epoch, found)
                 if found["select"] > best["select"]:
                     best = {"step": step, **found}
                     if accelerator.is_main_process:
                         save_weights(packed.model, data, options)
-        log.close()
-        if accelerator.is_main_process:
-            runs.write_json(options.out / "result.json", {"stage": "sft", "best": best, "steps": total})
-        say(f"{options.out}: weights of step {best['step']}")
-    accelerator.wait_for_everyone()
+        log.finish(best, prompts.shortened)
 
 
 if __name__ == "__main__":

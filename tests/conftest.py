@@ -4,8 +4,68 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MOVIELENS = ROOT.parent / "shared" / "data" / "movielens-small"
+
+
+def movielens(folder, users=40, items=60, seed=0, layout="csv"):
+    """A small MovieLens in either layout, with ties in time, unordered rows, equal titles and some posters."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        for item in rng.permutation(items)[: rng.integers(4, 14)]:
+            rows.append(
+                (f"{user * 3 + 1}", f"{item + 100}", f"{rng.integers(1, 11) / 2}", f"{rng.integers(1000, 1008)}")
+            )
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    titles = {str(item + 100): f"Film {item // 2 if item < 8 else item}, The (1999)" for item in range(items)}
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "csv":
+        lines = ["userId,movieId,rating,timestamp", *(",".join(row) for row in rows)]
+        (folder / "ratings.csv").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+        lines = ["movieId,title,genres", *(f'{item},"{title}",Drama' for item, title in titles.items())]
+        (folder / "movies.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        (folder / "ratings.dat").write_text("".join("::".join(row) + "\n" for row in rows), encoding="latin-1")
+        lines = (f"{item}::{title.replace('Film', 'Café')}::Drama\n" for item, title in titles.items())
+        (folder / "movies.dat").write_bytes("".join(lines).encode("latin-1"))
+    return rows, titles
+
+
+def draw_posters(folder, items=range(100, 158), seed=0):
+    """Noise for posters, in three sizes; some items have none."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        size = ((60, 40), (40, 60), (56, 56))[item % 3]
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{item}.jpg")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A small prepared and encoded data folder, made by the real script from a small MovieLens."""
+    import prepare_data
+
+    folder = tmp_path_factory.mktemp("prepared")
+    movielens(folder / "raw", users=30)
+    draw_posters(folder / "raw" / "posters")
+    argv = ["--dataset", "movielens", "--source", folder / "raw", "--out", folder / "data", "--max-pixels", 3136]
+    prepare_data.main([str(word) for word in argv])
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def sft_run(prepared, tmp_path_factory):
+    """A few steps of the real sft.py on it, all weights of the tiny backbone."""
+    import sft
+
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    sft.main(["--data", str(prepared), "--out", str(out), *"--max-steps 6 --batch-size 8 --eval-limit 8".split()])
+    return out

@@ -113,7 +113,7 @@ def rows():
 
 def test_packed_equals_separate_forwards(backbone):
     packed, prompts, catalogue, *_ = backbone
-    trees = [prompts.evaluation_tree(row, ["rank", "yesno"]) for row in rows()]  # branches hold images of their own
+    trees = [prompts.evaluation_tree(row, task) for row in rows() for task in ("rank", "yesno")]
     trees += [prompts.pair_tree(row, kind) for row in rows() for kind in ("rank", "yes", "no")]
     with torch.no_grad():
         found = packed(packed.collate(trees, catalogue))

@@ -7,33 +7,9 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from conftest import MOVIELENS
+from conftest import MOVIELENS, movielens
 
 import prepare_data
-
-
-def movielens(folder, users=40, items=60, seed=0, layout="csv"):
-    """A small MovieLens in either layout, with ties in time, unordered rows, equal titles and some posters."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for user in range(users):
-        for item in rng.permutation(items)[: rng.integers(4, 14)]:
-            rows.append(
-                (f"{user * 3 + 1}", f"{item + 100}", f"{rng.integers(1, 11) / 2}", f"{rng.integers(1000, 1008)}")
-            )
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    titles = {str(item + 100): f"Film {item // 2 if item < 8 else item}, The (1999)" for item in range(items)}
-    folder.mkdir(parents=True, exist_ok=True)
-    if layout == "csv":
-        lines = ["userId,movieId,rating,timestamp", *(",".join(row) for row in rows)]
-        (folder / "ratings.csv").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
-        lines = ["movieId,title,genres", *(f'{item},"{title}",Drama' for item, title in titles.items())]
-        (folder / "movies.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        (folder / "ratings.dat").write_text("".join("::".join(row) + "\n" for row in rows), encoding="latin-1")
-        lines = (f"{item}::{title.replace('Film', 'Café')}::Drama\n" for item, title in titles.items())
-        (folder / "movies.dat").write_bytes("".join(lines).encode("latin-1"))
-    return rows, titles
 
 
 def prepare(monkeypatch, *argv):

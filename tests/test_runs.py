@@ -86,6 +86,9 @@ def test_cosine_by_hand():
     half = 0.5**0.5
     assert rates == pytest.approx([0.3, 0.15, 0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)])
     assert schedule.get_last_lr()[0] == pytest.approx(0)
+    schedule = runs.cosine(optimizer, steps=1, before=40, before_scale=1.0)  # a rise over two steps comes first
+    start = optimizer.param_groups[0]["initial_lr"]
+    assert schedule.get_last_lr()[0] == pytest.approx(start / 2)
 
 
 def test_readers_name_file_line_and_remedy(tmp_path):

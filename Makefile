@@ -1,0 +1,28 @@
+# make demo: the four commands with their defaults, ending in the results table. make test: style and tests.
+# Both make .venv and install into it what they need.
+
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(BIN)/python prepare_data.py --show 1
+	$(LAUNCH) sft.py
+	$(LAUNCH) dpo_hano.py --sigma 0.05
+	$(BIN)/python evaluate.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv data/demo runs/demo

@@ -1,0 +1,40 @@
+"""Launched with two processes: each has another batch, and both must end with the average of the two gradients."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import evaluate
+import mllm
+
+accelerator = Accelerator()
+assert accelerator.num_processes == 2, accelerator.num_processes
+data = evaluate.Data(Path(sys.argv[1]), None)
+prompts, rows = data.prompts(), data.rows("train", 8)
+batches = [[prompts.sft_tree(row, "rank") for row in rows[start : start + 4]] for start in (0, 4)]
+
+
+def fresh():
+    torch.manual_seed(0)
+    return mllm.PackedMLLM(mllm.add_lora(mllm.load_model(data.source), 4, 8, 0.0, seed=0))
+
+
+def gradients(model, scored):
+    scored.sum().backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+expected = []
+for batch in batches:
+    alone = fresh()
+    expected.append(gradients(alone, alone(alone.collate(batch, data.catalogue))))
+packed = fresh()
+model = accelerator.prepare(packed)
+found = gradients(packed, model(packed.collate(batches[accelerator.process_index], data.catalogue)))
+assert max(float((a - b).abs().max()) for a, b in zip(*expected, strict=True)) > 1e-3  # the two do differ
+for one, first, second in zip(found, *expected, strict=True):
+    torch.testing.assert_close(one, (first + second) / 2)
+(Path(sys.argv[2]) / str(accelerator.process_index)).touch()
+accelerator.end_training()
