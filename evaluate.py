@@ -22,9 +22,6 @@ from runs import UserError
 
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
 
 def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
     """HR@1,3,5, NDCG@3,5 and MRR of each row: their mean over every order of the candidates that tie with the target.
@@ -82,6 +79,12 @@ class Result:
     def interval(self, name: str) -> list[float]:
         return [float(v) for v in np.percentile(self.replicates[name], [2.5, 97.5])]
 
+    def minus(self, other: "Result") -> "Result":
+        """The paired difference: both drew the same rows in each replicate."""
+        shared = [name for name in self.values if name in other.values]
+        values = {name: self.values[name] - other.values[name] for name in shared}
+        return Result(values, {name: self.replicates[name] - other.replicates[name] for name in shared})
+
 
 def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: int = 1000) -> Result:
     """All metrics, with bootstrap replicates that resample rows. The same seed draws the same rows for every system, so
@@ -97,10 +100,6 @@ def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: in
     for name, value in per_row.items():
         values[name], replicates[name] = float(value.mean()), weights @ value / rows
     return Result({n: values[n] for n in METRICS if n in values}, replicates)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Baselines on the same candidates
 
 
 def popularity_scores(data, rows) -> np.ndarray:
@@ -127,18 +126,6 @@ def cooccurrence_scores(data, rows) -> np.ndarray:
 
 def target_columns(rows) -> np.ndarray:
     return np.array([row.candidates.index(row.target) for row in rows])
-
-
-def baselines(data, rows) -> dict[str, np.ndarray]:
-    return {
-        "co-occurrence": cooccurrence_scores(data, rows),
-        "popularity": popularity_scores(data, rows),
-        "chance": np.zeros((len(rows), len(rows[0].candidates))),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and models
 
 
 class Data:
@@ -239,10 +226,6 @@ def validate(model, data: Data, prompts, rows, options: argparse.Namespace, acce
     return values | {"select": values["NDCG@3"] if scores is not None else values["AUC"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables, predictions, recommendations
-
-
 def table(results: dict[str, Result]) -> str:
     """Markdown: a row per system, each value over its 95% interval."""
     width = max(map(len, results))
@@ -299,9 +282,6 @@ def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> Non
         print(f"    {place:2}. {titles[item]} ({data.catalogue.ids[item]}), {scores[column]:.3f}{chosen}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="run folders [those of runs/demo]")
@@ -314,12 +294,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=runs.positive_int, default=0, help="rows at once [tiny: 16, else 2]")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
-    user = parser.add_argument_group("recommendations")
-    user.add_argument("--user", help="print this user's recommendations instead of metrics")
-    user.add_argument("--top-k", type=runs.positive_int, default=10, help="how many [10]")
-    user.add_argument(
-        "--from", dest="among", metavar="ID,ID,...", help="choose among these items [the user's candidates]"
-    )
+    parser.add_argument("--user", help="print this user's recommendations instead of metrics")
+    parser.add_argument("--top-k", type=runs.positive_int, default=10, help="how many of them [10]")
+    parser.add_argument("--from", dest="among", metavar="ID,ID,...", help="among these items [the candidates]")
     return parser.parse_args(argv)
 
 
@@ -335,16 +312,6 @@ def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> lis
     if unknown or not ids:
         raise UserError(f"--from: {unknown[0] if unknown else 'no item'} is not in {data.folder / 'items.jsonl'}")
     return [replace(found[0], candidates=[data.catalogue.row_of[item] for item in dict.fromkeys(ids)])]
-
-
-def score_run(run: Path, config: dict, data: Data, rows, options: argparse.Namespace, accelerator):
-    """Load a run's model and score rows with it."""
-    import mllm
-
-    dtype = runs.pick_dtype(options.dtype, accelerator)
-    model = mllm.PackedMLLM(load_result(run, data).to(dtype)).to(accelerator.device)
-    prompts = data.prompts(config["options"]["candidate_images"])
-    return score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
 
 
 def chosen_runs(options: argparse.Namespace) -> tuple[dict[Path, dict], Path]:
@@ -373,6 +340,8 @@ def file_prefix(options: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     options = parse(argv)
     configs, folder = chosen_runs(options)
+    import mllm
+
     accelerator = runs.start_accelerator()
     results = {}
     for run, config in configs.items():
@@ -381,7 +350,10 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
             raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
         rows = data.rows(options.split, 0 if options.user else options.limit)
         rows = candidates_among(options, data, rows) if options.user else rows
-        scores, yes = score_run(run, config, data, rows, options, accelerator)
+        dtype = runs.pick_dtype(options.dtype, accelerator)
+        model = mllm.PackedMLLM(load_result(run, data).to(accelerator.device, dtype))
+        prompts = data.prompts(config["options"]["candidate_images"])
+        scores, yes = score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
         ranked = scores if scores is not None else yes
         if options.user:
             recommend(str(run), data, rows[0], ranked[0], options.top_k)
@@ -400,8 +372,10 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         results[str(path)] = measure(scores, yes if yes is not None else scores, target_columns(rows), options.seed)
     compared = results.get(str(options.compare))
     for name in [name for name, result in results.items() if compared and result is not compared]:
-        results[f"{name} minus {options.compare}"] = difference(results[name], compared)
-    for name, scores in baselines(data, rows).items():
+        results[f"{name} minus {options.compare}"] = results[name].minus(compared)
+    baselines = {"co-occurrence": cooccurrence_scores(data, rows), "popularity": popularity_scores(data, rows)}
+    baselines["chance"] = np.zeros((len(rows), len(rows[0].candidates)))
+    for name, scores in baselines.items():
         results[name] = measure(scores, scores, target_columns(rows), options.seed)
     made = data.manifest["options"]
     protocol = f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
@@ -414,13 +388,6 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         metrics = {"protocol": protocol, "values": values, "intervals": intervals}
         runs.write_json(run / f"{file_prefix(options)}metrics.json", metrics)
     return results
-
-
-def difference(result: Result, other: Result) -> Result:
-    """The paired difference: both drew the same rows in each bootstrap replicate."""
-    shared = [name for name in result.values if name in other.values]
-    values = {name: result.values[name] - other.values[name] for name in shared}
-    return Result(values, {name: result.replicates[name] - other.replicates[name] for name in shared})
 
 
 if __name__ == "__main__":

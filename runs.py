@@ -380,9 +380,9 @@ def micro_batches(
 
 
 def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
-    """Cosine decay from the peak to 0 over `steps` optimizer steps, after a warm-up of `before` steps: a rise over 5%
-    of them to a peak `before_scale` times as high, and cosine decay over the rest. It counts optimizer steps, so it is not
-    passed through accelerator.prepare."""
+    """Cosine decay from the peak to 0 over `steps` optimizer steps, after a warm-up of `before` steps: over 5% of them
+    a rise to a peak `before_scale` times as high, then cosine decay. It counts optimizer steps, so it is not passed
+    through accelerator.prepare."""
     import torch
 
     rise = before // 20

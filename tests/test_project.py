@@ -1,0 +1,109 @@
+"""The project's shape: who imports whom, how long files are, what the README and the docstrings promise."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Which local files each file at the top may import
+IMPORTS = {
+    "hanorec_loss": set(),
+    "mllm": set(),
+    "prompts": set(),
+    "runs": set(),
+    "demo": {"prompts"},
+    "prepare_data": {"mllm", "prompts", "runs", "demo"},
+    "evaluate": {"mllm", "prompts", "runs"},
+    "sft": {"mllm", "runs", "evaluate"},
+    "dpo_hano": {"mllm", "runs", "evaluate", "hanorec_loss"},
+}
+REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
+WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_import_tree():
+    files = {path.stem: path for path in ROOT.glob("*.py")}
+    assert set(files) == set(IMPORTS)
+    for name, path in files.items():
+        local = set(imported(path)) & set(files)
+        assert local <= IMPORTS[name], f"{path.name} imports {local - IMPORTS[name]}"
+    outside = {name for path in files.values() for name in imported(path)} - set(files) - set(sys.stdlib_module_names)
+    assert outside <= REQUIRED | WITH_TRANSFORMERS
+    assert set(imported(files["hanorec_loss"])) - set(sys.stdlib_module_names) == {"torch"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    names = {re.split(r"[<>=]", line)[0] for line in lines if line and not line.startswith("#")}
+    assert names == (REQUIRED - {"PIL"}) | {"pillow"}
+
+
+def test_sizes():
+    for path in ROOT.glob("*.py"):
+        limit = 250 if path.stem == "hanorec_loss" else 400
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
+
+
+def test_the_loss_carries_its_licence():
+    assert (ROOT / "hanorec_loss.py").read_text().startswith("# SPDX-License-Identifier: MIT\n")
+
+
+def commands():
+    """Every command of the README's code blocks and of the scripts' docstrings, as (script, words)."""
+    texts = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    texts += [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) or "" for name in IMPORTS]
+    texts += re.findall(r"`([^`\n]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            match = re.search(r"(?:python|accelerate launch.*?) (\w+)\.py\b(.*)", line)
+            if match and match[1] in IMPORTS:
+                yield match[1], shlex.split(match[2], comments=True)
+
+
+def test_every_command_in_the_documents_is_parsed_by_its_script():
+    found = list(commands())
+    assert len(found) > 20 and {script for script, _ in found} == {"prepare_data", "sft", "dpo_hano", "evaluate"}
+    for script, words in found:
+        importlib.import_module(script).parse(words)
+
+
+def test_every_option_named_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    scripts = [ROOT / f"{name}.py" for name in ("prepare_data", "sft", "dpo_hano", "evaluate", "runs")]
+    known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in scripts)))
+    launcher = {"--multi_gpu", "--num_processes", "--cpu"}
+    assert set(re.findall(r"--[a-z][\w-]*", text)) - known - launcher == set()
+
+
+def test_make_targets_in_the_readme_exist():
+    text, rules = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", text, re.M)):
+        assert re.search(rf"^{target}:", rules, re.M), target
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_example_of_the_loss_runs_beside_a_copy(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "hanorec_loss.py").write_text((ROOT / "hanorec_loss.py").read_text())
+    (tmp_path / "example.py").write_text(example + "\nassert losses.shape == (64,) and float(metrics['eta']) > 0\n")
+    subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("script", ["prepare_data", "sft", "dpo_hano", "evaluate"])
+def test_help_and_mistakes_answer_without_the_heavy_libraries(script):
+    code = f"import sys, {script}\ntry:\n    {script}.main(['--help'])\n"
+    code += "except SystemExit as stop:\n    assert stop.code == 0\n"
+    code += "assert not {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
