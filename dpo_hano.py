@@ -22,7 +22,7 @@ import numpy as np
 import runs
 from runs import UserError
 
-TINY_RECIPE = {"lr": 5e-4, "epochs": 1, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
+TINY_RECIPE = {"lr": 5e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 4, "grad_accum": 8, "eval_limit": 0}  # the paper
 INHERITED = ("data", "model", "tasks", "candidate_images", "blank_images", "max_length")
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")
@@ -105,16 +105,19 @@ class MovingResponsiveness:
         return mean.sigmoid() / self.average.sigmoid()
 
 
-def reference_logps(packed, data, pairs, key: str, folder: Path, accelerator, batch_size: int):
-    """[pairs, 2]: log-probabilities of the chosen and rejected answers with the adapter off, read from `folder` where a
-    file of that key exists, else computed over all processes and kept there."""
+def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Path, accelerator):
+    """[pairs, 2]: log-probabilities of the chosen and the rejected answer of the `wanted` pairs (NaN for the others),
+    the adapter off; read from `folder` where a file of that key exists, else computed by all processes and kept."""
     import torch
     from accelerate.utils import gather_object, tqdm
     from safetensors.torch import load_file, save_file
 
+    import mllm
+
     path = folder / f"{key[:16]}.safetensors"
     if not path.exists():
-        chunks = [range(i, min(i + batch_size, len(pairs))) for i in range(0, len(pairs), batch_size)]
+        size = 32 if data.backbone == mllm.TINY else 8
+        chunks = [wanted[i : i + size] for i in range(0, len(wanted), size)]
         mine, found = chunks[accelerator.process_index :: accelerator.num_processes], []
         packed.eval()
         for chunk in tqdm(mine, desc="reference", unit="batch"):
@@ -123,7 +126,9 @@ def reference_logps(packed, data, pairs, key: str, folder: Path, accelerator, ba
                 logps = packed({name: value.to(accelerator.device) for name, value in batch.items()})
             found += list(zip(chunk, logps.view(-1, 2).tolist(), strict=True))
         found = gather_object(found) if accelerator.num_processes > 1 else found
-        logps = torch.tensor([values for _, values in sorted(found)])
+        logps = torch.full((len(pairs), 2), torch.nan)
+        for number, values in found:
+            logps[number] = torch.tensor(values)
         if accelerator.is_main_process:
             with runs.replacing(path) as beside:
                 save_file({"logps": logps}, beside, metadata={"key": key})
@@ -131,14 +136,23 @@ def reference_logps(packed, data, pairs, key: str, folder: Path, accelerator, ba
     return load_file(path)["logps"]
 
 
-def check_start(packed, batch, reference, beta: float) -> None:
+def planned_pairs(rows: int, kinds: int, steps: int, steps_per_epoch: int, options, accelerator) -> list[int]:
+    """The pairs that the run will use: all of them, or those of its few steps."""
+    if steps >= steps_per_epoch:
+        return list(range(rows * kinds))
+    per_step = options.batch_size * options.grad_accum * accelerator.num_processes
+    batches = runs.micro_batches(rows, kinds, per_step, 1, 1, 0, options.seed)
+    return sorted({number for step in itertools.islice(batches, steps) for number in step[0]})
+
+
+def check_start(packed, batch, reference) -> None:
     """UserError unless the reward gap, without noise and dropout, is 0 before the first step."""
     import torch
 
     packed.eval()
     with torch.inference_mode():
         gain = packed(batch).view(-1, 2) - reference
-    worst = float((beta * (gain[:, 0] - gain[:, 1])).abs().max())
+    worst = float((0.1 * (gain[:, 0] - gain[:, 1])).abs().max())  # at the paper's beta, whatever --beta is
     dtype = next(packed.core.parameters()).dtype
     if not worst <= (1e-4 if dtype == torch.float32 else 5e-2):
         raise UserError(
@@ -159,7 +173,7 @@ def export(options, data, adapter: Path) -> None:
     for name in ("base", "merged"):
         model = evaluate.load_result(options.sft, data)
         if name == "merged":
-            model = mllm.merge_adapter(model, adapter)
+            model = mllm.load_adapter(model, adapter)
         with runs.replacing(options.export / name) as beside:
             model.save_pretrained(beside)
             mllm.load_tokenizer(data.source).save_pretrained(beside)
@@ -193,9 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     say = accelerator.print
 
     # Model: SFT merged in float32, then a fresh LoRA
-    torch.manual_seed(options.seed)
     dtype = runs.pick_dtype(options.dtype, accelerator)
-    base = evaluate.load_result(options.sft, data).to(dtype)
+    base, sft_weights = evaluate.load_result(options.sft, data).to(dtype), runs.weights_hash(options.sft)
     prompts = data.prompts(options.candidate_images)
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
     hardness = pair_hardness(options, data, base, prompts.tokenizer, rows)
@@ -220,15 +233,18 @@ def main(argv: list[str] | None = None) -> None:
     steps, steps_per_epoch = runs.plan_steps(len(pairs), options, accelerator)
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
     batches = runs.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
-    key = runs.value_hash([sft, data.hash(), kinds, options.max_length, str(dtype)])
-    reference = reference_logps(packed, data, pairs, key, options.sft / "reference", accelerator, 32 if tiny else 8)
+    wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
+    texts = [prompts.texts, prompts.tokenizer.chat_template]
+    key = runs.value_hash([sft_weights, data.hash(), kinds, options.max_length, str(dtype), wanted, texts])
+    reference = reference_logps(packed, data, pairs, wanted, key, options.sft / "reference", accelerator)
 
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
     schedule = runs.cosine(optimizer, steps)
     eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
     model, optimizer = accelerator.prepare(packed, optimizer)
+    torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
 
-    with runs.started(options, "dpo_hano", data.hash(), accelerator) as log:
+    with runs.started(options, "dpo_hano", accelerator, data=data.hash(), sft_weights=sft_weights) as log:
         best, bar = {"select": -1.0}, tqdm(total=steps, desc="dpo_hano", unit="step")
         for step, numbers in enumerate(itertools.islice(batches, steps), 1):
             began = time.perf_counter()
@@ -239,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
                 anchor = reference[chosen].to(accelerator.device)  # [B, 2]
                 weight = hardness[[n // len(kinds) for n in chosen]].to(accelerator.device)
                 if step == number == 1:
-                    check_start(packed, batch, anchor, options.beta)
+                    check_start(packed, batch, anchor)
                 model.train()
                 draw = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
                 generator = torch.Generator().manual_seed(int(draw))  # the same on every process

@@ -20,6 +20,7 @@ import runs
 from prompts import Prompts, Row
 from runs import UserError
 
+DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
 
 
@@ -55,10 +56,8 @@ def pooled_auc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray | Non
     weights: [S, R], how often each row counts in each of S resamples. Returns [S], or [1] without weights.
     """
     weights = np.ones((1, len(scores))) if weights is None else weights
-    _, group = np.unique(scores, return_inverse=True)
-    group = group.reshape(scores.shape)
-    order = np.argsort(group, axis=None, kind="stable")
-    starts = np.flatnonzero(np.diff(group.ravel()[order], prepend=-1))
+    order = np.argsort(scores, axis=None, kind="stable")
+    starts = np.flatnonzero(np.diff(scores.ravel()[order], prepend=-np.inf))  # of each run of equal scores
     positive = (np.arange(scores.shape[1]) == target[:, None]).ravel()[order]
     row = order // scores.shape[1]
     result = []
@@ -95,8 +94,8 @@ def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: in
     values, replicates = {}, {}
     if yes_scores is not None:
         per_row["GAUC"] = group_auc(yes_scores, target)
-        values["AUC"] = float(pooled_auc(yes_scores, target)[0])
-        replicates["AUC"] = pooled_auc(yes_scores, target, weights)
+        values["AUC"], replicates["AUC"] = (pooled_auc(yes_scores, target, w) for w in (None, weights))
+        values["AUC"] = float(values["AUC"][0])
     for name, value in per_row.items():
         values[name], replicates[name] = float(value.mean()), weights @ value / rows
     return Result({n: values[n] for n in METRICS if n in values}, replicates)
@@ -131,19 +130,22 @@ def target_columns(rows) -> np.ndarray:
 class Data:
     """A data folder with one backbone's encoding."""
 
-    def __init__(self, folder: Path, model: str | None, blank_images: bool = False):
+    def __init__(self, folder: Path, model: str | None, blank_images: bool = False, encoded: bool = True):
         import mllm
 
-        self.folder, self.again = Path(folder), f"run prepare_data.py --out {folder}"
+        self.folder, self.again = Path(folder), "prepare it with prepare_data.py"
         self.manifest = runs.read_json(self.folder / "manifest.json", self.again)
         items = runs.read_jsonl(self.folder / "items.jsonl", ("item", "title", "image"), self.again)
+        if not encoded:
+            self.catalogue = mllm.Catalogue(items)
+            return
         paths = [path.parent for path in sorted(self.folder.glob("encoded/*/manifest.json"))]
         encodings = {m["backbone"]: (p, m) for p in paths for m in [runs.read_json(p / "manifest.json", self.again)]}
         names = ", ".join(encodings) or "no backbone"
         if model is None and len(encodings) > 1:
             raise UserError(f"{folder} is encoded for {names}; say which with --model")
         model = model or next(iter(encodings), mllm.TINY)
-        renew = f"{self.again} --encode-only --model {model}"
+        renew = f"run prepare_data.py --out {folder} --encode-only --model {model}"
         if model not in encodings:
             raise UserError(f"{folder} is encoded for {names}, not for {model}; {renew}")
         path, encoding = encodings[model]
@@ -176,17 +178,22 @@ class Data:
         return runs.value_hash([self.manifest, self.encoding])
 
 
-def load_result(run: Path, data: Data):
-    """The model that a finished run ended with, in float32 and without adapters: the SFT result merged into the
-    backbone, and DPO's adapter merged into that."""
+def load_result(run: Path, data: Data, dtype=None):
+    """The model that a finished run ended with. Without a dtype all adapters are merged, in float32. With one, the last
+    stays an adapter, as in training: rounded into half-precision weights, most of what it learned would be lost."""
     import mllm
 
     config = runs.read_run(run)
     if config["stage"] == "dpo_hano":
-        return mllm.merge_adapter(load_result(Path(config["options"]["sft"]), data), run / "adapter")
-    if config["options"]["tune"] == "full":
-        return mllm.load_model(run / "model")
-    return mllm.merge_adapter(mllm.load_model(data.source), run / "adapter")
+        sft = Path(config["options"]["sft"])
+        if runs.weights_hash(sft) != config["sft_weights"]:
+            raise UserError(f"{run} was trained on other weights of {sft}; run dpo_hano.py again")
+        model = load_result(sft, data)
+    elif config["options"]["tune"] == "full":
+        return mllm.load_model(run / "model", dtype)
+    else:
+        model = mllm.load_model(data.source)
+    return mllm.load_adapter(model.to(dtype), run / "adapter", merge=dtype is None)
 
 
 def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, batch_size: int = 0):
@@ -243,23 +250,26 @@ def table(results: dict[str, Result]) -> str:
 def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | None]:
     """(scores, yes_scores or None) from a predictions.jsonl for these rows; candidates may stand in any order."""
     lines = runs.read_jsonl(path, ("user", "target", "candidates", "scores"), "see --scores in the README")
-    by_row = {(line["user"], line["target"]): line for line in lines}
-    ids, scores, yes = data.catalogue.ids, [], []
+    by_row = {(str(line["user"]), str(line["target"])): line for line in lines}
+    ids, found = data.catalogue.ids, {"scores": [], "yes_scores": []}
     for row in rows:
         line = by_row.get((row.user, ids[row.target]))
         if line is None:
             raise UserError(f"{path} has no row for user {row.user} with target {ids[row.target]}")
-        for key, found in (("scores", scores), ("yes_scores", yes)):
-            values = line.get(key)
-            if values is None and key == "yes_scores":
-                continue
-            if not isinstance(values, list) or len(values) != len(line["candidates"]) or not np.isfinite(values).all():
+        candidates = [str(c) for c in line["candidates"]] if isinstance(line["candidates"], list) else []
+        if sorted(candidates) != sorted(ids[c] for c in row.candidates):
+            raise UserError(f"{path}, user {row.user}: not the candidates of {data.folder}")
+        for key in [key for key in found if line.get(key) is not None]:
+            values = line[key] if isinstance(line[key], list) else []
+            good = all(isinstance(value, (int, float)) and np.isfinite(value) for value in values)
+            if not good or len(values) != len(candidates):
                 raise UserError(f"{path}, user {row.user}: {key} must hold one finite number for each candidate")
-            of = dict(zip(line["candidates"], values, strict=True))
-            if set(of) != {ids[c] for c in row.candidates}:
-                raise UserError(f"{path}, user {row.user}: not the candidates of {data.folder}")
-            found.append([of[ids[c]] for c in row.candidates])
-    return np.array(scores, dtype=float), np.array(yes, dtype=float) if len(yes) == len(rows) else None
+            found[key].append([values[candidates.index(ids[c])] for c in row.candidates])
+    for key, values in found.items():
+        if len(values) not in ((0, len(rows)) if key == "yes_scores" else (len(rows),)):
+            raise UserError(f"{path}: {len(values)} of {len(rows)} rows have {key}; give them for all")
+    yes = np.array(found["yes_scores"], dtype=float) if found["yes_scores"] else None
+    return np.array(found["scores"], dtype=float), yes
 
 
 def write_predictions(path: Path, data: Data, rows, scores, yes) -> None:
@@ -274,8 +284,8 @@ def write_predictions(path: Path, data: Data, rows, scores, yes) -> None:
 def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> None:
     """Print a user's history and the best candidates by name."""
     titles = data.catalogue.titles
-    print(f"\n{name}: user {row.user}\n  history, oldest first:")
-    print("\n".join(f"    {titles[item]}" for item in row.history) + f"\n  top {min(top_k, len(scores))}:")
+    print(f"\n{name}: user {row.user}\n  history, oldest first:", *(titles[item] for item in row.history), sep="\n    ")
+    print(f"  top {min(top_k, len(scores))}:")
     for place, column in enumerate(np.argsort(-scores, kind="stable")[:top_k], 1):
         item = row.candidates[column]
         chosen = "  <- chosen" if item == row.target else ""
@@ -293,11 +303,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scores", type=Path, nargs="+", default=[], help="other systems' predictions.jsonl")
     parser.add_argument("--batch-size", type=runs.positive_int, default=0, help="rows at once [tiny: 16, else 2]")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    parser.add_argument("--seed", type=runs.non_negative_int, default=0, help="of the bootstrap [0]")
     parser.add_argument("--user", help="print this user's recommendations instead of metrics")
     parser.add_argument("--top-k", type=runs.positive_int, default=10, help="how many of them [10]")
     parser.add_argument("--from", dest="among", metavar="ID,ID,...", help="among these items [the candidates]")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.among and not options.user:
+        parser.error("--from needs --user")
+    if options.user and (options.scores or options.compare):
+        parser.error("--user goes with neither --scores nor --compare")
+    return options
 
 
 def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> list:
@@ -305,22 +320,18 @@ def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> lis
     found = [row for row in rows if row.user == options.user]
     if not found:
         raise UserError(f"user {options.user} has no row in {data.folder / options.split}.jsonl")
-    if not options.among:
-        return found
-    ids = [item.strip() for item in options.among.split(",") if item.strip()]
+    ids = [item.strip() for item in (options.among or "").split(",") if item.strip()]
     unknown = [item for item in ids if item not in data.catalogue.row_of]
-    if unknown or not ids:
-        raise UserError(f"--from: {unknown[0] if unknown else 'no item'} is not in {data.folder / 'items.jsonl'}")
-    return [replace(found[0], candidates=[data.catalogue.row_of[item] for item in dict.fromkeys(ids)])]
+    if unknown:
+        raise UserError(f"--from: {unknown[0]} is not in {data.folder / 'items.jsonl'}")
+    return [replace(found[0], candidates=[data.catalogue.row_of[i] for i in dict.fromkeys(ids)])] if ids else found
 
 
 def chosen_runs(options: argparse.Namespace) -> tuple[dict[Path, dict], Path]:
     """The configs of the runs to evaluate, and the data folder that they share."""
-    names = list(options.run)
+    names = options.run or [run for run in DEMO_RUNS if run.exists() and not options.scores]
     if not names and not options.scores:
-        names = [run for run in (Path("runs/demo/sft"), Path("runs/demo/dpo_hano")) if run.exists()]
-        if not names:
-            raise UserError("no --run given and no runs/demo here; run sft.py first")
+        raise UserError("no --run given and no runs/demo here; run sft.py first")
     if options.compare and options.compare not in names:
         names.append(options.compare)
     configs = {run: runs.read_run(run) for run in names}
@@ -330,12 +341,6 @@ def chosen_runs(options: argparse.Namespace) -> tuple[dict[Path, dict], Path]:
     return configs, Path(folders.pop())
 
 
-def file_prefix(options: argparse.Namespace) -> str:
-    """What sets the files of a partial or changed evaluation apart from those of the test split."""
-    prefix = "" if options.split == "test" else f"{options.split}_"
-    return prefix + ("blank_" if options.blank_images else "") + (f"first{options.limit}_" if options.limit else "")
-
-
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     options = parse(argv)
@@ -343,7 +348,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     import mllm
 
     accelerator = runs.start_accelerator()
-    results = {}
+    results, split = {}, "" if options.split == "test" else f"{options.split}_"
+    prefix = split + "blank_" * options.blank_images + (f"first{options.limit}_" if options.limit else "")
     for run, config in configs.items():
         data = Data(folder, config["options"]["model"], options.blank_images or config["options"]["blank_images"])
         if config["data"] != data.hash():
@@ -351,7 +357,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         rows = data.rows(options.split, 0 if options.user else options.limit)
         rows = candidates_among(options, data, rows) if options.user else rows
         dtype = runs.pick_dtype(options.dtype, accelerator)
-        model = mllm.PackedMLLM(load_result(run, data).to(accelerator.device, dtype))
+        model = mllm.PackedMLLM(load_result(run, data, dtype).to(accelerator.device))
         prompts = data.prompts(config["options"]["candidate_images"])
         scores, yes = score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
         ranked = scores if scores is not None else yes
@@ -360,12 +366,12 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
             continue
         results[str(run)] = measure(ranked, yes, target_columns(rows), options.seed)
         if accelerator.is_main_process:
-            write_predictions(run / f"{file_prefix(options)}predictions.jsonl", data, rows, scores, yes)
+            write_predictions(run / f"{prefix}predictions.jsonl", data, rows, scores, yes)
     if options.user or not accelerator.is_main_process:
         return None
 
     if not configs:
-        data = Data(folder, None)
+        data = Data(folder, None, encoded=False)
         rows = data.rows(options.split, options.limit)
     for path in options.scores:
         scores, yes = read_scores(path, data, rows)
@@ -379,14 +385,13 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         results[name] = measure(scores, scores, target_columns(rows), options.seed)
     made = data.manifest["options"]
     protocol = f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
-    protocol += f"{made['negative_sampling']} negatives, seed {made['seed']}"
-    protocol += ", blank images" if options.blank_images else ""
+    protocol += f"{made['negative_sampling']} negatives, seed {made['seed']}" + ", blank images" * options.blank_images
     print(f"\n{protocol}; each value with its 95% bootstrap interval\n\n{table(results)}")
     for run in configs:
-        values = results[str(run)].values
-        intervals = {name: results[str(run)].interval(name) for name in values}
-        metrics = {"protocol": protocol, "values": values, "intervals": intervals}
-        runs.write_json(run / f"{file_prefix(options)}metrics.json", metrics)
+        values, interval = results[str(run)].values, results[str(run)].interval
+        intervals = {name: interval(name) for name in values}
+        found = {"protocol": protocol, "values": values, "intervals": intervals}
+        runs.write_json(run / f"{prefix}metrics.json", found)
     return results
 
 

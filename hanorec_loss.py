@@ -142,7 +142,7 @@ def hanorec_loss(
     losses = -F.logsigmoid(dynamic_beta * gap)  # (12)
 
     pull = dynamic_beta * (-dynamic_beta * gap.detach()).sigmoid()  # |d loss / d gap|
-    harder = hardness <= hardness.median()
+    harder = hardness.argsort(stable=True)[: max(1, len(hardness) // 2)]
     metrics = {
         "loss": losses.detach().mean(),
         "accuracy": (gap.detach() > 0).float().mean(),

@@ -34,12 +34,20 @@ class BackboneError(ValueError):
 # The model
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32):
-    """The pretrained image-text model `name` (a hub name or a folder) in `dtype`, everything frozen."""
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # whose packed forward is tested against their own
+
+
+def load_model(name: str | Path, dtype: torch.dtype | None = None):
+    """The pretrained image-text model `name` (a hub name or a folder) in `dtype` (float32), everything frozen."""
     from transformers import AutoModelForImageTextToText
 
+    family = load_config(name).model_type
+    if family not in FAMILIES:
+        raise BackboneError(f"backbone '{name}' is a {family}; packing is tested for {', '.join(FAMILIES)} alone")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype or torch.float32, attn_implementation="sdpa"
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"backbone '{name}' cannot be loaded as an image-text model: {reason}") from error
@@ -49,16 +57,25 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32):
 def load_config(name: str | Path):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"backbone '{name}' cannot be loaded: {reason}") from error
 
 
 def load_tokenizer(name: str | Path):
     from transformers import AutoTokenizer
+    from transformers.utils import cached_file
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise BackboneError(f"'{name}' has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+    if not tokenizer.chat_template:  # older repositories keep it with the processor alone
+        path = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        tokenizer.chat_template = json.loads(Path(path).read_text())["chat_template"] if path else None
+    return tokenizer
 
 
 def load_image_processor(name: str | Path, max_pixels: int):
@@ -96,11 +113,12 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
         return get_peft_model(model, config)
 
 
-def merge_adapter(model, folder: str | Path):
-    """`model` with the LoRA adapter of `folder` merged into its weights, in the dtype that the weights have."""
+def load_adapter(model, folder: str | Path, merge: bool = True):
+    """`model` with the LoRA adapter of `folder`, merged into its weights (in the dtype they have) or beside them."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().requires_grad_(False)
+    model = PeftModel.from_pretrained(model, str(folder)).requires_grad_(False).eval()
+    return model.merge_and_unload() if merge else model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,6 +175,8 @@ def open_image(path: Path):
 
     try:
         with Image.open(path) as image:
+            if max(image.size) > 150 * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} is too narrow")
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BackboneError(
@@ -258,6 +278,8 @@ class PackedMLLM(nn.Module):
         config = self.core.config
         if config.get_text_config()._attn_implementation != "sdpa":
             raise BackboneError("packing needs attn_implementation='sdpa': others read the tree's mask wrongly")
+        text = config.get_text_config()
+        self.window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
     def set_dropout(self, probability: float) -> None:
         """Dropout of the embeddings and of what each attention and MLP block adds, while training."""
@@ -317,25 +339,24 @@ class PackedMLLM(nn.Module):
                 answer = next(numbers) if node.scored else None
                 scored += [(row * length + (start + t - 1 if t else before), node.ids[t], answer) for t in node.scored]
                 counts += [(answer, len(node.scored))] if node.scored else []
-                images += [catalogue.image_tokens(item) for item in node.images]
+                tokens = [catalogue.image_tokens(item) for item in node.images]
+                if node.ids.count(self.core.config.image_token_id) != sum(map(len, tokens)):
+                    names = [catalogue.ids[item] for item in node.images]
+                    raise BackboneError(f"image placeholders and image tokens disagree in a prompt with items {names}")
+                images += tokens
+                if self.window and int(local.max()) >= self.window:
+                    raise BackboneError(
+                        f"a prompt is longer than the backbone's sliding window of {self.window} tokens"
+                    )
                 starts.append(start)
                 nexts.append(int(local.max()) + 1)
                 start = end
-        self._check_images(input_ids, images, merged, catalogue)
         predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
         batch = {"input_ids": input_ids, "node": node_of, "visible": visible, "position_ids": positions}
         batch |= {"predicted_from": predicted_from, "target": target, "answer": answer}
         batch["answers"] = torch.tensor([count for _, count in sorted(counts)])
         batch["image_tokens"] = torch.cat(images) if images else torch.zeros(0, 0)
         return batch
-
-    def _check_images(self, input_ids, images, merged, catalogue) -> None:
-        placeholders = int((input_ids == self.core.config.image_token_id).sum())
-        if placeholders != sum(map(len, images)):
-            rows = sorted({catalogue.ids[item] for tree, _ in merged for node in tree for item in node.images})
-            raise BackboneError(
-                f"{placeholders} image placeholders but {sum(map(len, images))} image tokens among items {rows[:10]}"
-            )
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities of the batch's answers, summed over their tokens: [A], float32. See `collate`."""

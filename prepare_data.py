@@ -40,10 +40,6 @@ class Raw:
     files: list[Path]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers
-
-
 def table_rows(path: Path, delimiter: str, encoding: str, header: bool) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of a delimited text file; `::` is MovieLens's own delimiter and knows no quotes."""
     try:
@@ -68,7 +64,7 @@ def read_movielens(source: Path, images: Path | None) -> Raw:
     ratings, movies = source / f"ratings{ending}", source / f"movies{ending}"
     user_codes: dict[str, int] = {}
     item_codes: dict[str, int] = {}
-    users, items, scores, times = array("q"), array("q"), array("f"), array("d")
+    users, items, scores, times = (array(code) for code in "qqfd")
     for number, row in table_rows(ratings, *layout):
         try:
             user, item, score, time = row
@@ -85,14 +81,12 @@ def read_movielens(source: Path, images: Path | None) -> Raw:
         if len(row) < 2:
             raise UserError(f"{movies}, line {number}: expected movie and title, got {row}")
         titles[row[0]] = row[1].strip()
+    if images and not images.is_dir():
+        raise UserError(f"--images {images} is not a folder")
     folder = images or source / "posters"
     found = {path.stem: path for path in folder.glob("*.jpg")} if folder.is_dir() else {}
     numbers = (np.array(column) for column in (users, items, times, scores))
     return Raw(*numbers, list(user_codes), list(item_codes), titles, found, [ratings, movies])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sequences, windows, negatives
 
 
 @dataclass
@@ -105,6 +99,7 @@ class Sequences:
     images: list[Path | None]
     items: np.ndarray  # [M]
     start: np.ndarray  # [U + 1]
+    touched: np.ndarray  # [P, 2], every (user, item) of the raw data, those below --min-rating too
     counts: dict[str, int]
 
 
@@ -114,6 +109,7 @@ def build_sequences(raw: Raw, min_rating: float, min_interactions: int) -> Seque
     counts = {"interactions_read": len(users)}
     keep = raw.ratings >= min_rating
     counts["below_min_rating"] = int((~keep).sum())
+    touched = users, items
     users, items, times = users[keep], items[keep], times[keep]
     order = np.lexsort((times, users))  # stable
     users, items, times = users[order], items[order], times[order]
@@ -123,8 +119,7 @@ def build_sequences(raw: Raw, min_rating: float, min_interactions: int) -> Seque
     users, items, times = users[first], items[first], times[first]
     long_enough = np.bincount(users, minlength=len(raw.user_ids)) >= min_interactions
     counts["users_too_short"] = int((~long_enough).sum())
-    keep = long_enough[users]
-    users, items, times = users[keep], items[keep], times[keep]
+    users, items, times = (column[long_enough[users]] for column in (users, items, times))
     if not len(users):
         raise UserError(f"no user has {min_interactions} interactions; lower --min-interactions or --min-rating")
     same = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
@@ -142,10 +137,18 @@ def build_sequences(raw: Raw, min_rating: float, min_interactions: int) -> Seque
     kept_users, user_number = np.unique(users, return_inverse=True)
     images = [raw.images.get(item) for item in ids]
     counts |= {"users": len(kept_users), "items": len(ids), "interactions": len(users)}
-    counts["items_without_image"] = sum(path is None for path in images)
+    counts["items_without_image"] = images.count(None)
     start = np.append(0, np.bincount(user_number).cumsum())
     titles = [raw.titles[item] for item in ids]
-    return Sequences([raw.user_ids[user] for user in kept_users], ids, titles, images, row_of[items], start, counts)
+    number_of = np.full(len(raw.user_ids), -1)
+    number_of[kept_users] = np.arange(len(kept_users))
+    in_catalogue = np.zeros(len(raw.item_ids), dtype=bool)
+    in_catalogue[known] = True
+    inside = (number_of[touched[0]] >= 0) & in_catalogue[touched[1]]
+    touched = np.stack([number_of[touched[0][inside]], row_of[touched[1][inside]]], axis=1)
+    return Sequences(
+        [raw.user_ids[user] for user in kept_users], ids, titles, images, row_of[items], start, touched, counts
+    )
 
 
 def split_windows(data: Sequences, split: str, max_windows: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -183,8 +186,7 @@ def draw_negatives(data: Sequences, users: np.ndarray, count: int, sampling: str
     _, title = np.unique(data.titles, return_inverse=True)  # [N], items with equal titles are one
     weight = np.bincount(data.items, minlength=len(title)) if sampling == "popularity" else np.ones(len(title))
     cumulative = weight.cumsum()
-    owner = np.repeat(np.arange(len(data.start) - 1), np.diff(data.start))
-    own = np.unique(owner * len(title) + title[data.items])  # sorted keys (user, title)
+    own = np.unique(data.touched[:, 0] * len(title) + title[data.touched[:, 1]])  # sorted keys (user, title)
     available = len(np.unique(title)) - np.bincount(own // len(title), minlength=len(data.start) - 1)[users].max()
     if available < count:
         raise UserError(f"--negatives {count}: a user has touched all but {available} titles; lower --negatives")
@@ -233,6 +235,7 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     for number, name in enumerate(("train", "val", "test")):  # each split has its own stream: see the README
         lines[name] = split_lines(data, targets[name], options, np.random.default_rng([options.seed, number]))
     (options.out / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(options.out / "encoded", ignore_errors=True)  # of the data that stood here
     images = [os.path.relpath(path, options.out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     runs.write_jsonl(options.out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))
@@ -256,10 +259,6 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-
-
 def encode(options: argparse.Namespace) -> None:
     """Fill encoded/<backbone>/ of the data folder; the tiny backbone is built first."""
     import torch
@@ -271,8 +270,9 @@ def encode(options: argparse.Namespace) -> None:
     titles = [item["title"] for item in items]
     name = options.model
     if name == mllm.TINY:
+        seed = runs.read_json(options.out / "manifest.json", "prepare the data first")["seed"]
         with runs.replacing(options.out / "tiny") as beside:
-            demo.build_tiny(beside, titles, options.seed)
+            demo.build_tiny(beside, titles, seed)
         name = options.out / "tiny"
     pixels = options.max_pixels or (mllm.TINY_MAX_PIXELS if options.model == mllm.TINY else mllm.MAX_PIXELS)
     gpu = torch.cuda.is_available()
@@ -293,6 +293,7 @@ def encode(options: argparse.Namespace) -> None:
         )
         manifest = {"backbone": options.model, "max_pixels": pixels, "dtype": str(model.dtype).removeprefix("torch.")}
         manifest["items"] = runs.file_hash(options.out / "items.jsonl")
+        manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors")
         runs.write_json(beside / "manifest.json", manifest)
     print(f"{folder}: {len(items)} items, {sum(path is not None for path in paths)} images")
 
@@ -314,8 +315,6 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
         fitting = int(pixels * 0.95 * free / needed)
         raise UserError(f"{folder} has {free:,} bytes free; --max-pixels {fitting} would fit")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 NOT_DATA = ("model", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
 
@@ -339,7 +338,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     protocol.add_argument(
         "--max-windows-per-user", type=runs.non_negative_int, default=10, help="training rows, the latest; 0: all [10]"
     )
-    protocol.add_argument("--seed", type=int, default=42, help="of negatives, splits, the demo, the tiny backbone [42]")
+    protocol.add_argument(
+        "--seed", type=runs.non_negative_int, default=42, help="of negatives, splits, the demo, the tiny backbone [42]"
+    )
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument(
         "--model", default="tiny", help="hub name or folder of an image-text model; tiny: untrained [tiny]"
@@ -353,6 +354,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.out = options.out or Path("data") / options.dataset
     if options.dataset != "demo" and not options.source and not options.encode_only:
         parser.error(f"--dataset {options.dataset} needs --source DIR")
+    if options.dataset == "demo" and options.source:
+        parser.error("--source needs --dataset: what does it hold?")
     shortest = 3 if options.split == "leave-one-out" else 2
     if options.min_interactions < shortest:
         parser.error(f"--min-interactions must be at least {shortest} for --split {options.split}")
@@ -379,6 +382,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     with runs.locked(options.out):
         if not options.encode_only:
+            if (options.out / "manifest.json").exists():
+                stands = runs.read_json(options.out / "manifest.json", "choose another --out").get("source")
+                if stands != options.dataset:
+                    raise UserError(f"{options.out} holds the data of {stands}; choose another --out")
             readers = {"movielens": lambda: read_movielens(options.source, options.images)}
             readers["demo"] = lambda: Raw(*demo.make_demo(options.out, options.seed))
             raw = readers[options.dataset]()

@@ -59,13 +59,20 @@ class Prompts:
     """Token ids of the prompts for one backbone: its chat template cut around our texts, and texts that stay texts (a
     title that spells a control token does not become one)."""
 
+    texts = TEXTS
+
     def __init__(self, tokenizer, image_token: int, catalogue, candidate_images: bool = False):
         self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
         self.candidate_images = candidate_images
-        self.shortened = 0  # prompts that lost history items to --max-length
+        self.shortened: set[tuple[str, int]] = set()  # user, target: rows that lost history items to max_length
         mark = "\u2042"
         question = self._template([{"type": "text", "text": mark}])
+        if question.count(mark) != 1:
+            raise PromptError("the chat template does not place the user's text once")
         self.before, self.after = (self._control(part) for part in question.split(mark))
+        begin = tokenizer.encode("")[:1]  # a beginning-of-sequence token, where the tokenizer adds one by itself
+        if begin and begin == [tokenizer.bos_token_id] != self.before[:1]:
+            self.before = begin + self.before
         with_image = self._template([{"type": "image"}, {"type": "text", "text": mark}]).split(mark)[0]
         wrapper = self._control(with_image[len(question.split(mark)[0]) :])
         if wrapper.count(image_token) != 1:
@@ -102,14 +109,17 @@ class Prompts:
             node.images.append(row)
         return range(start, end)
 
-    def _history(self, node: Node, rows: Sequence[int], images: bool = True) -> list[range]:
+    def _history(self, node: Node, rows: Sequence[int]) -> list[range]:
         node.ids += self.text(HISTORY)
-        return [self.item(node, row, images) for row in rows]
+        return [self.item(node, row, image=True) for row in rows]
 
-    def language_tree(self, rows: Sequence[int], images: bool = True) -> list[Node]:
-        """A history in which each title after the first is predicted: plain language modelling."""
+    def language_tree(self, rows: Sequence[int], max_length: int) -> list[Node]:
+        """A history in which each title after the first is predicted: plain language modelling. It ends before the item
+        that would make it longer than max_length tokens."""
         root = Node(None, list(self.before))
-        spans = self._history(root, rows, images)
+        spans = self._history(root, rows)
+        if len(root.ids) > max_length and len(rows) > 2:
+            return self.language_tree(rows[:-1], max_length)
         root.scored = [offset for span in spans[1:] for offset in span]
         return [root]
 
@@ -171,7 +181,8 @@ class Prompts:
         for first in range(len(row.history)):
             tree = build(replace(row, history=row.history[first:]))
             if tree_length(tree) <= max_length:
-                self.shortened += first > 0
+                if first:
+                    self.shortened.add((row.user, row.target))
                 return tree
         raise PromptError(f"user {row.user}: {tree_length(tree)} tokens with one history item; raise --max-length")
 

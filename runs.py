@@ -41,10 +41,6 @@ def one_line_errors(main: Callable) -> Callable:
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: complete or absent
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder at; it takes the final name once the block has ended well."""
@@ -130,18 +126,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folders
+def weights_hash(run: Path) -> str:
+    """SHA-256 over the weight files that a run ended with."""
+    files = sorted([*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")])
+    return value_hash([file_hash(path) for path in files])
 
 
 def begin_run(out: Path, stage: str, options: dict, **facts) -> dict:
     """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder
     that holds something else. Returns the config."""
-    if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / "config.json").exists():
-        raise UserError(f"{out} holds files but is no run folder (no config.json); choose another --out")
-    for old in ("metrics.jsonl", "result.json", "metrics.json", "predictions.jsonl"):
-        (out / old).unlink(missing_ok=True)
-    for old in ("adapter", "model"):
+    if any(path.name != ".lock" for path in out.glob("*")):
+        config = out / "config.json"
+        before = read_json(config, "choose another --out") if config.exists() else None
+        if not isinstance(before, dict) or before.get("stage") != stage:
+            raise UserError(f"{out} holds files but is no run folder of {stage}.py; choose another --out")
+    for pattern in ("metrics.jsonl", "result.json", "*metrics.json", "*predictions.jsonl"):
+        for old in out.glob(pattern):
+            old.unlink()
+    for old in ("adapter", "model", "reference"):
         shutil.rmtree(out / old, ignore_errors=True)
     config = {"stage": stage, "options": options, **facts, "versions": library_versions()}
     write_json(out / "config.json", config)
@@ -190,10 +192,7 @@ class Log:
         self.tracker = options["report_to"]
         if self.tracker:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
-            try:
-                accelerator.init_trackers("hanorec", config=flat)
-            except (ImportError, ValueError) as error:
-                raise UserError(f"--report-to {self.tracker} cannot start ({error}); is it installed?") from error
+            accelerator.init_trackers("hanorec", config=flat)
 
     def write(self, step: int, values: dict) -> None:
         """values: numbers or scalar tensors."""
@@ -213,23 +212,27 @@ class Log:
         if not math.isfinite(float(loss)):
             raise UserError(f"the loss is {float(loss)} at step {step}; lower --lr ({lr})")
 
-    def finish(self, best: dict, shortened: int) -> None:
-        """Declare the run whole. best: the step whose weights were kept and its validation metrics."""
-        self.accelerator.wait_for_everyone()
+    def finish(self, best: dict, shortened: set) -> None:
+        """Declare the run whole. best: the step whose weights were kept and its validation metrics. shortened: the rows
+        whose prompts lost history items here."""
+        from accelerate.utils import gather_object
+
+        lost = len(set(gather_object(sorted(shortened)) if self.accelerator.num_processes > 1 else shortened))
         if self.accelerator.is_main_process:
-            write_json(self.out / "result.json", {"stage": self.stage, "best": best, "shortened_prompts": shortened})
+            result = {"stage": self.stage, "best": best, "shortened_rows": lost, "weights": weights_hash(self.out)}
+            write_json(self.out / "result.json", result)
         self.accelerator.print(f"{self.out}: weights of step {best['step']}")
-        if shortened:
-            self.accelerator.print(f"{shortened} prompts lost their oldest history items to --max-length")
+        if lost:
+            self.accelerator.print(f"{lost} rows lost their oldest history items to --max-length")
 
 
 @contextlib.contextmanager
-def started(options: argparse.Namespace, stage: str, data: str, accelerator) -> Iterator[Log]:
+def started(options: argparse.Namespace, stage: str, accelerator, **facts) -> Iterator[Log]:
     """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     with locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
-            begin_run(options.out, stage, plain, data=data)
+            begin_run(options.out, stage, plain, **facts)
         accelerator.wait_for_everyone()
         log = Log(options.out, stage, accelerator, plain)
         try:
@@ -242,36 +245,24 @@ def started(options: argparse.Namespace, stage: str, data: str, accelerator) -> 
     accelerator.wait_for_everyone()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = False) -> Callable:
+    """An argparse type: a number of this kind with low <= number < high (low < number if open_below)."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if open_below else low <= value) or not value < high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: from {low} {'excluded ' * open_below}to below {high}"
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = non_negative_float(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is not positive")
-    return value
+positive_int, non_negative_int = bounded(int, 1), bounded(int, 0)
+positive_float, non_negative_float = bounded(float, 0, open_below=True), bounded(float, 0)
+probability = bounded(float, 0, 1)
 
 
 def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_accum: int) -> None:
@@ -279,7 +270,7 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     lora = parser.add_argument_group("LoRA (the paper: rank 8, alpha 32, dropout 0.05)")
     lora.add_argument("--lora-rank", type=positive_int, help="rank of the LoRA matrices [8]")
     lora.add_argument("--lora-alpha", type=positive_int, help="LoRA's scale times its rank [32]")
-    lora.add_argument("--lora-dropout", type=non_negative_float, help="dropout before LoRA [0.05]")
+    lora.add_argument("--lora-dropout", type=probability, help="dropout before LoRA [0.05]")
     train = parser.add_argument_group("training")
     train.add_argument("--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [the paper: 1e-4]")
     train.add_argument("--epochs", type=positive_int, help="passes over the training rows [the paper: 5]")
@@ -293,7 +284,9 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     train.add_argument("--eval-limit", type=non_negative_int, help="validation rows used each epoch; 0: all")
     train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")
-    train.add_argument("--seed", type=int, default=42, help="of sample order, fresh weights, dropout and noise [42]")
+    train.add_argument(
+        "--seed", type=non_negative_int, default=42, help="of sample order, fresh weights, dropout and noise [42]"
+    )
 
 
 def set_defaults(options: argparse.Namespace, **defaults) -> None:
@@ -307,7 +300,10 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
     """An Accelerator with the processes the launcher was asked for; on a CPU alone, with all its threads."""
     import torch
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
+    if report_to and report_to not in [str(t.value) for t in get_available_trackers()]:
+        raise UserError(f"--report-to {report_to}: accelerate knows no such tracker, or its package is not installed")
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=out)
     asked = launched_processes()
     if asked > accelerator.num_processes:
@@ -316,7 +312,8 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
             f"processes are ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ..."
         )
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the launcher sets one thread where it is not told
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores)  # the launcher sets one thread where it is not told
     return accelerator
 
 
@@ -348,7 +345,9 @@ def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[
     """(optimizer steps in all, in an epoch) for so many samples, printed as the arithmetic they come from."""
     world = accelerator.num_processes
     per_step = options.batch_size * options.grad_accum * world
-    per_epoch = max(samples // per_step, 1)
+    if samples < per_step:
+        raise UserError(f"{samples} samples do not fill a step of {per_step}: lower --batch-size or --grad-accum")
+    per_epoch = samples // per_step
     steps = min(options.epochs * per_epoch, options.max_steps or 10**9)
     accelerator.print(
         f"step = {options.batch_size} samples x {options.grad_accum} micro-batches x {world} processes = {per_step}; "
@@ -363,7 +362,7 @@ def micro_batches(
     """Steps without end, each a list of this process's `accum` micro-batches, each a list of `batch` sample numbers.
 
     Sample r * per_row + t is task t of training row r. Every epoch is a new permutation of the rows, drawn from
-    (seed, epoch) alone; the samples of a row stay side by side, so that packing computes their history once. An
+    (seed, epoch) alone; the samples of a row stay side by side, so that packing can share what they share. An
     incomplete last step is dropped: each step has batch * accum * processes samples.
     """
     per_step, epoch = batch * accum * processes, 0

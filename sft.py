@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import runs
+from runs import UserError
 
-TINY_RECIPE = {"lr": 2e-3, "epochs": 4, "batch_size": 32, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
-TINY_RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
+TINY_RECIPE = {"lr": 1e-3, "epochs": 2, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
+TINY_RECIPE |= {"warmup_steps": 400, "dropout": 0.05}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 2, "grad_accum": 8, "max_length": 4096, "eval_limit": 0}  # the paper
 RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
 LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
@@ -36,12 +37,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     warmup = parser.add_argument_group(
         "warm-up: language modelling over the training histories, for an untrained backbone"
     )
-    warmup.add_argument("--warmup-steps", type=runs.non_negative_int, help="steps before the first answer [0]")
+    warmup.add_argument(
+        "--warmup-steps", type=runs.non_negative_int, help="steps before the first answer [0; tiny: 400]"
+    )
     warmup.add_argument("--warmup-items", type=runs.positive_int, default=50, help="items to a sequence [50]")
     warmup.add_argument("--warmup-batch-size", type=runs.positive_int, default=4, help="sequences per process [4]")
     warmup.add_argument("--warmup-lr", type=runs.positive_float, default=3e-3, help="peak learning rate [3e-3]")
-    warmup.add_argument("--warmup-images", action="store_true", help="with their images, not titles alone")
-    parser.add_argument("--dropout", type=runs.non_negative_float, help="of embeddings and layers, --tune full [0]")
+    parser.add_argument(
+        "--dropout", type=runs.probability, help="of embeddings and layers, --tune full [0; tiny: 0.05]"
+    )
     parser.add_argument("--weight-decay", type=runs.non_negative_float, default=0.01, help="AdamW's [0.01]")
     runs.add_training_options(parser, batch_size=2, grad_accum=8)
     options = parser.parse_args(argv)
@@ -55,7 +59,7 @@ def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
     is task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
     size, phases = options.warmup_items, range(0, options.warmup_items, max(options.warmup_items // 4, 1))
     spans = [s[max(i, 0) : i + size] for s in sequences for phase in phases for i in range(-phase, len(s), size)]
-    warmup = [partial(prompts.language_tree, span, images=options.warmup_images) for span in spans if len(span) > 1]
+    warmup = [partial(prompts.language_tree, span, options.max_length) for span in spans if len(span) > 1]
     answers = []
     for number, row in enumerate(rows):
         for task in options.tasks:
@@ -78,7 +82,8 @@ def trainable_model(options, data, dtype):
         model = mllm.load_model(data.source, dtype)
         model = mllm.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
     packed = mllm.PackedMLLM(model)
-    packed.set_dropout(options.dropout)
+    if options.tune == "full":
+        packed.set_dropout(options.dropout)
     if options.gradient_checkpointing:
         packed.enable_checkpointing()
     return packed
@@ -130,8 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     data = evaluate.Data(options.data, options.model, options.blank_images)
     tiny = data.backbone == mllm.TINY
     options.model, options.tune = data.backbone, options.tune or ("full" if tiny else "lora")
+    if options.dropout and options.tune == "lora":
+        raise UserError("--dropout is for --tune full; LoRA has --lora-dropout")
+    if options.tune == "lora":
+        runs.set_defaults(options, warmup_steps=0, dropout=0.0)
     runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE), **LORA)
-    mixed = options.tune == "full" and torch.cuda.is_available() and options.dtype != "float32"
+    gpu = torch.cuda.is_available() and options.dtype == "auto"
+    mixed = options.tune == "full" and (gpu or options.dtype == "bfloat16")
     accelerator = runs.start_accelerator("bf16" if mixed else "no", options.report_to, options.out)
     say = accelerator.print
 
@@ -142,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{data.folder}: {len(rows)} training rows x {len(options.tasks)} tasks = {len(answers)} samples")
     steps, steps_per_epoch = runs.plan_steps(len(answers), options, accelerator)
     total = options.warmup_steps + steps
+    if options.warmup_steps and len(warmup) < options.warmup_batch_size * accelerator.num_processes:
+        raise UserError(f"{len(warmup)} warm-up sequences do not fill a step: lower --warmup-batch-size")
     say(f"{options.warmup_steps} warm-up steps of {options.warmup_batch_size} sequences per process come first")
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
     batches = itertools.chain(
@@ -154,15 +166,15 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Model
-    torch.manual_seed(options.seed)  # dropout
     packed = trainable_model(options, data, runs.pick_dtype(options.dtype, accelerator))
+    torch.manual_seed(options.seed + accelerator.process_index)  # dropout
     parameters = [p for p in packed.parameters() if p.requires_grad]
     say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     schedule = runs.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
 
-    with runs.started(options, "sft", data.hash(), accelerator) as log:
+    with runs.started(options, "sft", accelerator, data=data.hash()) as log:
         best, bar = {"select": -1.0}, tqdm(total=total, desc="sft", unit="step")
         for step, numbers in enumerate(batches, 1):
             began = time.perf_counter()

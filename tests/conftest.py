@@ -67,5 +67,13 @@ def sft_run(prepared, tmp_path_factory):
     import sft
 
     out = tmp_path_factory.mktemp("runs") / "sft"
-    sft.main(["--data", str(prepared), "--out", str(out), *"--max-steps 6 --batch-size 8 --eval-limit 8".split()])
+    sft.main(
+        [
+            "--data",
+            str(prepared),
+            "--out",
+            str(out),
+            *"--max-steps 6 --batch-size 8 --eval-limit 8 --warmup-steps 0".split(),
+        ]
+    )
     return out

@@ -150,6 +150,11 @@ def test_old_layout_and_min_rating(tmp_path, monkeypatch):
     assert lines(out / "items.jsonl")[0]["title"].startswith("Café")  # latin-1
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     assert counts["interactions_read"] == len(rows)
+    rated = defaultdict(set)
+    for row in rows:
+        rated[row[0]].add(row[1])
+    for row in lines(out / "train.jsonl") + lines(out / "test.jsonl"):  # disliked items are no negatives either
+        assert not rated[row["user"]] & (set(row["candidates"]) - {row["target"]})
     assert counts["below_min_rating"] == sum(float(row[2]) < 2.5 for row in rows)
     assert counts["users_too_short"] == len({row[0] for row in rows}) - len(sequences)
 
