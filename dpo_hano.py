@@ -185,6 +185,55 @@ def export(options, data, adapter: Path) -> None:
         runs.write_json(beside / "adapter_config.json", config)
 
 
+def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule, eta, options, accelerator) -> dict:
+    """One optimizer step over this process's micro-batches (batch, reference [B, 2], hardness [B]). Returns the metrics
+    as means over micro-batches and processes. The noise is new in each micro-batch and the same on every process."""
+    import torch
+
+    from hanorec_loss import hanorec_loss, noisy_lora
+
+    model.train()
+    sums = {}
+    for number, (batch, reference, hardness) in enumerate(micro, 1):
+        draw = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(draw))
+        with (
+            accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext(),
+            noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
+        ):
+            logps = model(batch).view(-1, 2)
+            losses, metrics = hanorec_loss(
+                *logps.T, *reference.T, hardness, options.beta, eta, gather=accelerator.gather
+            )
+            accelerator.backward(losses.mean() / len(micro))
+        for name, value in (metrics | {"noise": noise.to(accelerator.device)}).items():
+            sums[name] = sums.get(name, 0) + value / len(micro)
+    norm = accelerator.clip_grad_norm_([p for p in packed.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(sums, "mean") | {"grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+
+
+def load_policy(options, data, rows, accelerator):
+    """(policy, hardness [rows], hash of the SFT weights): the SFT result merged in float32, then a fresh LoRA."""
+    import evaluate
+    import mllm
+
+    dtype = runs.pick_dtype(options.dtype, accelerator)
+    base = evaluate.load_result(options.sft, data).to(dtype)
+    hardness = pair_hardness(options, data, base, mllm.load_tokenizer(data.source), rows)
+    low, high = (float(hardness.quantile(q)) for q in (0.01, 0.99))
+    model = mllm.add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
+    packed = mllm.PackedMLLM(model).to(accelerator.device)
+    if options.gradient_checkpointing:
+        packed.enable_checkpointing()
+    trained = sum(p.numel() for p in packed.parameters() if p.requires_grad)
+    accelerator.print(f"{data.backbone}: {trained:,} trained weights, {dtype}")
+    accelerator.print(f"lambda ({options.hardness}): mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
+    return packed, hardness, runs.weights_hash(options.sft)
+
+
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -195,7 +244,6 @@ def main(argv: list[str] | None = None) -> None:
 
     import evaluate
     import mllm
-    from hanorec_loss import hanorec_loss, noisy_lora
 
     data = evaluate.Data(Path(options.data), options.model, options.blank_images)
     if data.hash() != sft["data"]:
@@ -204,41 +252,26 @@ def main(argv: list[str] | None = None) -> None:
     runs.inherit(options, sft, LORA, options.sft)
     runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE))
     accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
-    say = accelerator.print
-
-    # Model: SFT merged in float32, then a fresh LoRA
-    dtype = runs.pick_dtype(options.dtype, accelerator)
-    base, sft_weights = evaluate.load_result(options.sft, data).to(dtype), runs.weights_hash(options.sft)
     prompts = data.prompts(options.candidate_images)
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
-    hardness = pair_hardness(options, data, base, prompts.tokenizer, rows)
-    model = mllm.add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
-    packed = mllm.PackedMLLM(model)
-    if options.gradient_checkpointing:
-        packed.enable_checkpointing()
-    packed.to(accelerator.device)
-    parameters = [p for p in packed.parameters() if p.requires_grad]
-    low, high = hardness.quantile(torch.tensor([0.01, 0.99])).tolist()
-    say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights")
-    say(f"lambda ({options.hardness}): mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
+    packed, hardness, sft_weights = load_policy(options, data, rows, accelerator)
 
     # Pairs: pair r * kinds + k is kind k of row r
     kinds = [kind for task in options.tasks for kind in {"rank": ["rank"], "yesno": ["yes", "no"]}[task]]
-    pairs = [
-        partial(prompts.fitting, partial(prompts.pair_tree, kind=kind), row, options.max_length)
-        for row in rows
-        for kind in kinds
-    ]
-    say(f"{data.folder}: {len(rows)} training rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} samples")
+    builds = [partial(prompts.pair_tree, kind=kind) for kind in kinds]
+    pairs = [partial(prompts.fitting, build, row, options.max_length) for row in rows for build in builds]
+    accelerator.print(
+        f"{data.folder}: {len(rows)} rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} samples"
+    )
     steps, steps_per_epoch = runs.plan_steps(len(pairs), options, accelerator)
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
     batches = runs.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
     wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
-    texts = [prompts.texts, prompts.tokenizer.chat_template]
-    key = runs.value_hash([sft_weights, data.hash(), kinds, options.max_length, str(dtype), wanted, texts])
+    made_of = [sft_weights, data.hash(), kinds, options.max_length, str(next(packed.core.parameters()).dtype), wanted]
+    key = runs.value_hash([*made_of, prompts.texts, prompts.tokenizer.chat_template])
     reference = reference_logps(packed, data, pairs, wanted, key, options.sft / "reference", accelerator)
 
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
     schedule = runs.cosine(optimizer, steps)
     eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
     model, optimizer = accelerator.prepare(packed, optimizer)
@@ -248,38 +281,19 @@ def main(argv: list[str] | None = None) -> None:
         best, bar = {"select": -1.0}, tqdm(total=steps, desc="dpo_hano", unit="step")
         for step, numbers in enumerate(itertools.islice(batches, steps), 1):
             began = time.perf_counter()
-            sums = {}
-            for number, chosen in enumerate(numbers, 1):
+            micro = []
+            for chosen in numbers:
                 batch = packed.collate([pairs[n]() for n in chosen], data.catalogue)
                 batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-                anchor = reference[chosen].to(accelerator.device)  # [B, 2]
-                weight = hardness[[n // len(kinds) for n in chosen]].to(accelerator.device)
-                if step == number == 1:
-                    check_start(packed, batch, anchor)
-                model.train()
-                draw = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
-                generator = torch.Generator().manual_seed(int(draw))  # the same on every process
-                with (
-                    accelerator.no_sync(model) if number < len(numbers) else contextlib.nullcontext(),
-                    noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
-                ):
-                    logps = model(batch).view(-1, 2).T
-                    losses, metrics = hanorec_loss(
-                        *logps, *anchor.T, weight, options.beta, eta, gather=accelerator.gather
-                    )
-                    accelerator.backward(losses.mean() / len(numbers))
-                for name, value in (metrics | {"noise": noise.to(accelerator.device)}).items():
-                    sums[name] = sums.get(name, 0) + value / len(numbers)
-            norm = accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+                anchor, weight = reference[chosen], hardness[[n // len(kinds) for n in chosen]]
+                micro.append((batch, anchor.to(accelerator.device), weight.to(accelerator.device)))
+            if step == 1:
+                check_start(packed, *micro[0][:2])
+            metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)
 
-            metrics = accelerator.reduce(sums, "mean")
             log.check(step, metrics["loss"], options.lr)
             speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
-            metrics |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0], "pairs_per_second": speed}
-            log.write(step, metrics)
+            log.write(step, metrics | {"pairs_per_second": speed})
             bar.update()
             bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", accuracy=f"{float(metrics['accuracy']):.2f}")
             if step % steps_per_epoch == 0 or step == steps:
