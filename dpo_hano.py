@@ -22,7 +22,7 @@ import numpy as np
 import runs
 from runs import UserError
 
-TINY_RECIPE = {"lr": 5e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
+TINY_RECIPE = {"lr": 1e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 4, "grad_accum": 8, "eval_limit": 0}  # the paper
 INHERITED = ("data", "model", "tasks", "candidate_images", "blank_images", "max_length")
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")

@@ -80,7 +80,7 @@ def load_tokenizer(name: str | Path):
 
 def load_image_processor(name: str | Path, max_pixels: int):
     """The image processor of `name`, set so that it keeps every image within max_pixels pixels."""
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it at the top
 
     try:
         images = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision has no CPU build
