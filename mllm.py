@@ -40,7 +40,9 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # whose packed forward is t
 def load_model(name: str | Path, dtype: torch.dtype | None = None):
     """The pretrained image-text model `name` (a hub name or a folder) in `dtype` (float32), everything frozen."""
     from transformers import AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading and saving; the scripts' own bars stay
     family = load_config(name).model_type
     if family not in FAMILIES:
         raise BackboneError(f"backbone '{name}' is a {family}; packing is tested for {', '.join(FAMILIES)} alone")
@@ -291,7 +293,9 @@ class PackedMLLM(nn.Module):
     def enable_checkpointing(self, reentrant: bool = False) -> None:
         """Recompute activations in backward; training mode only."""
         self.checkpointing = True
-        self.core.model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model = self.core.model.language_model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
 
     @property
     def core(self):

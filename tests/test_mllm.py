@@ -136,3 +136,30 @@ def test_packed_gradients_equal_separate_forwards(backbone):
         packed.requires_grad_(False)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())), rtol=1e-4)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_noisy_gradients_of_the_packed_model_do_not_depend_on_checkpointing(backbone, relative):
+    import copy
+
+    from hanorec_loss import noisy_lora
+
+    packed, prompts, catalogue, *_ = backbone
+    batch = packed.collate([prompts.pair_tree(rows()[0], "rank")], catalogue)
+    found = {}
+    for mode in (None, False, True):
+        model = mllm.PackedMLLM(mllm.add_lora(copy.deepcopy(packed.core), 4, 8, 0.0, seed=0))
+        assert all(".language_model." in name for name, p in model.named_parameters() if p.requires_grad)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # zero in a fresh adapter: nothing would flow into A
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        if mode is not None:
+            model.enable_checkpointing(reentrant=mode)
+        model.train()
+        with noisy_lora(model, 0.3, relative, torch.Generator().manual_seed(1)):
+            (model(batch) * torch.tensor([1.0, -1.0])).sum().backward()
+        found[mode] = [p.grad for p in model.parameters() if p.requires_grad]
+        assert any(float(grad.abs().max()) > 0 for grad in found[mode])
+    for mode in (False, True):
+        for one, other in zip(found[mode], found[None], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
