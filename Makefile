@@ -9,6 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test clean
 
 demo: .venv/installed
+	$(BIN)/python prepare_data.py
 	$(BIN)/python prepare_data.py --show 1
 	$(LAUNCH) sft.py
 	$(LAUNCH) dpo_hano.py --sigma 0.05

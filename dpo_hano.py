@@ -29,7 +29,7 @@ LORA = ("lora_rank", "lora_alpha", "lora_dropout")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("--sft", type=Path, default=Path("runs/demo/sft"), help="finished SFT run [runs/demo/sft]")
     parser.add_argument("--out", type=Path, help="run folder to write [dpo_hano beside the SFT run]")
     parser.add_argument(
@@ -220,7 +220,7 @@ def load_policy(options, data, rows, accelerator):
     import evaluate
     import mllm
 
-    dtype = runs.pick_dtype(options.dtype, accelerator)
+    dtype = mllm.pick_dtype(options.dtype, accelerator)
     base = evaluate.load_result(options.sft, data).to(dtype)
     hardness = pair_hardness(options, data, base, mllm.load_tokenizer(data.source), rows)
     low, high = (float(hardness.quantile(q)) for q in (0.01, 0.99))
@@ -237,6 +237,7 @@ def load_policy(options, data, rows, accelerator):
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    runs.check_out(options.out, "dpo_hano")
     sft = runs.read_run(options.sft, ["sft"])
     runs.inherit(options, sft, INHERITED, options.sft)
     import torch

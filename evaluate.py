@@ -236,14 +236,14 @@ def validate(model, data: Data, prompts, rows, options: argparse.Namespace, acce
 def table(results: dict[str, Result]) -> str:
     """Markdown: a row per system, each value over its 95% interval."""
     width = max(map(len, results))
-    lines = [f"| {'':{width}} | " + " | ".join(f"{name:^15}" for name in METRICS) + " |"]
-    lines.append(f"|{'-' * (width + 2)}|" + ("-" * 17 + "|") * len(METRICS))
+    lines = [f"| {'':{width}} | " + " | ".join(f"{name:^19}" for name in METRICS) + " |"]
+    lines.append(f"|{'-' * (width + 2)}|" + ("-" * 21 + "|") * len(METRICS))
     for name, result in results.items():
         cells = dict.fromkeys(METRICS, "-")
         for metric, value in result.values.items():
             low, high = result.interval(metric)
-            cells[metric] = f"{value:.3f} {low:.3f}-{high:.3f}".replace("0.", ".")
-        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^15}" for cell in cells.values()) + " |")
+            cells[metric] = f"{value:.3f} [{low:.3f}, {high:.3f}]".replace("-0.000", "0.000").replace("0.", ".")
+        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^19}" for cell in cells.values()) + " |")
     return "\n".join(lines)
 
 
@@ -255,7 +255,9 @@ def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | 
     for row in rows:
         line = by_row.get((row.user, ids[row.target]))
         if line is None:
-            raise UserError(f"{path} has no row for user {row.user} with target {ids[row.target]}")
+            raise UserError(
+                f"{path} has no row for user {row.user} with target {ids[row.target]}; is it of {data.folder}?"
+            )
         candidates = [str(c) for c in line["candidates"]] if isinstance(line["candidates"], list) else []
         if sorted(candidates) != sorted(ids[c] for c in row.candidates):
             raise UserError(f"{path}, user {row.user}: not the candidates of {data.folder}")
@@ -265,11 +267,10 @@ def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | 
             if not good or len(values) != len(candidates):
                 raise UserError(f"{path}, user {row.user}: {key} must hold one finite number for each candidate")
             found[key].append([values[candidates.index(ids[c])] for c in row.candidates])
-    for key, values in found.items():
-        if len(values) not in ((0, len(rows)) if key == "yes_scores" else (len(rows),)):
-            raise UserError(f"{path}: {len(values)} of {len(rows)} rows have {key}; give them for all")
-    yes = np.array(found["yes_scores"], dtype=float) if found["yes_scores"] else None
-    return np.array(found["scores"], dtype=float), yes
+    yes = len(found["yes_scores"])
+    if len(found["scores"]) < len(rows) or yes not in (0, len(rows)):
+        raise UserError(f"{path}: some of the {len(rows)} rows have no scores, or no yes_scores; give them for all")
+    return np.array(found["scores"], dtype=float), np.array(found["yes_scores"], dtype=float) if yes else None
 
 
 def write_predictions(path: Path, data: Data, rows, scores, yes) -> None:
@@ -285,15 +286,15 @@ def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> Non
     """Print a user's history and the best candidates by name."""
     titles = data.catalogue.titles
     print(f"\n{name}: user {row.user}\n  history, oldest first:", *(titles[item] for item in row.history), sep="\n    ")
-    print(f"  top {min(top_k, len(scores))}:")
+    print(f"  top {min(top_k, len(scores))} of {len(scores)}, with log-likelihood:")
     for place, column in enumerate(np.argsort(-scores, kind="stable")[:top_k], 1):
         item = row.candidates[column]
-        chosen = "  <- chosen" if item == row.target else ""
+        chosen = "  <- came next" if item == row.target else ""
         print(f"    {place:2}. {titles[item]} ({data.catalogue.ids[item]}), {scores[column]:.3f}{chosen}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="run folders [those of runs/demo]")
     parser.add_argument("--data", type=Path, help="data folder, where no run names it (--scores)")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="[test]")
@@ -319,7 +320,9 @@ def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> lis
     """The row of --user, its candidates replaced by those of --from."""
     found = [row for row in rows if row.user == options.user]
     if not found:
-        raise UserError(f"user {options.user} has no row in {data.folder / options.split}.jsonl")
+        raise UserError(
+            f'user {options.user} has no row in {data.folder / options.split}.jsonl; its "user" fields are the ids'
+        )
     ids = [item.strip() for item in (options.among or "").split(",") if item.strip()]
     unknown = [item for item in ids if item not in data.catalogue.row_of]
     if unknown:
@@ -332,12 +335,12 @@ def chosen_runs(options: argparse.Namespace) -> tuple[dict[Path, dict], Path]:
     names = options.run or [run for run in DEMO_RUNS if run.exists() and not options.scores]
     if not names and not options.scores:
         raise UserError("no --run given and no runs/demo here; run sft.py first")
-    if options.compare and options.compare not in names:
-        names.append(options.compare)
-    configs = {run: runs.read_run(run) for run in names}
-    folders = {config["options"]["data"] for config in configs.values()} or {options.data}
-    if len(folders) != 1 or folders == {None}:
-        raise UserError("the runs must share one data folder; --scores without --run needs --data")
+    configs = {run: runs.read_run(run) for run in [*names, *([options.compare] if options.compare else [])]}
+    folders = {str(path) for path in (options.data, *(c["options"]["data"] for c in configs.values())) if path}
+    if not folders:
+        raise UserError("--scores without --run needs --data, the folder whose candidates were scored")
+    if len(folders) > 1:
+        raise UserError(f"one data folder at a time, not {' and '.join(sorted(folders))}; give runs of the same data")
     return configs, Path(folders.pop())
 
 
@@ -356,7 +359,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
             raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
         rows = data.rows(options.split, 0 if options.user else options.limit)
         rows = candidates_among(options, data, rows) if options.user else rows
-        dtype = runs.pick_dtype(options.dtype, accelerator)
+        dtype = mllm.pick_dtype(options.dtype, accelerator)
         model = mllm.PackedMLLM(load_result(run, data, dtype).to(accelerator.device))
         prompts = data.prompts(config["options"]["candidate_images"])
         scores, yes = score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
@@ -380,18 +383,16 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     for name in [name for name, result in results.items() if compared and result is not compared]:
         results[f"{name} minus {options.compare}"] = results[name].minus(compared)
     baselines = {"co-occurrence": cooccurrence_scores(data, rows), "popularity": popularity_scores(data, rows)}
-    baselines["chance"] = np.zeros((len(rows), len(rows[0].candidates)))
-    for name, scores in baselines.items():
+    for name, scores in (baselines | {"chance": np.zeros((len(rows), len(rows[0].candidates)))}).items():
         results[name] = measure(scores, scores, target_columns(rows), options.seed)
     made = data.manifest["options"]
     protocol = f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
     protocol += f"{made['negative_sampling']} negatives, seed {made['seed']}" + ", blank images" * options.blank_images
     print(f"\n{protocol}; each value with its 95% bootstrap interval\n\n{table(results)}")
     for run in configs:
-        values, interval = results[str(run)].values, results[str(run)].interval
-        intervals = {name: interval(name) for name in values}
-        found = {"protocol": protocol, "values": values, "intervals": intervals}
-        runs.write_json(run / f"{prefix}metrics.json", found)
+        result = results[str(run)]
+        found = {"values": result.values, "intervals": {name: result.interval(name) for name in result.values}}
+        runs.write_json(run / f"{prefix}metrics.json", {"protocol": protocol, **found})
     return results
 
 

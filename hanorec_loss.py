@@ -38,8 +38,8 @@ def fuse_item_vectors(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 def neighbor_profiles(item_vectors: torch.Tensor, k: int = 10, temperature: float = 1.0) -> torch.Tensor:
     """How closely an item's k nearest neighbours surround it: softmax of its k largest cosines, descending.
 
-    item_vectors: [N, d], need not be normalised. Returns [N, k], float32; an item is not its own neighbour. Computed
-    by blocks of rows, so memory grows with N, not with N squared.
+    item_vectors: [N, d], need not be normalised. temperature divides the cosines. Returns [N, k], float32; an item is
+    not its own neighbour. Computed by blocks of rows, so memory grows with N, not with N squared.
     """
     count = len(item_vectors)
     if not 1 <= k < count:
@@ -119,9 +119,10 @@ def hanorec_loss(
     """Equations (7), (8), (11), (12): DPO with a beta of its own for each pair.
 
     The log-probabilities and hardness (lambda of equation (6)): [B]. eta: None computes equation (8) from this batch, a
-    number is used as it is, a function is called with the reward gaps of all processes. gather: a function such as
-    `accelerator.gather` that joins a tensor over all processes, so that eta is the same on each. Returns losses [B]
-    (average them) and metrics: detached scalars of this process's pairs, except eta. Rewards are in nats times beta.
+    number is used as it is, a function is called with the (gathered) reward gaps. beta_floor: the least beta'. gather:
+    a function such as `accelerator.gather` that joins a tensor over all processes, so that eta is the same on each.
+    Returns losses [B] (average them) and metrics: detached scalars of this process's pairs, except eta. Rewards are in
+    nats times beta.
 
     A smaller beta does not by itself give a hard pair more gradient: beta' * sigmoid(-beta' * gap) falls with beta'
     until the gap exceeds 1.278 / beta' (12.8 nats at 0.1). `hard_gradient_share` is what the harder half really gets.
@@ -167,9 +168,9 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
     every process that seeds it alike. Yields ||noise|| / ||weights|| over all matrices, a scalar (0 for sigma 0).
 
     Keep it open until backward() has ended: with activation checkpointing the forward runs again there, and must see
-    the same noise. Weights come back bit for bit, also after an error; a backward() after that raises, because
-    autograd sees that the weights changed. Raises ValueError for a model without trainable LoRA weights, or whose LoRA
-    weights are sharded over processes.
+    the same noise. Leave it before optimizer.step(), which would be undone: RuntimeError. Weights come back bit for
+    bit, also after an error; a backward() after that raises, because autograd sees that the weights changed. Raises
+    ValueError for a model without trainable LoRA weights, or whose LoRA weights are sharded over processes.
     """
     matrix = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
     weights = [p for name, p in model.named_parameters() if p.requires_grad and matrix.search(name)]
@@ -193,7 +194,10 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
                 noise_square += noise.square().sum()
                 weight_square += weight.float().square().sum()
                 weight.add_(noise.to(weight.dtype))
+        versions = [weight._version for weight in weights]
         yield (noise_square / weight_square).sqrt()
+        if versions != [weight._version for weight in weights]:
+            raise RuntimeError("LoRA weights changed under the noise; call optimizer.step() after leaving noisy_lora")
     finally:
         with torch.no_grad():
             for weight, original in zip(weights, saved, strict=True):

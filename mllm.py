@@ -11,6 +11,7 @@ wraps, because calling parts of it by hand would train every process for itself.
 
 import json
 import struct
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving; the scripts' own bars stay
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
     family = load_config(name).model_type
     if family not in FAMILIES:
         raise BackboneError(f"backbone '{name}' is a {family}; packing is tested for {', '.join(FAMILIES)} alone")
@@ -54,6 +56,13 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None):
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"backbone '{name}' cannot be loaded as an image-text model: {reason}") from error
     return model.requires_grad_(False).eval()
+
+
+def pick_dtype(name: str, accelerator) -> torch.dtype:
+    """--dtype as a torch dtype; auto is bf16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if accelerator.device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def load_config(name: str | Path):

@@ -16,6 +16,7 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,7 @@ def read_movielens(source: Path, images: Path | None) -> Raw:
     old = (source / "ratings.dat").exists()
     ending, layout = (".dat", ("::", "latin-1", False)) if old else (".csv", (",", "utf-8-sig", True))
     ratings, movies = source / f"ratings{ending}", source / f"movies{ending}"
-    user_codes: dict[str, int] = {}
-    item_codes: dict[str, int] = {}
+    user_codes, item_codes = {}, {}  # by order of appearance
     users, items, scores, times = (array(code) for code in "qqfd")
     for number, row in table_rows(ratings, *layout):
         try:
@@ -85,8 +85,8 @@ def read_movielens(source: Path, images: Path | None) -> Raw:
         raise UserError(f"--images {images} is not a folder")
     folder = images or source / "posters"
     found = {path.stem: path for path in folder.glob("*.jpg")} if folder.is_dir() else {}
-    numbers = (np.array(column) for column in (users, items, times, scores))
-    return Raw(*numbers, list(user_codes), list(item_codes), titles, found, [ratings, movies])
+    columns, ids = map(np.array, (users, items, times, scores)), map(list, (user_codes, item_codes))
+    return Raw(*columns, *ids, titles, found, [ratings, movies])
 
 
 @dataclass
@@ -146,9 +146,8 @@ def build_sequences(raw: Raw, min_rating: float, min_interactions: int) -> Seque
     in_catalogue[known] = True
     inside = (number_of[touched[0]] >= 0) & in_catalogue[touched[1]]
     touched = np.stack([number_of[touched[0][inside]], row_of[touched[1][inside]]], axis=1)
-    return Sequences(
-        [raw.user_ids[user] for user in kept_users], ids, titles, images, row_of[items], start, touched, counts
-    )
+    names = [raw.user_ids[user] for user in kept_users]
+    return Sequences(names, ids, titles, images, row_of[items], start, touched, counts)
 
 
 def split_windows(data: Sequences, split: str, max_windows: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -232,7 +231,7 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     """Write a data folder's files; manifest.json comes last, so a folder without it is not whole."""
     targets, training = split_windows(data, options.split, options.max_windows_per_user, options.seed)
     lines = {}
-    for number, name in enumerate(("train", "val", "test")):  # each split has its own stream: see the README
+    for number, name in enumerate(("train", "val", "test")):  # a stream for each split
         lines[name] = split_lines(data, targets[name], options, np.random.default_rng([options.seed, number]))
     (options.out / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(options.out / "encoded", ignore_errors=True)  # of the data that stood here
@@ -250,13 +249,10 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     manifest["counts"] = data.counts | {f"{name}_rows": len(rows) for name, rows in lines.items()}
     manifest["ties"] = "interactions of a user with equal times keep their input order"
     manifest["inputs"] = {path.name: runs.file_hash(path) for path in inputs}
-    names = ("items", "train", "val", "test", "sequences")
-    manifest["files"] = {f"{name}.jsonl": runs.file_hash(options.out / f"{name}.jsonl") for name in names}
+    manifest["files"] = {f"{name}.jsonl": runs.file_hash(options.out / f"{name}.jsonl") for name in FILES}
     runs.write_json(options.out / "manifest.json", manifest)
-    print(
-        f"{options.out}: "
-        + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in manifest["counts"].items())
-    )
+    counted = (f"{value} {name.replace('_', ' ')}" for name, value in manifest["counts"].items())
+    print(f"{options.out}: {', '.join(counted)}")
 
 
 def encode(options: argparse.Namespace) -> None:
@@ -281,16 +277,13 @@ def encode(options: argparse.Namespace) -> None:
     paths = [options.out / item["image"] if item["image"] else None for item in items]
     gone = [path for path in paths if path and not path.exists()]
     if gone:
-        raise UserError(
-            f"{len(gone)} images named in items.jsonl are gone, the first is {gone[0]}; prepare the data again"
-        )
+        raise UserError(f"{len(gone)} images of items.jsonl are gone, the first is {gone[0]}; prepare the data again")
     folder = options.out / "encoded" / options.model.strip("/").replace("/", "--")
-    check_disk(model, processor, [path for path in paths if path], pixels, options.out)
+    if any(paths):
+        check_disk(model, processor, [path for path in paths if path], pixels, options.out)
     with runs.replacing(folder) as beside:
         beside.mkdir(parents=True)
-        mllm.encode_items(
-            model, tokenizer, processor, titles, paths, beside, lambda b: tqdm(b, desc="encode", unit="batch")
-        )
+        mllm.encode_items(model, tokenizer, processor, titles, paths, beside, partial(tqdm, desc="encode"))
         manifest = {"backbone": options.model, "max_pixels": pixels, "dtype": str(model.dtype).removeprefix("torch.")}
         manifest["items"] = runs.file_hash(options.out / "items.jsonl")
         manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors")
@@ -302,25 +295,24 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
     """Print the bytes that encoding will write, judged by 32 images; UserError where the disk cannot hold them."""
     import mllm
 
-    if not paths:
-        return
     sample = [mllm.open_image(path) for path in paths[:: max(1, len(paths) // 32)][:32]]
     tokens = sum(len(t) for t in mllm.encode_images(model, processor, sample)[0]) / len(sample)
     width = model.get_input_embeddings().weight.shape[1]
     needed = int(len(paths) * tokens * width * model.dtype.itemsize)
-    free = shutil.disk_usage(folder).free
     each = f"{tokens:.1f} tokens x {width} x {model.dtype.itemsize} bytes"
     print(f"encoding {len(paths)} images x {each} = about {needed:,} bytes")
-    if needed > 0.95 * free:
+    if needed > 0.95 * (free := shutil.disk_usage(folder).free):
         fitting = int(pixels * 0.95 * free / needed)
         raise UserError(f"{folder} has {free:,} bytes free; --max-pixels {fitting} would fit")
 
 
+FILES = ("items", "train", "val", "test", "sequences")
+OWN = {".lock", "images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
 NOT_DATA = ("model", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     source = parser.add_argument_group("source")
     source.add_argument("--dataset", choices=["demo", "movielens"], default="demo", help="what --source holds [demo]")
     source.add_argument("--source", type=Path, help="folder of the raw files (the demo has none)")
@@ -329,27 +321,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--history", type=runs.positive_int, default=5, help="items before the target, at most [5]")
     protocol.add_argument(
-        "--negatives", type=runs.positive_int, default=9, help="beside the target in the candidates [9]"
+        "--negatives", type=runs.positive_int, default=9, help="in the candidates, beside the target [9]"
     )
     protocol.add_argument("--negative-sampling", choices=["uniform", "popularity"], default="uniform", help="[uniform]")
     protocol.add_argument("--split", choices=["leave-one-out", "user"], default="leave-one-out", help="user: 8:1:1")
     protocol.add_argument("--min-rating", type=float, default=0.0, help="drop lower ratings [0: keep all]")
     protocol.add_argument("--min-interactions", type=runs.positive_int, default=6, help="drop users with fewer [6]")
-    protocol.add_argument(
-        "--max-windows-per-user", type=runs.non_negative_int, default=10, help="training rows, the latest; 0: all [10]"
-    )
-    protocol.add_argument(
-        "--seed", type=runs.non_negative_int, default=42, help="of negatives, splits, the demo, the tiny backbone [42]"
-    )
+    windows = "training rows of a user, the latest; 0: all [10]"
+    protocol.add_argument("--max-windows-per-user", type=runs.non_negative_int, default=10, help=windows)
+    protocol.add_argument("--seed", type=runs.non_negative_int, default=42, help="of all that is drawn here [42]")
     encoding = parser.add_argument_group("encoding")
-    encoding.add_argument(
-        "--model", default="tiny", help="hub name or folder of an image-text model; tiny: untrained [tiny]"
-    )
+    encoding.add_argument("--model", default="tiny", help="hub name or folder; tiny: untrained, made here [tiny]")
     encoding.add_argument("--max-pixels", type=runs.positive_int, help="pixels of an image [262144; tiny: 6272]")
     encoding.add_argument("--encode-only", action="store_true", help="the data folder stands; only encode it")
-    parser.add_argument(
-        "--show", type=runs.non_negative_int, default=0, metavar="N", help="print N rendered training rows"
-    )
+    shown = "print N rendered rows; a folder that stands is only shown"
+    parser.add_argument("--show", type=runs.non_negative_int, default=0, metavar="N", help=shown)
     options = parser.parse_args(argv)
     options.out = options.out or Path("data") / options.dataset
     if options.dataset != "demo" and not options.source and not options.encode_only:
@@ -377,15 +363,25 @@ def show(options: argparse.Namespace) -> None:
             print(f"\n--- user {line['user']}, {task}\n{rendered.show(tree)}")
 
 
+def check_out(out: Path, dataset: str) -> None:
+    """UserError where `out` holds another dataset, or something that is no data folder."""
+    manifest = out / "manifest.json"
+    stands = runs.read_json(manifest, "choose another --out").get("source") if manifest.exists() else dataset
+    foreign = not manifest.exists() and {path.name for path in out.iterdir()} - OWN
+    if stands != dataset or foreign:
+        raise UserError(f"{out} holds {'other files' if foreign else f'the data of {stands}'}; choose another --out")
+
+
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    if options.show and (options.out / "manifest.json").exists() and (options.out / "encoded").exists():
+        print(f"{options.out} stands; showing it, and preparing nothing")
+        show(options)
+        return
     with runs.locked(options.out):
         if not options.encode_only:
-            if (options.out / "manifest.json").exists():
-                stands = runs.read_json(options.out / "manifest.json", "choose another --out").get("source")
-                if stands != options.dataset:
-                    raise UserError(f"{options.out} holds the data of {stands}; choose another --out")
+            check_out(options.out, options.dataset)
             readers = {"movielens": lambda: read_movielens(options.source, options.images)}
             readers["demo"] = lambda: Raw(*demo.make_demo(options.out, options.seed))
             raw = readers[options.dataset]()

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -132,22 +133,29 @@ def weights_hash(run: Path) -> str:
     return value_hash([file_hash(path) for path in files])
 
 
-def begin_run(out: Path, stage: str, options: dict, **facts) -> dict:
-    """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder
-    that holds something else. Returns the config."""
+def check_out(out: Path, stage: str) -> None:
+    """UserError where `out` holds something else than an earlier run of this stage."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a folder; choose another --out")
     if any(path.name != ".lock" for path in out.glob("*")):
         config = out / "config.json"
         before = read_json(config, "choose another --out") if config.exists() else None
         if not isinstance(before, dict) or before.get("stage") != stage:
             raise UserError(f"{out} holds files but is no run folder of {stage}.py; choose another --out")
+
+
+def begin_run(out: Path, stage: str, options: dict, **facts) -> None:
+    """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder
+    that holds something else. Returns the config."""
+    check_out(out, stage)
     for pattern in ("metrics.jsonl", "result.json", "*metrics.json", "*predictions.jsonl"):
         for old in out.glob(pattern):
             old.unlink()
     for old in ("adapter", "model", "reference"):
         shutil.rmtree(out / old, ignore_errors=True)
-    config = {"stage": stage, "options": options, **facts, "versions": library_versions()}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    config = {"stage": stage, "options": options, **facts, "versions": versions}
     write_json(out / "config.json", config)
-    return config
 
 
 def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
@@ -157,19 +165,10 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     makers = " or ".join(f"{stage}.py" for stage in stages)
     config = read_json(run / "config.json", f"give a run folder, as {makers} writes it")
     if not isinstance(config, dict) or config.get("stage") not in stages:
-        raise UserError(f"{run} is no run of {makers}")
+        raise UserError(f"{run} is no run of {makers}; give a run folder that it wrote")
     if not (run / "result.json").exists():
         raise UserError(f"{run} is not finished (no result.json); run {config['stage']}.py --out {run} again")
     return config
-
-
-def library_versions() -> dict[str, str]:
-    import accelerate
-    import peft
-    import torch
-    import transformers
-
-    return {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
 
 
 def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], source: Path) -> None:
@@ -180,7 +179,13 @@ def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], sou
             taken[name] = config["options"][name]
             setattr(options, name, taken[name])
     if taken and int(os.environ.get("RANK", 0)) == 0:
-        print(f"from {source}: " + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in taken.items()))
+        print(
+            f"from {source}: "
+            + ", ".join(
+                f"{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+                for name, value in taken.items()
+            )
+        )
 
 
 class Log:
@@ -265,6 +270,12 @@ positive_float, non_negative_float = bounded(float, 0, open_below=True), bounded
 probability = bounded(float, 0, 1)
 
 
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring as it is and takes no abbreviations."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+
+
 def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_accum: int) -> None:
     """The options that sft.py and dpo_hano.py share. None: inherited, or chosen for the backbone and printed."""
     lora = parser.add_argument_group("LoRA (the paper: rank 8, alpha 32, dropout 0.05)")
@@ -274,19 +285,17 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     train = parser.add_argument_group("training")
     train.add_argument("--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [the paper: 1e-4]")
     train.add_argument("--epochs", type=positive_int, help="passes over the training rows [the paper: 5]")
-    train.add_argument("--max-steps", type=positive_int, help="stop after so many optimizer steps")
+    train.add_argument("--max-steps", type=positive_int, help="at most so many optimizer steps, warm-up apart")
     train.add_argument(
-        "--batch-size", type=positive_int, help=f"samples per process and micro-batch [the paper: {batch_size}]"
+        "--batch-size", type=positive_int, help=f"samples per micro-batch, process [the paper: {batch_size}]"
     )
     train.add_argument("--grad-accum", type=positive_int, help=f"micro-batches per step [the paper: {grad_accum}]")
     train.add_argument("--max-length", type=positive_int, help="most tokens a prompt with its answer may have [4096]")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
-    train.add_argument("--eval-limit", type=non_negative_int, help="validation rows used each epoch; 0: all")
+    train.add_argument("--eval-limit", type=non_negative_int, help="validation rows an epoch; 0: all [0; tiny: 200]")
     train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")
-    train.add_argument(
-        "--seed", type=non_negative_int, default=42, help="of sample order, fresh weights, dropout and noise [42]"
-    )
+    train.add_argument("--seed", type=non_negative_int, default=42, help="of order, new weights, dropout, noise [42]")
 
 
 def set_defaults(options: argparse.Namespace, **defaults) -> None:
@@ -315,15 +324,6 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)  # the launcher sets one thread where it is not told
     return accelerator
-
-
-def pick_dtype(name: str, accelerator):
-    """--dtype as a torch dtype; auto is bf16 on a GPU and float32 elsewhere."""
-    import torch
-
-    if name == "auto":
-        name = "bfloat16" if accelerator.device.type == "cuda" else "float32"
-    return getattr(torch, name)
 
 
 def launched_processes() -> int:

@@ -26,7 +26,7 @@ LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder [data/demo]")
     parser.add_argument("--model", help="which of the data's encodings, where there are several")
     parser.add_argument("--out", type=Path, help="run folder to write [runs/<data>/sft]")
@@ -126,6 +126,7 @@ def take_step(model, micro: list[dict], parameters, optimizer, schedule, acceler
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    runs.check_out(options.out, "sft")
     import torch
     from accelerate.utils import tqdm
 
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Model
-    packed = trainable_model(options, data, runs.pick_dtype(options.dtype, accelerator))
+    packed = trainable_model(options, data, mllm.pick_dtype(options.dtype, accelerator))
     torch.manual_seed(options.seed + accelerator.process_index)  # dropout
     parameters = [p for p in packed.parameters() if p.requires_grad]
     say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")

@@ -207,6 +207,16 @@ def test_backward_after_the_noise_is_gone_is_refused():
         loss.backward()
 
 
+def test_an_optimizer_step_under_the_noise_is_refused():
+    model = Stack(None)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(RuntimeError, match="after leaving noisy_lora"), h.noisy_lora(model, 0.3):
+        model(torch.randn(5, 16)).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize(("relative", "expected"), [(True, 0.3), (False, None)])
 def test_scale_of_the_noise(relative, expected):
     torch.manual_seed(0)

@@ -341,6 +341,10 @@ def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
     assert "needs --source" in refused(capsys, run, "--dataset", "movielens", "--out", tmp_path / "data")
     error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "no", "--out", tmp_path / "data")
     assert "is not a folder" in error
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    assert "holds other files" in refused(capsys, run, "--out", tmp_path / "thesis")
+    assert "needs --dataset" in refused(capsys, run, "--source", tmp_path)
     (tmp_path / "empty").mkdir()
     error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "empty", "--out", tmp_path / "data")
     assert "ratings.csv does not exist" in error
@@ -397,10 +401,12 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
 
 
 def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, monkeypatch):
+    error = refused(capsys, evaluate.main, "--run", sft_run, "--data", tmp_path)
+    assert "one data folder at a time" in error
     assert "give a run folder" in refused(capsys, evaluate.main, "--run", tmp_path)
-    assert "has no row in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
+    assert "no user nobody in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
     error = refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--from", "nothing")
-    assert "nothing is not in" in error or "has no row" in error
+    assert "nothing is not in" in error or "no user 1 in" in error
     assert "needs --data" in refused(capsys, evaluate.main, "--scores", tmp_path / "x.jsonl")
     error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "x.jsonl")
     assert "x.jsonl does not exist" in error
