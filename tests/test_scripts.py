@@ -387,6 +387,7 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     assert "tokens with one history item; raise --max-length" in refused(
         capsys, sft.main, "--data", prepared, *out, "--max-length", 20, "--batch-size", 4
     )
+    out = ["--out", tmp_path / "dpo"]
     assert "config.json does not exist; give a run folder" in refused(capsys, dpo_hano.main, "--sft", tmp_path, *out)
     assert "0 is out of range" in refused(capsys, dpo_hano.main, "--beta", "0")
     assert "--top-k 1000 needs more items" in refused(capsys, dpo_hano.main, "--sft", sft_run, "--top-k", 1000, *out)
@@ -396,7 +397,7 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     assert "is no run folder" in error and "chapter.tex" in os.listdir(tmp_path / "thesis")
     error = refused(capsys, dpo_hano.main, "--sft", sft_run, "--max-steps", 1, "--out", sft_run)  # would destroy it
     assert "is no run folder of dpo_hano.py" in error and (sft_run / "model").exists()
-    error = refused(capsys, sft.main, "--data", prepared, *out, "--report-to", "nonsense")
+    error = refused(capsys, sft.main, "--data", prepared, "--out", tmp_path / "new", "--report-to", "nonsense")
     assert "accelerate knows no such tracker" in error
 
 
@@ -404,9 +405,9 @@ def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, mo
     error = refused(capsys, evaluate.main, "--run", sft_run, "--data", tmp_path)
     assert "one data folder at a time" in error
     assert "give a run folder" in refused(capsys, evaluate.main, "--run", tmp_path)
-    assert "no user nobody in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
+    assert "user nobody has no row in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
     error = refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--from", "nothing")
-    assert "nothing is not in" in error or "no user 1 in" in error
+    assert "nothing is not in" in error or "has no row in" in error
     assert "needs --data" in refused(capsys, evaluate.main, "--scores", tmp_path / "x.jsonl")
     error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "x.jsonl")
     assert "x.jsonl does not exist" in error
