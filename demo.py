@@ -83,20 +83,19 @@ COLOURS += [(240, 130, 190)]
 
 def make_demo(folder: Path, seed: int, users: int = 400) -> tuple:
     """The embedded demo: 400 films (8 genres, in their titles, x 50 places) whose posters have one of 8 colours, that
-    no title tells. A user's next film is, with probability 0.35, of the genre that belongs to the last poster's
-    colour; with 0.55 of the user's favourite genre; else of any. Some films are a little more popular than others."""
+    no title tells. A user's next film is, with probability 0.65, of the genre that belongs to the last poster's
+    colour; with 0.15 of the last film's genre; else of any. Some films are more popular than others."""
     rng = np.random.default_rng([seed, 7])
     count = len(GENRES) * len(PLACES)
     genre, colour = np.arange(count) // len(PLACES), rng.integers(len(COLOURS), size=count)
     next_genre = rng.permutation(len(GENRES))  # of each colour
-    popularity = rng.permutation(np.arange(1, count + 1)) ** -0.2
+    popularity = rng.permutation(np.arange(1, count + 1)) ** -0.5
     rows = []
     for user in range(users):
         seen: list[int] = [int(rng.choice(count, p=popularity / popularity.sum()))]
-        favourite = rng.integers(len(GENRES))
         for _ in range(rng.integers(9, 15)):
             draw = rng.random()
-            wanted = next_genre[colour[seen[-1]]] if draw < 0.35 else favourite if draw < 0.9 else None
+            wanted = next_genre[colour[seen[-1]]] if draw < 0.65 else genre[seen[-1]] if draw < 0.8 else None
             weight = popularity * (genre == wanted if wanted is not None else True)
             weight[seen] = 0
             seen.append(int(rng.choice(count, p=weight / weight.sum())))
