@@ -244,7 +244,7 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     sequences = ((user, data.items[first : first + n]) for user, first, n in spans if n)
     rows = ({"user": user, "items": [data.item_ids[item] for item in sequence]} for user, sequence in sequences)
     runs.write_jsonl(options.out / "sequences.jsonl", rows)
-    kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in NOT_DATA}
+    kept = {name: value for name, value in runs.plain(options).items() if name not in NOT_DATA}
     manifest = {"source": options.dataset, "options": kept, "seed": options.seed}
     manifest["counts"] = data.counts | {f"{name}_rows": len(rows) for name, rows in lines.items()}
     manifest["ties"] = "interactions of a user with equal times keep their input order"
@@ -278,7 +278,7 @@ def encode(options: argparse.Namespace) -> None:
     gone = [path for path in paths if path and not path.exists()]
     if gone:
         raise UserError(f"{len(gone)} images of items.jsonl are gone, the first is {gone[0]}; prepare the data again")
-    folder = options.out / "encoded" / options.model.strip("/").replace("/", "--")
+    folder = options.encoded
     if any(paths):
         check_disk(model, processor, [path for path in paths if path], pixels, options.out)
     with runs.replacing(folder) as beside:
@@ -308,7 +308,7 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
 
 FILES = ("items", "train", "val", "test", "sequences")
 OWN = {".lock", "images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
-NOT_DATA = ("model", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
+NOT_DATA = ("model", "encoded", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -338,6 +338,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--show", type=runs.non_negative_int, default=0, metavar="N", help=shown)
     options = parser.parse_args(argv)
     options.out = options.out or Path("data") / options.dataset
+    options.encoded = options.out / "encoded" / options.model.strip("/").replace("/", "--")
     if options.dataset != "demo" and not options.source and not options.encode_only:
         parser.error(f"--dataset {options.dataset} needs --source DIR")
     if options.dataset == "demo" and options.source:
@@ -354,7 +355,7 @@ def show(options: argparse.Namespace) -> None:
     import prompts
 
     items = runs.read_jsonl(options.out / "items.jsonl", ("item", "title", "image"), "run prepare_data.py")
-    catalogue = mllm.Catalogue(items, options.out / "encoded" / options.model.strip("/").replace("/", "--"))
+    catalogue = mllm.Catalogue(items, options.encoded)
     name = options.out / "tiny" if options.model == mllm.TINY else options.model
     rendered = prompts.Prompts(mllm.load_tokenizer(name), mllm.load_config(name).image_token_id, catalogue)
     for line in runs.read_jsonl(options.out / "train.jsonl", ("user",), "run prepare_data.py")[: options.show]:

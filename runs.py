@@ -133,6 +133,11 @@ def weights_hash(run: Path) -> str:
     return value_hash([file_hash(path) for path in files])
 
 
+def plain(options: argparse.Namespace) -> dict:
+    """The options as JSON values."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+
+
 def check_out(out: Path, stage: str) -> None:
     """UserError where `out` holds something else than an earlier run of this stage."""
     if out.exists() and not out.is_dir():
@@ -234,12 +239,11 @@ class Log:
 @contextlib.contextmanager
 def started(options: argparse.Namespace, stage: str, accelerator, **facts) -> Iterator[Log]:
     """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped."""
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     with locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
-            begin_run(options.out, stage, plain, **facts)
+            begin_run(options.out, stage, plain(options), **facts)
         accelerator.wait_for_everyone()
-        log = Log(options.out, stage, accelerator, plain)
+        log = Log(options.out, stage, accelerator, plain(options))
         try:
             yield log
         finally:
