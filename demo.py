@@ -50,6 +50,7 @@ def build_tiny(
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         "bos_token_id": None,
+        "initializer_range": 0.05,  # at 0.02 so narrow a model hardly learns to look back at earlier titles
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
@@ -82,20 +83,20 @@ COLOURS += [(240, 130, 190)]
 
 
 def make_demo(folder: Path, seed: int, users: int = 400) -> tuple:
-    """The embedded demo: 400 films (8 genres, in their titles, x 50 places) whose posters have one of 8 colours, that
-    no title tells. A user's next film is, with probability 0.65, of the genre that belongs to the last poster's
-    colour; with 0.15 of the last film's genre; else of any. Some films are more popular than others."""
+    """The embedded demo: 400 films (8 genres x 50 places, both in the title) whose posters have one of 8 colours, that
+    no title tells. A user's next film is, with probability 0.5, of the genre that belongs to the last poster's colour;
+    with 0.35 of the last film's genre; else of any. Films of some places are more popular than others."""
     rng = np.random.default_rng([seed, 7])
     count = len(GENRES) * len(PLACES)
     genre, colour = np.arange(count) // len(PLACES), rng.integers(len(COLOURS), size=count)
     next_genre = rng.permutation(len(GENRES))  # of each colour
-    popularity = rng.permutation(np.arange(1, count + 1)) ** -0.5
+    popularity = np.tile(rng.permutation(np.arange(1, len(PLACES) + 1)) ** -0.5, len(GENRES))
     rows = []
     for user in range(users):
         seen: list[int] = [int(rng.choice(count, p=popularity / popularity.sum()))]
         for _ in range(rng.integers(9, 15)):
             draw = rng.random()
-            wanted = next_genre[colour[seen[-1]]] if draw < 0.65 else genre[seen[-1]] if draw < 0.8 else None
+            wanted = next_genre[colour[seen[-1]]] if draw < 0.5 else genre[seen[-1]] if draw < 0.85 else None
             weight = popularity * (genre == wanted if wanted is not None else True)
             weight[seen] = 0
             seen.append(int(rng.choice(count, p=weight / weight.sum())))

@@ -29,7 +29,7 @@ LORA = ("lora_rank", "lora_alpha", "lora_dropout")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = runs.parser(__doc__)
+    parser = runs.Parser(__doc__)
     parser.add_argument("--sft", type=Path, default=Path("runs/demo/sft"), help="finished SFT run [runs/demo/sft]")
     parser.add_argument("--out", type=Path, help="run folder to write [dpo_hano beside the SFT run]")
     parser.add_argument(
@@ -260,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     # Pairs: pair r * kinds + k is kind k of row r
     kinds = [kind for task in options.tasks for kind in {"rank": ["rank"], "yesno": ["yes", "no"]}[task]]
     builds = [partial(prompts.pair_tree, kind=kind) for kind in kinds]
+    prompts.check_fit(builds, rows, options.max_length)
     pairs = [partial(prompts.fitting, build, row, options.max_length) for row in rows for build in builds]
     accelerator.print(
         f"{data.folder}: {len(rows)} rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} samples"
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
 
     with runs.started(options, "dpo_hano", accelerator, data=data.hash(), sft_weights=sft_weights) as log:
-        best, bar = {"select": -1.0}, tqdm(total=steps, desc="dpo_hano", unit="step")
+        bar = tqdm(total=steps, desc="dpo_hano", unit="step")
         for step, numbers in enumerate(itertools.islice(batches, steps), 1):
             began = time.perf_counter()
             micro = []
@@ -299,15 +300,12 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", accuracy=f"{float(metrics['accuracy']):.2f}")
             if step % steps_per_epoch == 0 or step == steps:
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
-                log.validation(step, step / steps_per_epoch, found)
-                if found["select"] > best["select"]:
-                    best = {"step": step, **found}
-                    if accelerator.is_main_process:
-                        with runs.replacing(options.out / "adapter") as beside:
-                            packed.model.save_pretrained(beside)
+                if log.validation(step, step / steps_per_epoch, found):
+                    with runs.replacing(options.out / "adapter") as beside:
+                        packed.model.save_pretrained(beside)
         if options.export and accelerator.is_main_process:
             export(options, data, options.out / "adapter")
-        log.finish(best, prompts.shortened)
+        log.finish(prompts.shortened)
 
 
 if __name__ == "__main__":

@@ -103,13 +103,13 @@ def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: in
 
 def popularity_scores(data, rows) -> np.ndarray:
     """[R, C]: how many training interactions each candidate has."""
-    counts = np.bincount(np.concatenate(data.sequences()), minlength=len(data.catalogue.ids))
+    counts = np.bincount(np.concatenate([*data.sequences().values()]), minlength=len(data.catalogue.ids))
     return counts[[row.candidates for row in rows]].astype(float)
 
 
 def cooccurrence_scores(data, rows) -> np.ndarray:
     """[R, C]: the number of pairs (history item, training user) whose user has both that item and the candidate."""
-    sequences = data.sequences()
+    sequences = [*data.sequences().values()]
     users = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
     items = np.concatenate(sequences)
     order = np.argsort(items, kind="stable")
@@ -163,10 +163,10 @@ class Data:
             raise UserError(f"{self.folder / split}.jsonl has no rows; {self.again}")
         return [Row.of(line, self.catalogue.row_of) for line in (lines[:limit] if limit else lines)]
 
-    def sequences(self) -> list[list[int]]:
+    def sequences(self) -> dict[str, list[int]]:
         """Each training user's items in order of time, as rows."""
-        lines = runs.read_jsonl(self.folder / "sequences.jsonl", ("items",), self.again)
-        return [[self.catalogue.row_of[item] for item in line["items"]] for line in lines]
+        lines = runs.read_jsonl(self.folder / "sequences.jsonl", ("user", "items"), self.again)
+        return {line["user"]: [self.catalogue.row_of[item] for item in line["items"]] for line in lines}
 
     def prompts(self, candidate_images: bool = False):
         import mllm
@@ -255,9 +255,7 @@ def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | 
     for row in rows:
         line = by_row.get((row.user, ids[row.target]))
         if line is None:
-            raise UserError(
-                f"{path} has no row for user {row.user} with target {ids[row.target]}; is it of {data.folder}?"
-            )
+            raise UserError(f"{path} has no row of {data.folder}: user {row.user} with target {ids[row.target]}")
         candidates = [str(c) for c in line["candidates"]] if isinstance(line["candidates"], list) else []
         if sorted(candidates) != sorted(ids[c] for c in row.candidates):
             raise UserError(f"{path}, user {row.user}: not the candidates of {data.folder}")
@@ -294,7 +292,7 @@ def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> Non
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = runs.parser(__doc__)
+    parser = runs.Parser(__doc__)
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="run folders [those of runs/demo]")
     parser.add_argument("--data", type=Path, help="data folder, where no run names it (--scores)")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="[test]")

@@ -312,7 +312,7 @@ NOT_DATA = ("model", "encoded", "max_pixels", "show", "encode_only", "out")  # o
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = runs.parser(__doc__)
+    parser = runs.Parser(__doc__)
     source = parser.add_argument_group("source")
     source.add_argument("--dataset", choices=["demo", "movielens"], default="demo", help="what --source holds [demo]")
     source.add_argument("--source", type=Path, help="folder of the raw files (the demo has none)")

@@ -113,24 +113,34 @@ class Prompts:
         node.ids += self.text(HISTORY)
         return [self.item(node, row, image=True) for row in rows]
 
-    def language_tree(self, rows: Sequence[int], max_length: int) -> list[Node]:
-        """A history in which each title after the first is predicted: plain language modelling. It ends before the item
-        that would make it longer than max_length tokens."""
-        root = Node(None, list(self.before))
-        spans = self._history(root, rows)
-        if len(root.ids) > max_length and len(rows) > 2:
-            return self.language_tree(rows[:-1], max_length)
-        root.scored = [offset for span in spans[1:] for offset in span]
-        return [root]
+    def _ranking(self, history: Sequence[int], candidates: Sequence[int]) -> tuple[Node, list[range]]:
+        """The ranking question with its candidates, then the history: the answer stands where the next item would. Also
+        the offsets of each history title."""
+        root = Node(None, [*self.before, *self.text(RANK_QUESTION)])
+        for candidate in candidates:
+            self.item(root, candidate, image=self.candidate_images)
+        spans = self._history(root, history)
+        root.ids += self.after
+        return root, spans
 
     def rank_question(self, row: Row) -> list[Node]:
-        """The ranking question with its candidates, then the history: the answer stands where the next item would."""
-        root = Node(None, [*self.before, *self.text(RANK_QUESTION)])
-        for candidate in row.candidates:
-            self.item(root, candidate, image=self.candidate_images)
-        self._history(root, row.history)
-        root.ids += self.after
-        return [root]
+        """The ranking question about a row, its history behind it."""
+        return [self._ranking(row.history, row.candidates)[0]]
+
+    def language_tree(self, rows: Sequence[int], max_length: int, candidates: Sequence[int] = ()) -> list[Node]:
+        """A history in which each title after the first is predicted: plain language modelling. With candidates, the
+        ranking question stands before it and the last title is its answer, so that the warm-up knows that prompt too.
+        The oldest items are dropped until it is no longer than max_length tokens."""
+        if candidates:
+            root, spans = self._ranking(rows[:-1], candidates)
+            tree = [root, self.answer(self.catalogue.titles[rows[-1]], 0)]
+        else:
+            root = Node(None, list(self.before))
+            tree, spans = [root], self._history(root, rows)
+        if tree_length(tree) > max_length and len(rows) > 2:
+            return self.language_tree(rows[1:], max_length, candidates)
+        root.scored = [offset for span in spans[1:] for offset in span]
+        return tree
 
     def yesno_questions(self, row: Row, candidates: Sequence[int]) -> list[Node]:
         """The history, then for each candidate the Yes/No question: nodes 1, 2, ... of the tree."""
@@ -149,13 +159,12 @@ class Prompts:
         ids = [*self.text(text), self.end_of_turn]
         return Node(parent, ids, scored=range(len(ids)))
 
-    def sft_tree(self, row: Row, task: str, about_target: bool = True) -> list[Node]:
-        """One training sample: a question and its answer. task: `rank`, or `yesno` about the target or about the row's
-        rejected item."""
+    def sft_tree(self, row: Row, task: str) -> list[Node]:
+        """One training sample. task: `rank`, or `yesno`: Yes about the target and No about the row's rejected item,
+        both behind one history, so that the history alone tells neither."""
         if task == "rank":
             return [*self.rank_question(row), self.answer(self.catalogue.titles[row.target], 0)]
-        asked, answer = (row.target, YES) if about_target else (row.rejected, NO)
-        return [*self.yesno_questions(row, [asked]), self.answer(answer, 1)]
+        return [*self.yesno_questions(row, [row.target, row.rejected]), self.answer(YES, 1), self.answer(NO, 2)]
 
     def pair_tree(self, row: Row, kind: str) -> list[Node]:
         """One preference pair: a question, the chosen and the rejected answer. kind: `rank` (the target's title over
@@ -185,6 +194,20 @@ class Prompts:
                     self.shortened.add((row.user, row.target))
                 return tree
         raise PromptError(f"user {row.user}: {tree_length(tree)} tokens with one history item; raise --max-length")
+
+    def check_fit(self, builds: list[Callable[[Row], list[Node]]], rows: list[Row], max_length: int) -> None:
+        """PromptError where one of the trees, with one history item, is longer than max_length tokens. The rows are
+        looked at one by one only where a row made of the longest items would be."""
+        every = range(len(self.catalogue.titles))
+        title = max(every, key=lambda item: len(self.text(self.catalogue.titles[item])))
+        item = max(every, key=lambda i: len(self.text(self.catalogue.titles[i])) + self.catalogue.image_length(i))
+        candidate = item if self.candidate_images else title
+        worst = Row("", [item], candidate, [candidate] * len(rows[0].candidates), candidate)
+        slack = len(self.text(self.catalogue.titles[title]))
+        if any(tree_length(build(worst)) + slack > max_length for build in builds):
+            for row in rows:
+                for build in builds:
+                    self.fitting(build, replace(row, history=row.history[-1:]), max_length)
 
     def show(self, tree: list[Node]) -> str:
         """The tree as a person reads it, image tokens folded to their count."""

@@ -184,13 +184,8 @@ def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], sou
             taken[name] = config["options"][name]
             setattr(options, name, taken[name])
     if taken and int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"from {source}: "
-            + ", ".join(
-                f"{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
-                for name, value in taken.items()
-            )
-        )
+        shown = {name.replace("_", "-"): " ".join(v) if isinstance(v, list) else v for name, v in taken.items()}
+        print(f"from {source}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
 
 class Log:
@@ -199,7 +194,7 @@ class Log:
     def __init__(self, out: Path, stage: str, accelerator, options: dict):
         self.out, self.stage, self.accelerator = out, stage, accelerator
         self.file = open(out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
-        self.tracker = options["report_to"]
+        self.best, self.tracker = {"select": -1.0}, options["report_to"]
         if self.tracker:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
             accelerator.init_trackers("hanorec", config=flat)
@@ -213,25 +208,28 @@ class Log:
         if self.tracker:
             self.accelerator.log(values, step=step)
 
-    def validation(self, step: int, epoch: float, values: dict) -> None:
+    def validation(self, step: int, epoch: float, values: dict) -> bool:
+        """Whether these are the weights to keep (best `select` so far) and this is the process that writes them."""
         self.write(step, {f"val_{name}": value for name, value in values.items()})
         self.accelerator.print(f"\nepoch {epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
+        better = values["select"] > self.best["select"]
+        self.best = {"step": step, **values} if better else self.best
+        return better and self.accelerator.is_main_process
 
     def check(self, step: int, loss, lr: float) -> None:
         """UserError where the loss is no number any more."""
         if not math.isfinite(float(loss)):
             raise UserError(f"the loss is {float(loss)} at step {step}; lower --lr ({lr})")
 
-    def finish(self, best: dict, shortened: set) -> None:
-        """Declare the run whole. best: the step whose weights were kept and its validation metrics. shortened: the rows
-        whose prompts lost history items here."""
+    def finish(self, shortened: set) -> None:
+        """Declare the run whole. shortened: the rows whose prompts lost history items on this process."""
         from accelerate.utils import gather_object
 
         lost = len(set(gather_object(sorted(shortened)) if self.accelerator.num_processes > 1 else shortened))
         if self.accelerator.is_main_process:
-            result = {"stage": self.stage, "best": best, "shortened_rows": lost, "weights": weights_hash(self.out)}
+            result = {"stage": self.stage, "best": self.best, "shortened_rows": lost, "weights": weights_hash(self.out)}
             write_json(self.out / "result.json", result)
-        self.accelerator.print(f"{self.out}: weights of step {best['step']}")
+        self.accelerator.print(f"{self.out}: weights of step {self.best['step']}")
         if lost:
             self.accelerator.print(f"{lost} rows lost their oldest history items to --max-length")
 
@@ -274,10 +272,14 @@ positive_float, non_negative_float = bounded(float, 0, open_below=True), bounded
 probability = bounded(float, 0, 1)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring as it is and takes no abbreviations."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    """Shows the script's docstring as it is, takes no abbreviations, and answers a mistake in one line."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_accum: int) -> None:
@@ -371,9 +373,7 @@ def micro_batches(
     """
     per_step, epoch = batch * accum * processes, 0
     if rows * per_row < per_step:
-        raise UserError(
-            f"{rows * per_row} samples do not fill a step of {per_step}: lower --batch-size or --grad-accum"
-        )
+        raise ValueError(f"{rows * per_row} samples do not fill a step of {per_step}")
     while True:
         shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
         order = (shuffled[:, None] * per_row + np.arange(per_row)).ravel().tolist()

@@ -26,7 +26,7 @@ LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = runs.parser(__doc__)
+    parser = runs.Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder [data/demo]")
     parser.add_argument("--model", help="which of the data's encodings, where there are several")
     parser.add_argument("--out", type=Path, help="run folder to write [runs/<data>/sft]")
@@ -55,16 +55,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
-    """(warm-up, answers): lists of functions that build the prompt tree of a sample; of answers, sample r * tasks + t
-    is task t of row r. Half of the Yes/No questions ask about the target, half about the row's rejected item."""
-    size, phases = options.warmup_items, range(0, options.warmup_items, max(options.warmup_items // 4, 1))
-    spans = [s[max(i, 0) : i + size] for s in sequences for phase in phases for i in range(-phase, len(s), size)]
-    warmup = [partial(prompts.language_tree, span, options.max_length) for span in spans if len(span) > 1]
-    answers = []
-    for number, row in enumerate(rows):
-        for task in options.tasks:
-            build = partial(prompts.sft_tree, task=task, about_target=number % 2 == 0)
-            answers.append(partial(prompts.fitting, build, row, options.max_length))
+    """(warm-up, answers): lists of functions that build the prompt tree of a sample. The warm-up's are stretches of the
+    histories, every second one with the ranking question before it; of answers, r * tasks + t is task t of row r."""
+    asked = {(row.user, row.target): row.candidates for row in rows} if "rank" in options.tasks else {}
+    warmup, size = [], options.warmup_items
+    step = max(size // 4, 1)
+    for user, items in sequences.items():
+        for start in range(step - size, len(items), step):
+            stretch = items[max(start, 0) : start + size]
+            candidates = asked.get((user, stretch[-1]), ()) if len(warmup) % 2 else ()
+            if len(stretch) > 1:
+                warmup.append(partial(prompts.language_tree, stretch, options.max_length, candidates))
+    builds = [partial(prompts.sft_tree, task=task) for task in options.tasks]
+    prompts.check_fit(builds, rows, options.max_length)
+    answers = [partial(prompts.fitting, build, row, options.max_length) for row in rows for build in builds]
     return warmup, answers
 
 
@@ -176,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(packed, optimizer)
 
     with runs.started(options, "sft", accelerator, data=data.hash()) as log:
-        best, bar = {"select": -1.0}, tqdm(total=total, desc="sft", unit="step")
+        bar = tqdm(total=total, desc="sft", unit="step")
         for step, numbers in enumerate(batches, 1):
             began = time.perf_counter()
             model.train()
@@ -194,12 +198,9 @@ def main(argv: list[str] | None = None) -> None:
             done = step - options.warmup_steps
             if done > 0 and (done % steps_per_epoch == 0 or step == total):
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
-                log.validation(step, done / steps_per_epoch, found)
-                if found["select"] > best["select"]:
-                    best = {"step": step, **found}
-                    if accelerator.is_main_process:
-                        save_weights(packed.model, data, options)
-        log.finish(best, prompts.shortened)
+                if log.validation(step, done / steps_per_epoch, found):
+                    save_weights(packed.model, data, options)
+        log.finish(prompts.shortened)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"user": "u2"}, "no row for user u1"),
+        ({"user": "u2"}, "no row of data: user u1"),
         ({"candidates": ["b", "a"]}, "not the candidates"),
         ({"scores": [1.0]}, "one finite number"),
         ({"scores": [1.0, float("nan")]}, "one finite number"),
@@ -148,7 +148,7 @@ def test_popularity_and_cooccurrence_equal_brute_force():
 
         @staticmethod
         def sequences():
-            return sequences
+            return dict(enumerate(sequences))
 
     class Sample:
         def __init__(self):

@@ -12,9 +12,9 @@ from conftest import MOVIELENS, movielens
 import prepare_data
 
 
-def prepare(monkeypatch, *argv):
+def prepare(monkeypatch, source, out, options=""):
     monkeypatch.setattr(prepare_data, "encode", lambda options: None)  # the files between stages alone
-    prepare_data.main([str(word) for word in argv])
+    prepare_data.main(["--dataset", "movielens", "--source", str(source), "--out", str(out), *options.split()])
 
 
 def lines(path):
@@ -35,18 +35,9 @@ def test_leave_one_out_invariants(tmp_path, monkeypatch, sampling, history):
     out = tmp_path / "data"
     prepare(
         monkeypatch,
-        "--dataset",
-        "movielens",
-        "--source",
         tmp_path / "raw",
-        "--out",
         out,
-        "--history",
-        history,
-        "--negative-sampling",
-        sampling,
-        "--max-windows-per-user",
-        3,
+        f"--history {history} --negative-sampling {sampling} --max-windows-per-user 3",
     )
     sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
     train, val, test = (lines(out / f"{name}.jsonl") for name in ("train", "val", "test"))
@@ -78,19 +69,7 @@ def test_leave_one_out_invariants(tmp_path, monkeypatch, sampling, history):
 def test_test_candidates_do_not_depend_on_history_or_windows(tmp_path, monkeypatch):
     movielens(tmp_path / "raw")
     for name, history, windows in (("a", 5, 10), ("b", 50, 0)):
-        prepare(
-            monkeypatch,
-            "--dataset",
-            "movielens",
-            "--source",
-            tmp_path / "raw",
-            "--out",
-            tmp_path / name,
-            "--history",
-            history,
-            "--max-windows-per-user",
-            windows,
-        )
+        prepare(monkeypatch, tmp_path / "raw", tmp_path / name, f"--history {history} --max-windows-per-user {windows}")
     for split in ("val", "test"):
         one, other = (lines(tmp_path / name / f"{split}.jsonl") for name in "ab")
         assert [row["candidates"] for row in one] == [row["candidates"] for row in other]
@@ -99,17 +78,7 @@ def test_test_candidates_do_not_depend_on_history_or_windows(tmp_path, monkeypat
 def test_seed_decides_everything(tmp_path, monkeypatch):
     movielens(tmp_path / "raw")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepare(
-            monkeypatch,
-            "--dataset",
-            "movielens",
-            "--source",
-            tmp_path / "raw",
-            "--out",
-            tmp_path / name,
-            "--seed",
-            seed,
-        )
+        prepare(monkeypatch, tmp_path / "raw", tmp_path / name, f"--seed {seed}")
     read = {name: (tmp_path / name / "train.jsonl").read_bytes() for name in "abc"}
     assert read["a"] == read["b"] != read["c"]
 
@@ -117,7 +86,7 @@ def test_seed_decides_everything(tmp_path, monkeypatch):
 def test_split_by_user(tmp_path, monkeypatch):
     rows, _ = movielens(tmp_path / "raw")
     out = tmp_path / "data"
-    prepare(monkeypatch, "--dataset", "movielens", "--source", tmp_path / "raw", "--out", out, "--split", "user")
+    prepare(monkeypatch, tmp_path / "raw", out, "--split user")
     sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
     users = {name: {row["user"] for row in lines(out / f"{name}.jsonl")} for name in ("train", "val", "test")}
     assert not users["train"] & users["val"] and not users["train"] & users["test"] and not users["val"] & users["test"]
@@ -132,19 +101,7 @@ def test_split_by_user(tmp_path, monkeypatch):
 def test_old_layout_and_min_rating(tmp_path, monkeypatch):
     rows, _ = movielens(tmp_path / "raw", layout="dat")
     out = tmp_path / "data"
-    prepare(
-        monkeypatch,
-        "--dataset",
-        "movielens",
-        "--source",
-        tmp_path / "raw",
-        "--out",
-        out,
-        "--min-rating",
-        2.5,
-        "--min-interactions",
-        4,
-    )
+    prepare(monkeypatch, tmp_path / "raw", out, "--min-rating 2.5 --min-interactions 4")
     sequences = {user: items for user, items in in_order(rows, 2.5).items() if len(items) >= 4}
     assert {row["user"]: row["target"] for row in lines(out / "test.jsonl")} == {u: i[-1] for u, i in sequences.items()}
     assert lines(out / "items.jsonl")[0]["title"].startswith("Café")  # latin-1
@@ -164,7 +121,7 @@ def test_ties_and_images_are_counted(tmp_path, monkeypatch):
     (tmp_path / "raw" / "posters").mkdir()
     (tmp_path / "raw" / "posters" / "101.jpg").write_bytes(b"not looked at here")
     out = tmp_path / "data"
-    prepare(monkeypatch, "--dataset", "movielens", "--source", tmp_path / "raw", "--out", out)
+    prepare(monkeypatch, tmp_path / "raw", out)
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     kept = {user for user, items in in_order(rows).items() if len(items) >= 6}
     times = defaultdict(int)
@@ -183,7 +140,7 @@ def test_real_movielens(tmp_path, monkeypatch):
     import evaluate
 
     monkeypatch.setattr(evaluate.Data, "__init__", lambda self, folder: None)
-    prepare(monkeypatch, "--dataset", "movielens", "--source", MOVIELENS, "--out", tmp_path)
+    prepare(monkeypatch, MOVIELENS, tmp_path)
     counts = json.loads((tmp_path / "manifest.json").read_text())["counts"]
     assert (counts["users"], counts["items"], counts["interactions"]) == (665, 1000, 54436)
     assert counts["interactions_tied_in_time"] == pytest.approx(0.38 * 54436, rel=0.02)

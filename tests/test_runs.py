@@ -71,7 +71,7 @@ def test_micro_batches_cover_each_epoch_once(processes):
 
 
 def test_micro_batches_refuse_too_few_samples():
-    with pytest.raises(runs.UserError, match="4 samples do not fill a step of 8"):
+    with pytest.raises(ValueError, match="4 samples do not fill a step of 8"):
         next(runs.micro_batches(2, 2, 8, 1, 1, 0, seed=0))
 
 
