@@ -82,10 +82,11 @@ COLOURS = [(200, 30, 40), (240, 140, 20), (240, 220, 40), (40, 160, 60), (40, 20
 COLOURS += [(240, 130, 190)]
 
 
-def make_demo(folder: Path, seed: int, users: int = 400) -> tuple:
+def make_demo(folder: Path, seed: int, users: int = 400) -> tuple[list[tuple], dict[str, str], dict[str, Path]]:
     """The embedded demo: 400 films (8 genres x 50 places, both in the title) whose posters have one of 8 colours, that
     no title tells. A user's next film is, with probability 0.5, of the genre that belongs to the last poster's colour;
-    with 0.35 of the last film's genre; else of any. Films of some places are more popular than others."""
+    with 0.35 of the last film's genre; else of any. Films of some places are more popular than others. Returns (user,
+    item, time) of each interaction, and titles and posters by item."""
     rng = np.random.default_rng([seed, 7])
     count = len(GENRES) * len(PLACES)
     genre, colour = np.arange(count) // len(PLACES), rng.integers(len(COLOURS), size=count)
@@ -100,16 +101,14 @@ def make_demo(folder: Path, seed: int, users: int = 400) -> tuple:
             weight = popularity * (genre == wanted if wanted is not None else True)
             weight[seen] = 0
             seen.append(int(rng.choice(count, p=weight / weight.sum())))
-        rows += [(user, item, time) for time, item in enumerate(seen)]
+        rows += [(f"user{user:03d}", f"film{item:03d}", time) for time, item in enumerate(seen)]
     ids = [f"film{item:03d}" for item in range(count)]
     images = {ids[item]: folder / "images" / f"{ids[item]}.png" for item in range(count)}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for item, path in enumerate(images.values()):
         draw_poster(path, COLOURS[colour[item]], rng)
     titles = {ids[item]: f"{GENRES[genre[item]]} in {PLACES[item % len(PLACES)]}" for item in range(count)}
-    users_, items, times = np.array(rows).T
-    names = [f"user{user:03d}" for user in range(users)]
-    return users_, items, times.astype(float), np.ones(len(rows)), names, ids, titles, images, []
+    return rows, titles, images
 
 
 def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> None:

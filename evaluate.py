@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import exchange
 import runs
 from prompts import Prompts, Row
 from runs import UserError
@@ -247,39 +248,6 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def read_scores(path: Path, data: Data, rows) -> tuple[np.ndarray, np.ndarray | None]:
-    """(scores, yes_scores or None) from a predictions.jsonl for these rows; candidates may stand in any order."""
-    lines = runs.read_jsonl(path, ("user", "target", "candidates", "scores"), "see --scores in the README")
-    by_row = {(str(line["user"]), str(line["target"])): line for line in lines}
-    ids, found = data.catalogue.ids, {"scores": [], "yes_scores": []}
-    for row in rows:
-        line = by_row.get((row.user, ids[row.target]))
-        if line is None:
-            raise UserError(f"{path} has no row of {data.folder}: user {row.user} with target {ids[row.target]}")
-        candidates = [str(c) for c in line["candidates"]] if isinstance(line["candidates"], list) else []
-        if sorted(candidates) != sorted(ids[c] for c in row.candidates):
-            raise UserError(f"{path}, user {row.user}: not the candidates of {data.folder}")
-        for key in [key for key in found if line.get(key) is not None]:
-            values = line[key] if isinstance(line[key], list) else []
-            good = all(isinstance(value, (int, float)) and np.isfinite(value) for value in values)
-            if not good or len(values) != len(candidates):
-                raise UserError(f"{path}, user {row.user}: {key} must hold one finite number for each candidate")
-            found[key].append([values[candidates.index(ids[c])] for c in row.candidates])
-    yes = len(found["yes_scores"])
-    if len(found["scores"]) < len(rows) or yes not in (0, len(rows)):
-        raise UserError(f"{path}: some of the {len(rows)} rows have no scores, or no yes_scores; give them for all")
-    return np.array(found["scores"], dtype=float), np.array(found["yes_scores"], dtype=float) if yes else None
-
-
-def write_predictions(path: Path, data: Data, rows, scores, yes) -> None:
-    ids, lines = data.catalogue.ids, []
-    for number, row in enumerate(rows):
-        line = {"user": row.user, "target": ids[row.target], "candidates": [ids[c] for c in row.candidates]}
-        line["scores"] = (scores if scores is not None else yes)[number].tolist()
-        lines.append(line | {"yes_scores": None if yes is None else yes[number].tolist()})
-    runs.write_jsonl(path, lines)
-
-
 def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> None:
     """Print a user's history and the best candidates by name."""
     titles = data.catalogue.titles
@@ -300,6 +268,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a neutral one")
     parser.add_argument("--compare", type=Path, metavar="RUN", help="also the difference of each --run to this one")
     parser.add_argument("--scores", type=Path, nargs="+", default=[], help="other systems' predictions.jsonl")
+    recbole = "RecBole's files of the same rows, and the first run's scores of all candidates"
+    parser.add_argument("--export-recbole", type=Path, metavar="DIR", help=recbole)
     parser.add_argument("--batch-size", type=runs.positive_int, default=0, help="rows at once [tiny: 16, else 2]")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     parser.add_argument("--seed", type=runs.non_negative_int, default=0, help="of the bootstrap [0]")
@@ -309,8 +279,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.among and not options.user:
         parser.error("--from needs --user")
-    if options.user and (options.scores or options.compare):
-        parser.error("--user goes with neither --scores nor --compare")
+    if options.user and (options.scores or options.compare or options.export_recbole):
+        parser.error("--user goes without --scores, --compare and --export-recbole")
     return options
 
 
@@ -367,7 +337,10 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
             continue
         results[str(run)] = measure(ranked, yes, target_columns(rows), options.seed)
         if accelerator.is_main_process:
-            write_predictions(run / f"{prefix}predictions.jsonl", data, rows, scores, yes)
+            exchange.write_predictions(run / f"{prefix}predictions.jsonl", data.catalogue.ids, rows, scores, yes)
+            if options.export_recbole and run == next(iter(configs)):
+                splits = {split: data.rows(split) for split in ("train", "val", "test")} | {"candidates": rows}
+                exchange.write_recbole(options.export_recbole, data.catalogue, splits, ranked)
     if options.user or not accelerator.is_main_process:
         return None
 
@@ -375,7 +348,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         data = Data(folder, None, encoded=False)
         rows = data.rows(options.split, options.limit)
     for path in options.scores:
-        scores, yes = read_scores(path, data, rows)
+        scores, yes = exchange.read_scores(path, data.catalogue.ids, rows)
         results[str(path)] = measure(scores, yes if yes is not None else scores, target_columns(rows), options.seed)
     compared = results.get(str(options.compare))
     for name in [name for name, result in results.items() if compared and result is not compared]:

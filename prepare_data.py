@@ -9,11 +9,9 @@ manifest.json and encoded/<backbone>/. Everything random is drawn here, once, fr
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,71 +20,15 @@ from pathlib import Path
 import numpy as np
 
 import demo
+import readers
 import runs
 from runs import UserError
 
 
-@dataclass
-class Raw:
-    """A dataset as its reader finds it: interactions in input order, and each item's title and image."""
-
-    users: np.ndarray  # [M] codes into user_ids
-    items: np.ndarray  # [M] codes into item_ids
-    times: np.ndarray  # [M] float64
-    ratings: np.ndarray  # [M] float32
-    user_ids: list[str]
-    item_ids: list[str]
-    titles: dict[str, str]
-    images: dict[str, Path]
-    files: list[Path]
-
-
-def table_rows(path: Path, delimiter: str, encoding: str, header: bool) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a delimited text file; `::` is MovieLens's own delimiter and knows no quotes."""
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            rows = (line.rstrip("\r\n").split("::") for line in file) if delimiter == "::" else csv.reader(file)
-            for number, row in enumerate(rows, 1):
-                if row and row != [""] and not (header and number == 1):
-                    yield number, row
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; --source is the folder that holds it") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def read_movielens(source: Path, images: Path | None) -> Raw:
-    """MovieLens as GroupLens ships it: ratings.dat and movies.dat (`::`, latin-1), or ratings.csv and movies.csv;
-    posters in DIR/posters/<movieId>.jpg or --images."""
-    if not source.is_dir():
-        raise UserError(f"--source {source} is not a folder; give the unpacked MovieLens archive")
-    old = (source / "ratings.dat").exists()
-    ending, layout = (".dat", ("::", "latin-1", False)) if old else (".csv", (",", "utf-8-sig", True))
-    ratings, movies = source / f"ratings{ending}", source / f"movies{ending}"
-    user_codes, item_codes = {}, {}  # by order of appearance
-    users, items, scores, times = (array(code) for code in "qqfd")
-    for number, row in table_rows(ratings, *layout):
-        try:
-            user, item, score, time = row
-            scores.append(float(score))
-            times.append(float(time))
-        except ValueError as error:
-            raise UserError(f"{ratings}, line {number}: expected user, movie, rating and time, got {row}") from error
-        users.append(user_codes.setdefault(user, len(user_codes)))
-        items.append(item_codes.setdefault(item, len(item_codes)))
-    if not users:
-        raise UserError(f"{ratings} holds no ratings")
-    titles = {}
-    for number, row in table_rows(movies, *layout):
-        if len(row) < 2:
-            raise UserError(f"{movies}, line {number}: expected movie and title, got {row}")
-        titles[row[0]] = row[1].strip()
-    if images and not images.is_dir():
-        raise UserError(f"--images {images} is not a folder")
-    folder = images or source / "posters"
-    found = {path.stem: path for path in folder.glob("*.jpg")} if folder.is_dir() else {}
-    columns, ids = map(np.array, (users, items, times, scores)), map(list, (user_codes, item_codes))
-    return Raw(*columns, *ids, titles, found, [ratings, movies])
+def read_demo(options: argparse.Namespace) -> readers.Raw:
+    """The embedded demo, its posters drawn into the data folder."""
+    rows, titles, images = demo.make_demo(options.out, options.seed)
+    return readers.Raw(readers.collect(enumerate(rows), options.out, user=0, item=1, time=2), titles, images, [])
 
 
 @dataclass
@@ -101,23 +43,27 @@ class Sequences:
     start: np.ndarray  # [U + 1]
     touched: np.ndarray  # [P, 2], every (user, item) of the raw data, those below --min-rating too
     counts: dict[str, int]
+    split: np.ndarray  # [U], train, val or test, where the source has its own split
 
 
-def build_sequences(raw: Raw, min_rating: float, min_interactions: int) -> Sequences:
+def build_sequences(raw: readers.Raw, min_rating: float, min_interactions: int, drop_untitled: bool) -> Sequences:
     """Filter, sort by user and time (ties by input order), drop repeated items, and number the items that remain."""
-    users, items, times = raw.users, raw.items, raw.times
-    counts = {"interactions_read": len(users)}
-    keep = raw.ratings >= min_rating
-    counts["below_min_rating"] = int((~keep).sum())
+    users, items, times, ratings = raw.columns()
+    user_ids, item_ids = list(raw.found.user_codes), list(raw.found.item_codes)
     touched = users, items
+    rated = ratings >= min_rating
+    untitled = np.array([not raw.titles.get(item, "" if drop_untitled else "unknown") for item in item_ids])
+    keep = rated & ~untitled[items]
+    counts = {"interactions_read": len(users), "below_min_rating": int((~rated).sum())}
+    counts["of_untitled_items"] = int((rated & ~keep).sum())
     users, items, times = users[keep], items[keep], times[keep]
     order = np.lexsort((times, users))  # stable
     users, items, times = users[order], items[order], times[order]
     first = np.zeros(len(users), dtype=bool)
-    first[np.unique(users * len(raw.item_ids) + items, return_index=True)[1]] = True
+    first[np.unique(users * len(item_ids) + items, return_index=True)[1]] = True
     counts["repeated_items_dropped"] = int((~first).sum())
     users, items, times = users[first], items[first], times[first]
-    long_enough = np.bincount(users, minlength=len(raw.user_ids)) >= min_interactions
+    long_enough = np.bincount(users, minlength=len(user_ids)) >= min_interactions
     counts["users_too_short"] = int((~long_enough).sum())
     users, items, times = (column[long_enough[users]] for column in (users, items, times))
     if not len(users):
@@ -125,128 +71,149 @@ def build_sequences(raw: Raw, min_rating: float, min_interactions: int) -> Seque
     same = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     counts["interactions_tied_in_time"] = int((np.append(same, False) | np.append(False, same)).sum())
 
-    known = np.unique(items)
-    untitled = [raw.item_ids[item] for item in known if not raw.titles.get(raw.item_ids[item])]
-    if untitled:
-        raise UserError(f"{len(untitled)} items have interactions but no title, the first is {untitled[0]}; add them")
-    place = {item: number for number, item in enumerate(raw.titles)}
-    known = np.array(sorted(known.tolist(), key=lambda item: place[raw.item_ids[item]]))  # the source's own order
-    row_of = np.zeros(len(raw.item_ids), dtype=np.int64)
-    row_of[known] = np.arange(len(known))
-    ids = [raw.item_ids[item] for item in known]
+    row_of, ids = number_items(raw, item_ids, np.unique(items))
     kept_users, user_number = np.unique(users, return_inverse=True)
     images = [raw.images.get(item) for item in ids]
     counts |= {"users": len(kept_users), "items": len(ids), "interactions": len(users)}
     counts["items_without_image"] = images.count(None)
-    start = np.append(0, np.bincount(user_number).cumsum())
-    titles = [raw.titles[item] for item in ids]
-    number_of = np.full(len(raw.user_ids), -1)
+    number_of = np.full(len(user_ids), -1)
     number_of[kept_users] = np.arange(len(kept_users))
-    in_catalogue = np.zeros(len(raw.item_ids), dtype=bool)
-    in_catalogue[known] = True
-    inside = (number_of[touched[0]] >= 0) & in_catalogue[touched[1]]
+    inside = (number_of[touched[0]] >= 0) & (row_of[touched[1]] >= 0)
     touched = np.stack([number_of[touched[0][inside]], row_of[touched[1][inside]]], axis=1)
-    names = [raw.user_ids[user] for user in kept_users]
-    return Sequences(names, ids, titles, images, row_of[items], start, touched, counts)
+    names = [user_ids[user] for user in kept_users]
+    start, titles = np.append(0, np.bincount(user_number).cumsum()), [raw.titles[item] for item in ids]
+    split = np.array([raw.split.get(name, "") for name in names])
+    return Sequences(names, ids, titles, images, row_of[items], start, touched, counts, split)
 
 
-def split_windows(data: Sequences, split: str, max_windows: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def number_items(raw: readers.Raw, item_ids: list[str], known: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """([codes] row of each item code, -1 where not known; ids by row): rows are in the order of the source's titles."""
+    untitled = [item_ids[code] for code in known if item_ids[code] not in raw.titles]
+    if untitled:
+        raise UserError(
+            f"{len(untitled)} items have interactions but no title, the first is {untitled[0]}; add them, or leave "
+            "out their interactions with --drop-untitled"
+        )
+    place = {item: number for number, item in enumerate(raw.titles)}
+    known = np.array(sorted(known.tolist(), key=lambda code: place[item_ids[code]]))
+    row_of = np.full(len(item_ids), -1)
+    row_of[known] = np.arange(len(known))
+    return row_of, [item_ids[code] for code in known]
+
+
+def split_windows(data: Sequences, options: argparse.Namespace) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Positions of the targets in data.items by split, and [U], how many of a user's items belong to training.
 
     leave-one-out: a user's last item is tested, the second last validates, each one before it trains (the first has no
-    history). user: users 8:1:1; the last item is the target, and a training user's earlier ones are too.
+    history). user: users 8:1:1; the last item is the target, and a training user's earlier ones are too. published: the
+    same with the source's own users.
     """
-    length = np.diff(data.start)
-    end = data.start[1:]
-    if split == "leave-one-out":
-        training = length - 2
+    length, end = np.diff(data.start), data.start[1:]
+    training = length.copy()
+    if options.split == "leave-one-out":
+        training -= 2
         targets = {"val": end - 2, "test": end - 1}
     else:
-        shuffled = np.random.default_rng([seed, 3]).permutation(len(length))
-        tenth = max(1, len(length) // 10)
-        targets = {"val": np.sort(end[shuffled[:tenth]]) - 1, "test": np.sort(end[shuffled[tenth : 2 * tenth]]) - 1}
-        training = length.copy()
-        training[shuffled[: 2 * tenth]] = 0
-    windows = np.maximum(training - 1, 0)
-    if max_windows:
-        windows = np.minimum(windows, max_windows)  # the latest ones
+        split = data.split
+        if options.split == "user":
+            shuffled, tenth = np.random.default_rng([options.seed, 3]).permutation(len(length)), len(length) // 10
+            split = np.full(len(length), "train")
+            split[shuffled[: max(1, tenth)]], split[shuffled[max(1, tenth) : 2 * max(1, tenth)]] = "val", "test"
+        targets = {name: end[split == name] - 1 for name in ("val", "test")}
+        training[split != "train"] = 0
+    windows = np.maximum(training - items_before(options), 0)
+    if options.max_windows_per_user:
+        windows = np.minimum(windows, options.max_windows_per_user)  # the latest ones
     last = data.start[:-1] + training
     offsets = np.arange(windows.sum()) - np.repeat(windows.cumsum() - windows, windows)
     targets["train"] = np.repeat(last - windows, windows) + offsets
     for name in targets:
         if not len(targets[name]):
-            raise UserError(f"no {name} rows come of {len(length)} users with --split {split}; more users are needed")
+            raise UserError(f"no {name} rows come of {len(length)} users, split {options.split}; more users are needed")
     return targets, training
 
 
-def draw_negatives(data: Sequences, users: np.ndarray, count: int, sampling: str, rng) -> np.ndarray:
-    """[R, count] item rows for R rows of these users: none with the title of one of the user's items, no two in a row
-    with the same title; uniform over items, or in proportion to their interactions."""
-    _, title = np.unique(data.titles, return_inverse=True)  # [N], items with equal titles are one
-    weight = np.bincount(data.items, minlength=len(title)) if sampling == "popularity" else np.ones(len(title))
-    cumulative = weight.cumsum()
-    own = np.unique(data.touched[:, 0] * len(title) + title[data.touched[:, 1]])  # sorted keys (user, title)
-    available = len(np.unique(title)) - np.bincount(own // len(title), minlength=len(data.start) - 1)[users].max()
-    if available < count:
-        raise UserError(f"--negatives {count}: a user has touched all but {available} titles; lower --negatives")
-    drawn = np.full((len(users), count), -1)
-    bad = np.ones(drawn.shape, dtype=bool)
-    for _ in range(1000):
-        rows, columns = np.nonzero(bad)
-        if not len(rows):
-            return drawn
-        fresh = np.searchsorted(cumulative, rng.random(len(rows)) * cumulative[-1], side="right")
-        drawn[rows, columns] = fresh
-        touched = np.unique(rows)  # only rows that changed can have become wrong
-        titles = title[drawn[touched]]
-        keys = users[touched, None] * len(title) + titles
-        found = own[np.minimum(np.searchsorted(own, keys), len(own) - 1)] == keys
-        order = np.argsort(titles, axis=1, kind="stable")
-        ranked = np.take_along_axis(titles, order, axis=1)
-        repeated = np.zeros_like(found)
-        np.put_along_axis(repeated, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
-        bad[touched] = found | repeated
-    raise UserError(f"no {count} negatives found for {bad.any(1).sum()} rows; lower --negatives")
+class Negatives:
+    """Draws negatives: none with the title of one of the user's items, no two in a row with the same title; uniform
+    over items, or in proportion to their interactions."""
+
+    def __init__(self, data: Sequences, count: int, sampling: str):
+        codes: dict[str, int] = {}
+        self.title = np.array([codes.setdefault(title, len(codes)) for title in data.titles])  # equal titles are one
+        weight = np.bincount(data.items, minlength=len(self.title)) if sampling == "popularity" else 1
+        self.cumulative = np.cumsum(np.broadcast_to(weight, self.title.shape))
+        self.count = count
+        self.own = np.unique(data.touched[:, 0] * len(self.title) + self.title[data.touched[:, 1]])  # (user, title)
+        available = len(codes) - int(np.bincount(self.own // len(self.title)).max())
+        if available < count:
+            raise UserError(f"--negatives {count}: a user has touched all but {available} titles; lower --negatives")
+
+    def draw(self, users: np.ndarray, rng) -> np.ndarray:
+        """[R, count] item rows for R rows of these users."""
+        drawn = np.full((len(users), self.count), -1)
+        bad = np.ones(drawn.shape, dtype=bool)
+        for _ in range(1000):
+            rows, columns = np.nonzero(bad)
+            if not len(rows):
+                return drawn
+            fresh = np.searchsorted(self.cumulative, rng.random(len(rows)) * self.cumulative[-1], side="right")
+            drawn[rows, columns] = fresh
+            touched = np.unique(rows)  # only rows that changed can have become wrong
+            titles = self.title[drawn[touched]]
+            keys = users[touched, None] * len(self.title) + titles
+            found = self.own[np.minimum(np.searchsorted(self.own, keys), len(self.own) - 1)] == keys
+            order = np.argsort(titles, axis=1, kind="stable")
+            ranked = np.take_along_axis(titles, order, axis=1)
+            repeated = np.zeros_like(found)
+            np.put_along_axis(repeated, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
+            bad[touched] = found | repeated
+        raise UserError(f"no {self.count} negatives found for {bad.any(1).sum()} rows; lower --negatives")
 
 
-def split_lines(data: Sequences, targets: np.ndarray, options: argparse.Namespace, rng) -> list[str]:
-    """The JSON lines of a split, whose targets stand at these positions of data.items."""
-    users = np.searchsorted(data.start, targets, side="right") - 1
-    negatives = draw_negatives(data, users, options.negatives, options.negative_sampling, rng)
-    candidates = np.concatenate([data.items[targets, None], negatives], axis=1)
-    candidates = rng.permuted(candidates, axis=1)
-    rejected = negatives[np.arange(len(targets)), rng.integers(options.negatives, size=len(targets))]
-    begin = np.maximum(data.start[users], targets - options.history)
+ROWS_AT_ONCE = 1 << 18  # rows of a split that are drawn and rendered together, which bounds the memory
+
+
+def split_lines(data: Sequences, targets: np.ndarray, negatives: Negatives, options, rng) -> Iterator[str]:
+    """The JSON lines of a split, whose targets stand at these positions of data.items. With several positives, the
+    items just before the target are candidates too, and the history ends before them."""
     quoted = np.array([json.dumps(item, ensure_ascii=False) for item in data.item_ids], dtype=object)
     names = [json.dumps(user, ensure_ascii=False) for user in data.user_ids]
-    return [
-        f'{{"user": {names[user]}, "history": [{", ".join(quoted[data.items[first:at]])}], '
-        f'"target": {quoted[data.items[at]]}, "candidates": [{", ".join(quoted[row])}], '
-        f'"rejected": {quoted[negative]}}}'
-        for user, first, at, row, negative in zip(users, begin, targets, candidates, rejected, strict=True)
-    ]
+    for chunk in range(0, len(targets), ROWS_AT_ONCE):
+        at = targets[chunk : chunk + ROWS_AT_ONCE]
+        users = np.searchsorted(data.start, at, side="right") - 1
+        drawn = negatives.draw(users, rng)
+        positives = data.items[at[:, None] - np.arange(options.positives)]
+        candidates = rng.permuted(np.concatenate([positives, drawn], axis=1), axis=1)
+        rejected = drawn[np.arange(len(at)), rng.integers(negatives.count, size=len(at))]
+        end = at - options.positives + 1
+        begin = np.maximum(data.start[users], end - options.history)
+        for user, first, last, target, row, negative in zip(users, begin, end, at, candidates, rejected, strict=True):
+            yield (
+                f'{{"user": {names[user]}, "history": [{", ".join(quoted[data.items[first:last]])}], '
+                f'"target": {quoted[data.items[target]]}, "candidates": [{", ".join(quoted[row])}], '
+                f'"rejected": {quoted[negative]}}}'
+            )
 
 
 def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path]) -> None:
     """Write a data folder's files; manifest.json comes last, so a folder without it is not whole."""
-    targets, training = split_windows(data, options.split, options.max_windows_per_user, options.seed)
-    lines = {}
-    for number, name in enumerate(("train", "val", "test")):  # a stream for each split
-        lines[name] = split_lines(data, targets[name], options, np.random.default_rng([options.seed, number]))
+    targets, training = split_windows(data, options)
+    negatives = Negatives(data, options.negatives, options.negative_sampling)
     (options.out / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(options.out / "encoded", ignore_errors=True)  # of the data that stood here
     images = [os.path.relpath(path, options.out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     runs.write_jsonl(options.out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))
-    for name, rows in lines.items():
-        runs.write_jsonl(options.out / f"{name}.jsonl", rows)
+    for number, name in enumerate(("train", "val", "test")):  # a stream of random numbers for each split
+        rng = np.random.default_rng([options.seed, number])
+        runs.write_jsonl(options.out / f"{name}.jsonl", split_lines(data, targets[name], negatives, options, rng))
     spans = zip(data.user_ids, data.start[:-1], training, strict=True)
     sequences = ((user, data.items[first : first + n]) for user, first, n in spans if n)
     rows = ({"user": user, "items": [data.item_ids[item] for item in sequence]} for user, sequence in sequences)
     runs.write_jsonl(options.out / "sequences.jsonl", rows)
     kept = {name: value for name, value in runs.plain(options).items() if name not in NOT_DATA}
     manifest = {"source": options.dataset, "options": kept, "seed": options.seed}
-    manifest["counts"] = data.counts | {f"{name}_rows": len(rows) for name, rows in lines.items()}
+    manifest["counts"] = data.counts | {f"{name}_rows": len(rows) for name, rows in targets.items()}
     manifest["ties"] = "interactions of a user with equal times keep their input order"
     manifest["inputs"] = {path.name: runs.file_hash(path) for path in inputs}
     manifest["files"] = {f"{name}.jsonl": runs.file_hash(options.out / f"{name}.jsonl") for name in FILES}
@@ -311,20 +278,47 @@ OWN = {".lock", "images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES
 NOT_DATA = ("model", "encoded", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
 
 
+COLUMNS = {"user": "user, user_id", "item": "item, item_id", "time": "timestamp", "rating": "rating", "title": "title"}
+
+
+def items_before(options: argparse.Namespace) -> int:
+    """How many of a user's items must stand before a target."""
+    return 1 if options.positives == 1 else options.history + options.positives - 1
+
+
+def check_source(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """A parser's error where what --dataset needs is not given, or something is that it does not take."""
+    tables = options.interactions and options.items
+    if options.dataset == "csv" and not tables:
+        parser.error("--dataset csv needs --interactions FILE and --items FILE")
+    if options.dataset not in ("demo", "csv") and not options.source:
+        parser.error(f"--dataset {options.dataset} needs --source DIR")
+    if options.dataset == "demo" and (options.source or tables):
+        parser.error("--source needs --dataset: what does it hold?")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = runs.Parser(__doc__)
     source = parser.add_argument_group("source")
-    source.add_argument("--dataset", choices=["demo", "movielens"], default="demo", help="what --source holds [demo]")
-    source.add_argument("--source", type=Path, help="folder of the raw files (the demo has none)")
-    source.add_argument("--images", type=Path, help="folder of <item>.jpg, where they are not in SOURCE/posters")
+    source.add_argument("--dataset", choices=["demo", *readers.READERS], default="demo", help="the layout [demo]")
+    source.add_argument("--source", type=Path, help="folder of the raw files (demo and csv have none)")
+    source.add_argument("--images", type=Path, help="folder of <item>.jpg, .png or .webp, where not inside SOURCE")
+    source.add_argument("--interactions", type=Path, metavar="FILE", help="csv: the table of interactions")
+    source.add_argument("--items", type=Path, metavar="FILE", help="csv: the table of items")
+    for name, kinds in COLUMNS.items():
+        source.add_argument(
+            f"--{name}-column", metavar="NAME", help=f"csv, recbole: the column of the {name} [{kinds}]"
+        )
+    source.add_argument("--drop-untitled", action="store_true", help="leave out items that the titles do not list")
     source.add_argument("--out", type=Path, help="data folder to write [data/<dataset>]")
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--history", type=runs.positive_int, default=5, help="items before the target, at most [5]")
-    protocol.add_argument(
-        "--negatives", type=runs.positive_int, default=9, help="in the candidates, beside the target [9]"
-    )
+    protocol.add_argument("--history", type=runs.positive_int, help="items before the target, at most [5]")
+    protocol.add_argument("--negatives", type=runs.positive_int, help="in the candidates, beside the target [9]")
     protocol.add_argument("--negative-sampling", choices=["uniform", "popularity"], default="uniform", help="[uniform]")
-    protocol.add_argument("--split", choices=["leave-one-out", "user"], default="leave-one-out", help="user: 8:1:1")
+    split = "user: 8:1:1 [leave-one-out; hanorec: the published one]"
+    protocol.add_argument("--split", choices=["leave-one-out", "user"], help=split)
+    official = "official: 3 history items, 3 positives and 7 negatives, the last positive counts [standard]"
+    protocol.add_argument("--protocol", choices=["standard", "official"], default="standard", help=official)
     protocol.add_argument("--min-rating", type=float, default=0.0, help="drop lower ratings [0: keep all]")
     protocol.add_argument("--min-interactions", type=runs.positive_int, default=6, help="drop users with fewer [6]")
     windows = "training rows of a user, the latest; 0: all [10]"
@@ -339,13 +333,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.out = options.out or Path("data") / options.dataset
     options.encoded = options.out / "encoded" / options.model.strip("/").replace("/", "--")
-    if options.dataset != "demo" and not options.source and not options.encode_only:
-        parser.error(f"--dataset {options.dataset} needs --source DIR")
-    if options.dataset == "demo" and options.source:
-        parser.error("--source needs --dataset: what does it hold?")
-    shortest = 3 if options.split == "leave-one-out" else 2
+    if not options.encode_only:
+        check_source(options, parser)
+    official, published = options.protocol == "official", options.dataset == "hanorec"
+    if (official and (options.history or options.negatives)) or (published and options.split):
+        parser.error("--protocol official sets --history and --negatives; --dataset hanorec brings its own --split")
+    options.split = options.split or ("published" if published else "leave-one-out")
+    options.positives = 3 if official else 1
+    options.history, options.negatives = (
+        options.history or (3 if official else 5),
+        options.negatives or (7 if official else 9),
+    )
+    shortest = items_before(options) + (2 if options.split == "leave-one-out" else 1)
     if options.min_interactions < shortest:
-        parser.error(f"--min-interactions must be at least {shortest} for --split {options.split}")
+        parser.error(f"--min-interactions must be at least {shortest} for this split and protocol")
     return options
 
 
@@ -383,10 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     with runs.locked(options.out):
         if not options.encode_only:
             check_out(options.out, options.dataset)
-            readers = {"movielens": lambda: read_movielens(options.source, options.images)}
-            readers["demo"] = lambda: Raw(*demo.make_demo(options.out, options.seed))
-            raw = readers[options.dataset]()
-            data = build_sequences(raw, options.min_rating, options.min_interactions)
+            raw = (readers.READERS | {"demo": read_demo})[options.dataset](options)
+            data = build_sequences(raw, options.min_rating, options.min_interactions, options.drop_untitled)
             write_data(data, options, raw.files)
         encode(options)
     if options.show:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate
+import exchange
 
 
 def random_scores(rows=40, candidates=5, seed=0):
@@ -96,12 +97,7 @@ def test_paired_difference_is_narrower_than_unpaired():
     assert one.minus(one).interval("MRR") == [0, 0]
 
 
-class Catalogue:
-    ids = ["a", "b", "c"]
-
-
-class FakeData:
-    folder, catalogue = "data", Catalogue
+IDS = ["a", "b", "c"]
 
 
 class Row:
@@ -116,16 +112,16 @@ def write(path, **changes):
 def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
     path = tmp_path / "scores.jsonl"
     write(path)
-    scores, yes = evaluate.read_scores(path, FakeData, [Row])
+    scores, yes = exchange.read_scores(path, IDS, [Row])
     assert scores.tolist() == [[0.25, 0.5]] and yes is None
     write(path, yes_scores=[3, 4])
-    assert evaluate.read_scores(path, FakeData, [Row])[1].tolist() == [[4, 3]]
+    assert exchange.read_scores(path, IDS, [Row])[1].tolist() == [[4, 3]]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"user": "u2"}, "no row of data: user u1"),
+        ({"user": "u2"}, "no row of this data: user u1"),
         ({"candidates": ["b", "a"]}, "not the candidates"),
         ({"scores": [1.0]}, "one finite number"),
         ({"scores": [1.0, float("nan")]}, "one finite number"),
@@ -134,8 +130,8 @@ def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
 def test_wrong_scores_are_refused(tmp_path, changes, message):
     path = tmp_path / "scores.jsonl"
     write(path, **changes)
-    with pytest.raises(evaluate.UserError, match=message):
-        evaluate.read_scores(path, FakeData, [Row])
+    with pytest.raises(exchange.UserError, match=message):
+        exchange.read_scores(path, IDS, [Row])
 
 
 def test_popularity_and_cooccurrence_equal_brute_force():

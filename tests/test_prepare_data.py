@@ -148,24 +148,42 @@ def test_real_movielens(tmp_path, monkeypatch):
     assert len(train) == counts["train_rows"] <= 6650
 
 
-def test_a_million_interactions_take_seconds(tmp_path):
-    rng = np.random.default_rng(0)
-    count = 1_000_000
+def test_a_million_interactions_take_seconds(tmp_path, monkeypatch):
+    rng, count = np.random.default_rng(0), 1_000_000
     users, items = rng.integers(20_000, size=count), (rng.random(count) ** 2 * 10_000).astype(int)
-    ids, titles = [str(i) for i in range(10_000)], {str(i): f"Title {i}" for i in range(10_000)}
-    raw = prepare_data.Raw(
-        users,
-        items,
-        rng.random(count),
-        np.ones(count, dtype=np.float32),
-        [str(i) for i in range(20_000)],
-        ids,
-        titles,
-        {},
-        [],
-    )
-    options = prepare_data.parse(["--out", str(tmp_path), "--dataset", "movielens", "--source", "x"])
+    rows = (f"{user},{item},{time}" for time, (user, item) in enumerate(zip(users, items, strict=True)))
+    (tmp_path / "Big_pairs.csv").write_text("user,item,timestamp\n" + "\n".join(rows))
+    (tmp_path / "Big_titles.csv").write_text("item,title\n" + "\n".join(f"{i},Title {i}" for i in range(10_000)))
     started = time.perf_counter()
-    prepare_data.write_data(prepare_data.build_sequences(raw, 0.0, 6), options, [])
+    prepare(monkeypatch, tmp_path, tmp_path / "data", "--dataset microlens")
     assert time.perf_counter() - started < 60
-    assert len(lines(tmp_path / "train.jsonl")) == 200_000
+    assert len(lines(tmp_path / "data" / "train.jsonl")) == 200_000
+
+
+def test_rows_drawn_in_parts_keep_the_invariants(tmp_path, monkeypatch):
+    movielens(tmp_path / "raw")
+    monkeypatch.setattr(prepare_data, "ROWS_AT_ONCE", 7)
+    prepare(monkeypatch, tmp_path / "raw", tmp_path / "data")
+    rows, counts = (
+        lines(tmp_path / "data" / "train.jsonl"),
+        json.loads((tmp_path / "data" / "manifest.json").read_text()),
+    )
+    assert len(rows) == counts["counts"]["train_rows"] > 70
+    assert all(len(set(row["candidates"])) == 10 and row["rejected"] != row["target"] for row in rows)
+    assert all({row["rejected"], row["target"]} < set(row["candidates"]) for row in rows)
+
+
+def test_official_protocol(tmp_path, monkeypatch):
+    """3 history items, 3 positives and 7 negatives; the last positive is the target."""
+    rows, _ = movielens(tmp_path / "raw")
+    out = tmp_path / "data"
+    prepare(monkeypatch, tmp_path / "raw", out, "--protocol official --split user")
+    sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
+    for row in lines(out / "test.jsonl") + lines(out / "val.jsonl"):
+        own = sequences[row["user"]]
+        assert row["history"] == own[-6:-3] and row["target"] == own[-1]
+        assert set(row["candidates"]) & set(own) == set(own[-3:]) and len(row["candidates"]) == 10
+        assert row["rejected"] not in own
+    for row in lines(out / "train.jsonl"):
+        at = sequences[row["user"]].index(row["target"])
+        assert row["history"] == sequences[row["user"]][at - 5 : at - 2]

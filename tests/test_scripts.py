@@ -201,6 +201,26 @@ def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
     assert again[str(dpo_run / "predictions.jsonl")].values == pytest.approx(metrics["values"])
 
 
+def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
+    """The exported scores read back give the run's own metrics; and RecBole's files hold the same rows."""
+    folder = tmp_path / "small"
+    mine = evaluate.main(["--run", str(sft_run), "--export-recbole", str(folder)])[str(sft_run)]
+    path = folder / "small.candidates.inter"
+    theirs = evaluate.main(["--data", str(prepared), "--scores", str(path)])[str(path)]
+    assert {n: theirs.values[n] for n in ("HR@1", "NDCG@3", "MRR")} == {
+        n: mine.values[n] for n in ("HR@1", "NDCG@3", "MRR")
+    }
+    test = [line.split("\t") for line in (folder / "small.test.inter").read_text().splitlines()]
+    rows = lines(prepared / "test.jsonl")
+    assert test[0] == ["user_id:token", "item_id_list:token_seq", "item_id:token"]
+    assert test[1:] == [[row["user"], " ".join(row["history"]), row["target"]] for row in rows]
+    assert {p.name for p in folder.iterdir()} == {
+        f"small.{n}.inter" for n in ("train", "valid", "test", "candidates")
+    } | {"small.item"}
+    path.write_text(path.read_text().replace("1.0\t", "1.0\toops", 1))
+    assert "small.candidates.inter, line" in refused(capsys, evaluate.main, "--data", prepared, "--scores", path)
+
+
 def test_evaluate_recommends_by_name(sft_run, capsys):
     data = evaluate.Data(json.loads((sft_run / "config.json").read_text())["options"]["data"], None)
     row = data.rows("test")[2]
@@ -302,16 +322,16 @@ def raw(folder, **files):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"ratings_csv": "userId,movieId,rating,timestamp\n"}, "holds no ratings"),
-        ({"ratings_csv": ""}, "holds no ratings"),
-        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,five,9\n"}, "line 2: expected user, movie, rating"),
-        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5\n"}, "line 2: expected user, movie, rating"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n"}, "holds no interactions"),
+        ({"ratings_csv": ""}, "ratings.csv is empty"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,five,9\n"}, "line 2: expected user, item, time, rating"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5\n"}, "line 2: expected user, item, time, rating"),
         ({"ratings_csv": "u,m,r,t\n1,2,5,9\n"}, "no user has 6 interactions; lower --min-interactions"),
         (
             {"movies_csv": "movieId,title,genres\n100,Alone,Drama\n"},
             "items have interactions but no title, the first is",
         ),
-        ({"movies_csv": "movieId\n100\n"}, "line 2: expected movie and title"),
+        ({"movies_csv": "movieId\n100\n"}, "line 2: expected an item and its title"),
     ],
 )
 def test_bad_raw_files(tmp_path, capsys, files, message):
@@ -332,7 +352,7 @@ def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
     assert "needs --dataset" in refused(capsys, run, "--source", tmp_path)
     (tmp_path / "empty").mkdir()
     error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "empty", "--out", tmp_path / "data")
-    assert "ratings.csv does not exist" in error
+    assert "holds no ratings.dat or ratings.csv" in error
     folder = raw(tmp_path / "raw")
     common = ["--dataset", "movielens", "--source", folder, "--out", tmp_path / "data"]
     assert "touched all but" in refused(capsys, run, *common, "--negatives", 58)

@@ -1,0 +1,221 @@
+"""Readers of other projects' layouts, on small files with the warts of the true ones."""
+
+import gzip
+import json
+import os
+
+import pytest
+from PIL import Image
+
+import prepare_data
+import readers
+
+USERS = [f"u{number}" for number in range(12)]
+ITEMS = [f"i{number}" for number in range(30)]
+TITLES = {item: f"Title {item}" for item in ITEMS} | {
+    "i3": 'The "Film", a tale',
+    "i4": "Emoji 😀 #tag",
+    "i5": "Title i6",
+}
+
+
+def sequence(user):
+    """Seven items of a user, in order of time."""
+    first = USERS.index(user)
+    return [ITEMS[(first + 3 * step) % 30] for step in range(7)]
+
+
+def interactions():
+    """(user, item, time, rating), out of order and with a repeated item."""
+    rows = [(user, item, 1000 + step, 4) for user in USERS for step, item in enumerate(sequence(user))]
+    return sorted([*rows, (USERS[0], sequence(USERS[0])[0], 2000, 5)], key=lambda row: hash_free(row))
+
+
+def hash_free(row):
+    return (row[2] * 7919) % 31, row
+
+
+def quoted(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+def draw(folder, items=ITEMS[1:], ending=".jpg"):
+    folder.mkdir(parents=True)
+    for item in items:
+        Image.new("RGB", (30, 30)).save(folder / f"{item}{ending}")
+
+
+def prepare(monkeypatch, out, *argv):
+    """Prepare without encoding; (rows by split, items, manifest)."""
+    monkeypatch.setattr(prepare_data, "encode", lambda options: None)
+    prepare_data.main([*map(str, argv), "--out", str(out)])
+
+    def lines(name):
+        return [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    splits = {name: lines(name) for name in ("train", "val", "test")}
+    return splits, {item["item"]: item for item in lines("items")}, json.loads((out / "manifest.json").read_text())
+
+
+def check(splits, items, manifest, images=29):
+    """What every reader must give for the data above."""
+    assert {row["user"]: row["history"] + [row["target"]] for row in splits["test"]} == {
+        user: sequence(user)[-6:] for user in USERS
+    }
+    assert {item: row["title"] for item, row in items.items()} == TITLES
+    assert manifest["counts"]["items_without_image"] == 30 - images
+    for row in [row for rows in splits.values() for row in rows]:
+        names = [TITLES[item] for item in row["candidates"]]
+        assert len(set(names)) == 10  # i5 and i6 share a title
+
+
+def microlens(folder, layout="tsv"):
+    draw(folder / "MicroLens-50k_covers")
+    if layout == "tsv":
+        text = "".join(f"{user}\t{' '.join(sequence(user))}\r\n" for user in USERS)
+        (folder / "MicroLens-50k_pairs.tsv").write_text(text, newline="")
+    else:
+        text = "user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t, _ in interactions())
+        (folder / "MicroLens-50k_pairs.csv").write_text(text)
+    text = "\ufeffitem,title\r\n" + "".join(f"{item},{quoted(title)}\r\n" for item, title in TITLES.items())
+    (folder / "MicroLens-50k_titles.csv").write_text(text, encoding="utf-8", newline="")
+
+
+@pytest.mark.parametrize("layout", ["tsv", "csv"])
+def test_microlens(tmp_path, monkeypatch, layout):
+    microlens(tmp_path / "raw", layout)
+    check(*prepare(monkeypatch, tmp_path / "data", "--dataset", "microlens", "--source", tmp_path / "raw"))
+
+
+def test_hanorec_keeps_the_published_split(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    draw(raw / "images")
+    split = {"train": USERS[:8], "val": USERS[8:10], "test": USERS[10:]}
+    for name, users in split.items():
+        (raw / f"{name}.tsv").write_text("".join(f"{user}\t{' '.join(sequence(user))}\n" for user in users))
+    (raw / "Netflix_titles.csv").write_text("".join(f"{item},{quoted(title)}\n" for item, title in TITLES.items()))
+    argv = ["--dataset", "hanorec", "--source", raw]
+    splits, items, manifest = prepare(monkeypatch, tmp_path / "data", *argv)
+    assert {name: {row["user"] for row in rows} for name, rows in splits.items()} == {
+        n: set(u) for n, u in split.items()
+    }
+    assert all(row["target"] == sequence(row["user"])[-1] for name in ("val", "test") for row in splits[name])
+    assert len(items) == 30 and manifest["options"]["split"] == "published"
+    splits, _, _ = prepare(monkeypatch, tmp_path / "official", *argv, "--protocol", "official")
+    for row in splits["test"]:
+        own = sequence(row["user"])
+        assert row["history"] == own[-6:-3] and set(own[-3:]) < set(row["candidates"]) and row["target"] == own[-1]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_amazon(tmp_path, monkeypatch, zipped):
+    raw = tmp_path / "raw"
+    draw(raw / "images")
+    rows = [
+        {"user_id": u, "parent_asin": i, "timestamp": t, "rating": r, "text": "long"} for u, i, t, r in interactions()
+    ]
+    rows += [{"user_id": user, "parent_asin": "untitled", "timestamp": 1, "rating": 1.0} for user in USERS]
+    meta = [{"parent_asin": item, "title": title.replace('"', "&quot;")} for item, title in TITLES.items()]
+    meta += [{"parent_asin": "unknown", "title": "Never bought"}, {"parent_asin": "untitled", "title": None}]
+    for name, lines in (("All_Beauty", rows), ("meta_All_Beauty", meta)):
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        path = raw / (f"{name}.jsonl" + ".gz" * zipped)
+        path.write_bytes(gzip.compress(text) if zipped else text)
+    splits, items, manifest = prepare(monkeypatch, tmp_path / "data", "--dataset", "amazon", "--source", raw)
+    check(splits, items, manifest)
+    assert manifest["counts"]["of_untitled_items"] == 12
+
+
+def test_recbole(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    draw(raw / "images", ending=".png")
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    (raw / "ml.inter").write_text(header + "".join(f"{u}\t{i}\t{r}\t{t}\n" for u, i, t, r in interactions()))
+    header = "item_id:token\tmovie_title:token_seq\tgenre:token_seq\n"
+    (raw / "ml.item").write_text(header + "".join(f"{item}\t{title}\tDrama\n" for item, title in TITLES.items()))
+    check(*prepare(monkeypatch, tmp_path / "data", "--dataset", "recbole", "--source", raw))
+
+
+TABLES = ["--user-column", "who", "--item-column", "asin", "--time-column", "when", "--title-column", "name"]
+
+
+def test_csv_with_named_columns_and_dates(tmp_path, monkeypatch):
+    draw(tmp_path / "pictures", ending=".webp")
+    rows = "".join(f"{i},2024-01-{t - 999:02} 12:00:00,{u}\n" for u, i, t, _ in interactions() if t < 2000)
+    (tmp_path / "log.csv").write_text("asin,when,who\n" + rows)
+    titles = "".join(f"{quoted(title)},{item}\n" for item, title in TITLES.items())
+    (tmp_path / "items.csv").write_text("name,asin\n" + titles + "Never bought,i99\n", encoding="utf-8")
+    files = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
+    argv = ["--dataset", "csv", *files, "--images", tmp_path / "pictures"]
+    check(*prepare(monkeypatch, tmp_path / "data", *argv, *TABLES))
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, tmp_path / "other", *argv)
+
+
+def test_parquet(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    draw(tmp_path / "pictures")
+    names = ("who", "asin", "when")
+    columns = {name: [row[at] for row in interactions()] for at, name in enumerate(names)}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "log.parquet")
+    parquet.write_table(
+        pyarrow.table({"asin": list(TITLES), "name": list(TITLES.values())}), tmp_path / "items.parquet"
+    )
+    files = ["--interactions", tmp_path / "log.parquet", "--items", tmp_path / "items.parquet"]
+    check(
+        *prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files, "--images", tmp_path / "pictures", *TABLES)
+    )
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_movielens_titles_in_either_encoding(tmp_path, encoding):
+    (tmp_path / "ratings.dat").write_text("1::2::3.5::4\n")
+    (tmp_path / "movies.dat").write_text("2::Léon: The Professional (1994)::Crime\n", encoding=encoding)
+    options = prepare_data.parse(["--dataset", "movielens", "--source", str(tmp_path)])
+    raw = readers.read_movielens(options)
+    assert raw.titles == {"2": "Léon: The Professional (1994)"} and [c.tolist() for c in raw.columns()] == [
+        [0],
+        [0],
+        [4],
+        [3.5],
+    ]
+
+
+def refused(capsys, monkeypatch, *argv):
+    with pytest.raises(SystemExit) as stop:
+        prepare(monkeypatch, *argv)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(error.splitlines()) == 1
+    return error
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "data"
+    microlens(raw)
+    argv = [out, "--dataset", "microlens", "--source"]
+    assert "holds no *_pairs.tsv or *_pairs.csv" in refused(capsys, monkeypatch, *argv, tmp_path)
+    assert "is not a folder; give the unpacked dataset" in refused(capsys, monkeypatch, *argv, tmp_path / "nowhere")
+    with open(raw / "MicroLens-50k_pairs.tsv", "a") as file:
+        file.write(f"new\t{' '.join(['ghost', *ITEMS[:8]])}\n")
+    error = refused(capsys, monkeypatch, *argv, raw)
+    assert "1 items have interactions but no title, the first is ghost" in error and "--drop-untitled" in error
+    assert not os.listdir(out) or os.listdir(out) == [".lock"]
+    _, items, manifest = prepare(monkeypatch, *argv, raw, "--drop-untitled")
+    assert "ghost" not in items and manifest["counts"]["of_untitled_items"] == 1
+    (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1\n")
+    assert "line 2: expected an item and its title, got ['i1']" in refused(capsys, monkeypatch, *argv, raw)
+    (raw / "second_pairs.tsv").write_text("u1\ti1\n")
+    assert "holds 2 files *_pairs.tsv" in refused(capsys, monkeypatch, *argv, raw)
+    assert "needs --interactions FILE and --items FILE" in refused(capsys, monkeypatch, out, "--dataset", "csv")
+    error = refused(capsys, monkeypatch, out, "--dataset", "hanorec", "--source", raw, "--split", "user")
+    assert "--dataset hanorec brings its own --split" in error
+    (tmp_path / "log.csv").write_text("user,item,timestamp\nu1,i1,yesterday\n")
+    (tmp_path / "items.csv").write_text("item,title\ni1,One\n")
+    tables = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
+    argv = [tmp_path / "tables", "--dataset", "csv", *tables]
+    error = refused(capsys, monkeypatch, *argv)
+    assert "log.csv, line 2: expected user, item, time, got ['u1', 'i1', 'yesterday']" in error
+    error = refused(capsys, monkeypatch, *argv, "--user-column", "who")
+    assert "log.csv has no column who, only user, item, timestamp; name it with --user-column" in error
