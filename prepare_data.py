@@ -278,7 +278,13 @@ OWN = {".lock", "images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES
 NOT_DATA = ("model", "encoded", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
 
 
-COLUMNS = {"user": "user, user_id", "item": "item, item_id", "time": "timestamp", "rating": "rating", "title": "title"}
+COLUMNS = {  # of --dataset csv and recbole, with their usual names
+    "--user-column": "user, user_id",
+    "--item-column": "item, item_id",
+    "--time-column": "timestamp",
+    "--rating-column": "rating",
+    "--title-column": "title",
+}
 
 
 def items_before(options: argparse.Namespace) -> int:
@@ -288,12 +294,11 @@ def items_before(options: argparse.Namespace) -> int:
 
 def check_source(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """A parser's error where what --dataset needs is not given, or something is that it does not take."""
-    tables = options.interactions and options.items
-    if options.dataset == "csv" and not tables:
+    if options.dataset == "csv" and not (options.interactions and options.items):
         parser.error("--dataset csv needs --interactions FILE and --items FILE")
     if options.dataset not in ("demo", "csv") and not options.source:
         parser.error(f"--dataset {options.dataset} needs --source DIR")
-    if options.dataset == "demo" and (options.source or tables):
+    if options.dataset == "demo" and (options.source or options.interactions or options.items):
         parser.error("--source needs --dataset: what does it hold?")
 
 
@@ -305,10 +310,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--images", type=Path, help="folder of <item>.jpg, .png or .webp, where not inside SOURCE")
     source.add_argument("--interactions", type=Path, metavar="FILE", help="csv: the table of interactions")
     source.add_argument("--items", type=Path, metavar="FILE", help="csv: the table of items")
-    for name, kinds in COLUMNS.items():
-        source.add_argument(
-            f"--{name}-column", metavar="NAME", help=f"csv, recbole: the column of the {name} [{kinds}]"
-        )
+    for option, usual in COLUMNS.items():
+        source.add_argument(option, metavar="NAME", help=f"of csv and recbole tables [{usual}]")
     source.add_argument("--drop-untitled", action="store_true", help="leave out items that the titles do not list")
     source.add_argument("--out", type=Path, help="data folder to write [data/<dataset>]")
     protocol = parser.add_argument_group("protocol")
@@ -340,10 +343,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--protocol official sets --history and --negatives; --dataset hanorec brings its own --split")
     options.split = options.split or ("published" if published else "leave-one-out")
     options.positives = 3 if official else 1
-    options.history, options.negatives = (
-        options.history or (3 if official else 5),
-        options.negatives or (7 if official else 9),
-    )
+    runs.set_defaults(options, **({"history": 3, "negatives": 7} if official else {"history": 5, "negatives": 9}))
     shortest = items_before(options) + (2 if options.split == "leave-one-out" else 1)
     if options.min_interactions < shortest:
         parser.error(f"--min-interactions must be at least {shortest} for this split and protocol")
