@@ -24,7 +24,7 @@ from runs import UserError
 
 TINY_RECIPE = {"lr": 1e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 4, "grad_accum": 8, "eval_limit": 0}  # the paper
-INHERITED = ("data", "model", "tasks", "candidate_images", "blank_images", "max_length")
+INHERITED = ("data", "model", "tasks", "candidate_images", "blank_images", "max_length", "no_pack", "attn", "quantize")
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")
 
 
@@ -122,7 +122,7 @@ def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Pa
         packed.eval()
         for chunk in tqdm(mine, desc="reference", unit="batch"):
             batch = packed.collate([pairs[i]() for i in chunk], data.catalogue)
-            with torch.inference_mode(), packed.model.disable_adapter():
+            with mllm.reference(packed.model), torch.inference_mode():
                 logps = packed({name: value.to(accelerator.device) for name, value in batch.items()})
             found += list(zip(chunk, logps.view(-1, 2).tolist(), strict=True))
         found = gather_object(found) if accelerator.num_processes > 1 else found
@@ -216,16 +216,21 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
 
 
 def load_policy(options, data, rows, accelerator):
-    """(policy, hardness [rows], hash of the SFT weights): the SFT result merged in float32, then a fresh LoRA."""
+    """(policy, hardness [rows], hash of the SFT weights): the SFT result merged in float32 (on a quantized base kept as
+    a frozen adapter), then a fresh LoRA."""
     import evaluate
     import mllm
+    import packing
 
     dtype = mllm.pick_dtype(options.dtype, accelerator)
-    base = evaluate.load_result(options.sft, data).to(dtype)
+    if options.quantize:
+        base = evaluate.load_result(options.sft, data, dtype, options.attn)
+    else:
+        base = evaluate.load_result(options.sft, data, attn=options.attn).to(dtype)
     hardness = pair_hardness(options, data, base, mllm.load_tokenizer(data.source), rows)
     low, high = (float(hardness.quantile(q)) for q in (0.01, 0.99))
     model = mllm.add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
-    packed = mllm.PackedMLLM(model).to(accelerator.device)
+    packed = packing.load_packed(model, data, not options.no_pack, accelerator.device)
     if options.gradient_checkpointing:
         packed.enable_checkpointing()
     trained = sum(p.numel() for p in packed.parameters() if p.requires_grad)
@@ -245,13 +250,15 @@ def main(argv: list[str] | None = None) -> None:
 
     import evaluate
     import mllm
+    import packing
 
     data = evaluate.Data(Path(options.data), options.model, options.blank_images)
     if data.hash() != sft["data"]:
         raise UserError(f"{options.sft} was trained on an earlier {options.data}; run sft.py again")
     tiny = data.backbone == mllm.TINY
     runs.inherit(options, sft, LORA, options.sft)
-    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE))
+    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE), attn="sdpa")
+    packing.check_attention(options.attn, not options.no_pack)
     accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
     prompts = data.prompts(options.candidate_images)
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
@@ -269,8 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
     batches = runs.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
     wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
-    made_of = [sft_weights, data.hash(), kinds, options.max_length, str(next(packed.core.parameters()).dtype), wanted]
-    key = runs.value_hash([*made_of, prompts.texts, prompts.tokenizer.chat_template])
+    made_of = [sft_weights, data.hash(), kinds, options.max_length, wanted, prompts.texts]
+    made_of += [prompts.tokenizer.chat_template, str(next(packed.core.parameters()).dtype), options.quantize]
+    key = runs.value_hash(made_of)
     reference = reference_logps(packed, data, pairs, wanted, key, options.sft / "reference", accelerator)
 
     optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
@@ -302,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
                 if log.validation(step, step / steps_per_epoch, found):
                     with runs.replacing(options.out / "adapter") as beside:
-                        packed.model.save_pretrained(beside)
+                        packed.model.save_pretrained(beside, selected_adapters=[mllm.TRAINED])
         if options.export and accelerator.is_main_process:
             export(options, data, options.out / "adapter")
         log.finish(prompts.shortened)

@@ -18,7 +18,7 @@ import numpy as np
 
 import exchange
 import runs
-from prompts import Prompts, Row
+from prompts import Row
 from runs import UserError
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
@@ -170,36 +170,40 @@ class Data:
         return {line["user"]: [self.catalogue.row_of[item] for item in line["items"]] for line in lines}
 
     def prompts(self, candidate_images: bool = False):
-        import mllm
+        import packing
 
-        token = mllm.load_config(self.source).image_token_id
-        return Prompts(mllm.load_tokenizer(self.source), token, self.catalogue, candidate_images)
+        return packing.load_prompts(self.source, self.catalogue, candidate_images)
 
     def hash(self) -> str:
         return runs.value_hash([self.manifest, self.encoding])
 
 
-def load_result(run: Path, data: Data, dtype=None):
+def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
     """The model that a finished run ended with. Without a dtype all adapters are merged, in float32. With one, the last
-    stays an adapter, as in training: rounded into half-precision weights, most of what it learned would be lost."""
+    stays an adapter, as in training: rounded into half-precision weights, most of what it learned would be lost. On a
+    quantized base all of them stay adapters. attn: its attention [the run's]."""
     import mllm
 
     config = runs.read_run(run)
-    if config["stage"] == "dpo_hano":
-        sft = Path(config["options"]["sft"])
-        if runs.weights_hash(sft) != config["sft_weights"]:
-            raise UserError(f"{run} was trained on other weights of {sft}; run dpo_hano.py again")
-        model = load_result(sft, data)
-    elif config["options"]["tune"] == "full":
-        return mllm.load_model(run / "model", dtype)
+    options, sft = config["options"], config["stage"] == "sft"
+    attn, quantize = attn or options.get("attn", "sdpa"), options.get("quantize")
+    if not sft:
+        start = Path(options["sft"])
+        if runs.weights_hash(start) != config["sft_weights"]:
+            raise UserError(f"{run} was trained on other weights of {start}; run dpo_hano.py again")
+        model = load_result(start, data, dtype if quantize else None, attn)
+    elif options["tune"] == "full":
+        return mllm.load_model(run / "model", dtype, attn)
     else:
-        model = mllm.load_model(data.source)
-    return mllm.load_adapter(model.to(dtype), run / "adapter", merge=dtype is None)
+        model = mllm.load_model(data.source, dtype if quantize else None, attn, quantize)
+        model = model.dequantize() if quantize and dtype is None else model  # to the values that it was trained with
+    model = model if quantize else model.to(dtype)
+    return mllm.load_adapter(model, run / "adapter", dtype is None, mllm.FROZEN if sft and quantize else mllm.TRAINED)
 
 
 def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, batch_size: int = 0):
     """(scores, yes_scores), each [R, C] or None for a task that the model was not trained on; rows are shared out over
-    the processes and every process gets all. model: a PackedMLLM. options: a run's (tasks, max_length)."""
+    the processes and every process gets all. model: a packing.PackedMLLM. options: a run's (tasks, max_length)."""
     import torch
     from accelerate.utils import gather_object, tqdm
 
@@ -272,6 +276,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--export-recbole", type=Path, metavar="DIR", help=recbole)
     parser.add_argument("--batch-size", type=runs.positive_int, default=0, help="rows at once [tiny: 16, else 2]")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
+    parser.add_argument("--no-pack", action="store_true", help="one plain forward per answer [as the run was trained]")
     parser.add_argument("--seed", type=runs.non_negative_int, default=0, help="of the bootstrap [0]")
     parser.add_argument("--user", help="print this user's recommendations instead of metrics")
     parser.add_argument("--top-k", type=runs.positive_int, default=10, help="how many of them [10]")
@@ -317,6 +322,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     options = parse(argv)
     configs, folder = chosen_runs(options)
     import mllm
+    import packing
 
     accelerator = runs.start_accelerator()
     results, split = {}, "" if options.split == "test" else f"{options.split}_"
@@ -328,7 +334,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         rows = data.rows(options.split, 0 if options.user else options.limit)
         rows = candidates_among(options, data, rows) if options.user else rows
         dtype = mllm.pick_dtype(options.dtype, accelerator)
-        model = mllm.PackedMLLM(load_result(run, data, dtype).to(accelerator.device))
+        pack = not (options.no_pack or config["options"].get("no_pack"))
+        model = packing.load_packed(load_result(run, data, dtype), data, pack, accelerator.device)
         prompts = data.prompts(config["options"]["candidate_images"])
         scores, yes = score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
         ranked = scores if scores is not None else yes

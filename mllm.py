@@ -1,58 +1,54 @@
-"""The multimodal LLM as the stages share it: load, encode items, pack prompt trees (prompts.py), score answers.
+"""The multimodal LLM as the stages share it: load it, add or load LoRA, encode items once.
 
-Two ideas carry the speed. (1) A prompt is computed once for all its answers: history, question and answers form a tree,
-laid end to end in one row, in which a token attends to its own node and that node's ancestors only, and positions
-continue from the parent's end. (2) The vision tower is frozen, so each image is encoded once, by `encode_items`, and
-read back from a memory map as image tokens.
-
-`PackedMLLM.forward` goes from a batch to the answers' log-probabilities; that module is what `accelerator.prepare`
-wraps, because calling parts of it by hand would train every process for itself.
+The vision tower is frozen, so each image is encoded once, by `encode_items`, and read back from a memory map as image
+tokens. How prompts are scored is in packing.py, and what differs between families of models in backbones.py.
 """
 
+import contextlib
+import importlib.util
 import json
+import re
 import struct
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import backbones
+from backbones import BackboneError
+
 TINY = "tiny"
 TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels: the tiny backbone is for laptops
 MAX_PIXELS = 262144  # the paper's image_max_pixels
-
-
-class BackboneError(ValueError):
-    """A backbone, an encoding or an image that cannot be used; the message says what, where and what to do."""
-
-    exit_code = 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # whose packed forward is tested against their own
+def load_model(name: str | Path, dtype: torch.dtype | None = None, attn: str = "sdpa", quantize: str | None = None):
+    """The pretrained image-text model `name` (a hub name or a folder) in `dtype` (float32), everything frozen.
 
-
-def load_model(name: str | Path, dtype: torch.dtype | None = None):
-    """The pretrained image-text model `name` (a hub name or a folder) in `dtype` (float32), everything frozen."""
-    from transformers import AutoModelForImageTextToText
+    attn: an attention that transformers knows. quantize: `4bit` (bitsandbytes, NF4), or None.
+    """
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving; the scripts' own bars stay
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
-    family = load_config(name).model_type
-    if family not in FAMILIES:
-        raise BackboneError(f"backbone '{name}' is a {family}; packing is tested for {', '.join(FAMILIES)} alone")
+    load_config(name)  # its error is the plainer one
+    dtype, further = dtype or torch.float32, {}
+    if quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise BackboneError("--quantize 4bit needs bitsandbytes, which is not installed")
+    if quantize:
+        further = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        further = {"quantization_config": BitsAndBytesConfig(**further)}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype or torch.float32, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn, **further)
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"backbone '{name}' cannot be loaded as an image-text model: {reason}") from error
     return model.requires_grad_(False).eval()
@@ -97,39 +93,73 @@ def load_image_processor(name: str | Path, max_pixels: int):
         images = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision has no CPU build
     except (OSError, ValueError) as error:
         raise BackboneError(f"'{name}' has no usable image processor: {str(error).strip().splitlines()[0]}") from error
-    pinpoints = getattr(images, "image_grid_pinpoints", None)
-    if pinpoints:  # LLaVA-NeXT counts in whole tiles: those that fit, or the smallest
-        fitting = [p for p in pinpoints if p[0] * p[1] <= max_pixels]
-        images.image_grid_pinpoints = fitting or [min(pinpoints, key=lambda p: p[0] * p[1])]
-    else:
-        images.size = {"shortest_edge": min(56 * 56, max_pixels), "longest_edge": max_pixels}
+    backbones.limit_pixels(images, max_pixels)
     return images
 
 
 def lora_targets(model) -> str:
     """A regular expression over the language model's linear layers. Suffix lists, and peft's `all-linear`, also hit the
     vision tower."""
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".language_model." in f".{n}"]
+    decoder = backbones.decoder_name(model)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{decoder}.")]
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    return rf".*\blanguage_model\..*\.({'|'.join(leaves)})"
+    return rf"{re.escape(decoder)}\..*\.({'|'.join(leaves)})"
 
 
 def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
-    """`model` with a fresh, trainable LoRA on every linear layer of its language model; the draw depends on seed."""
-    from peft import LoraConfig, get_peft_model
+    """`model` with a fresh, trainable LoRA on every linear layer of its language model; the draw depends on seed. An
+    adapter that the model has already stays as it is, frozen and active."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model))
+    first = model.peft_config.get(FROZEN) if isinstance(model, PeftModel) else None
+    targets = first.target_modules if first else lora_targets(model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        if not first:
+            return get_peft_model(model, config)
+        model.add_adapter(TRAINED, config)
+    return activate(model)
 
 
-def load_adapter(model, folder: str | Path, merge: bool = True):
-    """`model` with the LoRA adapter of `folder`, merged into its weights (in the dtype they have) or beside them."""
+def load_adapter(model, folder: str | Path, merge: bool = True, name: str = "default"):
+    """`model` with the LoRA adapter of `folder`, merged into its weights (in the dtype they have) or, under this name,
+    beside them and beside the adapters that it has already."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(model, str(folder)).requires_grad_(False).eval()
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), name)
+        model = activate(model)
+    else:
+        model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    model = model.requires_grad_(False).eval()
     return model.merge_and_unload() if merge else model
+
+
+TRAINED = "default"  # the adapter in training; PEFT writes the one of this name to the folder itself
+FROZEN = "sft"  # the SFT adapter, where the base is quantized and it cannot be merged without rounding
+
+
+def activate(model):
+    """Have all adapters of a PeftModel added up, the one in training alone trainable."""
+    model.base_model.set_adapter(list(model.peft_config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and f".{FROZEN}." not in name)
+    return model
+
+
+@contextlib.contextmanager
+def reference(model) -> Iterator[None]:
+    """Inside, a PeftModel is without the adapter in training: DPO's reference."""
+    if FROZEN not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.base_model.set_adapter([FROZEN])
+    try:
+        yield
+    finally:
+        activate(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +203,8 @@ class Catalogue:
         means = self.vectors["image"]
         if not self.blank_images:
             return means
-        return (means.abs().sum(-1, keepdim=True) > 0) * self.vectors["neutral"].float().mean(0)
+        neutral = self.vectors["neutral"][:, : means.shape[1]].float().mean(0)
+        return (means.abs().sum(-1, keepdim=True) > 0) * neutral
 
     def grid(self, row: int) -> torch.Tensor:
         """[3], time, height and width in patches; zeros where the backbone's positions need none."""
@@ -197,12 +228,13 @@ def open_image(path: Path):
 
 @torch.inference_mode()
 def encode_images(model, image_processor, images: list) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Image tokens of PIL images: a list of [n_i, d], and the grids [len(images), 3] (zeros where none are needed)."""
+    """Image tokens of PIL images: a list of [n_i, d] (d: see `backbones.image_tokens`), and the grids [len(images), 3]
+    (zeros where none are needed)."""
     pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
     if pinpoints:
         model.config.image_grid_pinpoints = pinpoints  # the model derives the tiles anew and must agree
-    inputs = image_processor(images=images, return_tensors="pt").to(model.device)
-    tokens = model.get_image_features(**inputs, return_dict=True).pooler_output
+    inputs = backbones.image_inputs(image_processor, images, model.device)
+    tokens = backbones.image_tokens(model, inputs)
     grids = inputs.get("image_grid_thw", torch.zeros(len(images), 3, dtype=torch.long))
     return [t.detach().cpu() for t in tokens], grids.cpu()
 
@@ -218,7 +250,8 @@ def encode_items(
     model, tokenizer, image_processor, titles, paths: list[Path | None], folder: Path, progress=iter
 ) -> None:
     """Encode every item once into `folder`: items.safetensors (text and image [N, d], offsets [N + 1], grid [N, 3], the
-    neutral image) and image_tokens.safetensors ([sum n_i, d], in the model's dtype, written as it is computed).
+    neutral image) and image_tokens.safetensors ([sum n_i, d], in the model's dtype, written as it is computed; wider
+    than d by the features of deeper layers, for a backbone that has such).
 
     progress: wraps the iterable of batches. Raises BackboneError on an unreadable image.
     """
@@ -229,16 +262,17 @@ def encode_items(
     width = model.get_input_embeddings().weight.shape[1]
     lengths, image_means = torch.zeros(len(paths), dtype=torch.long), torch.zeros(len(paths), width)
     grid = torch.zeros(len(paths), 3, dtype=torch.long)
+    neutral, neutral_grid = encode_images(model, image_processor, [Image.new("RGB", (112, 112), (128, 128, 128))])
     with open(folder / "image_tokens.safetensors", "wb") as file:
         file.write(bytes(HEADER_BYTES))
         for batch in progress([rows[i : i + 16] for i in range(0, len(rows), 16)]):
             tokens, grids = encode_images(model, image_processor, [open_image(paths[row]) for row in batch])
             for row, item_tokens, item_grid in zip(batch, tokens, grids, strict=True):
-                lengths[row], grid[row], image_means[row] = len(item_tokens), item_grid, item_tokens.float().mean(0)
+                lengths[row], grid[row] = len(item_tokens), item_grid
+                image_means[row] = item_tokens[:, :width].float().mean(0)
                 file.write(item_tokens.contiguous().view(torch.uint8).numpy().tobytes())
         file.seek(0)
-        file.write(safetensors_header("image_tokens", model.dtype, [int(lengths.sum()), width]))
-    neutral, neutral_grid = encode_images(model, image_processor, [Image.new("RGB", (112, 112), (128, 128, 128))])
+        file.write(safetensors_header("image_tokens", model.dtype, [int(lengths.sum()), neutral[0].shape[1]]))
     tensors = {"text": mean_embeddings(model, tokenizer, titles), "image": image_means, "grid": grid}
     tensors |= {"offsets": F.pad(lengths.cumsum(0), (1, 0)), "neutral": neutral[0], "neutral_grid": neutral_grid[0]}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "items.safetensors")
@@ -252,145 +286,3 @@ def safetensors_header(name: str, dtype: torch.dtype, shape: list[int]) -> bytes
     code = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     entry = {"dtype": code, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
     return struct.pack("<Q", HEADER_BYTES - 8) + json.dumps({name: entry}).encode().ljust(HEADER_BYTES - 8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing and scoring
-
-
-def merge_trees(trees: Iterable[list]) -> list[tuple[list, list[int]]]:
-    """Join neighbouring trees with the same root, so that their history is computed once. Returns (tree, the numbers of
-    the answers in it), answers numbered over all trees in order."""
-    merged, number = [], 0
-    for tree in trees:
-        answers = [i for i, node in enumerate(tree) if node.scored]
-        numbers = list(range(number, number + len(answers)))
-        number += len(answers)
-        root = merged[-1][0][0] if merged else None
-        if root and (root.ids, root.images) == (tree[0].ids, tree[0].images) and not tree[0].scored:
-            shift = len(merged[-1][0]) - 1
-            moved = [replace(node, parent=node.parent + shift if node.parent else 0) for node in tree[1:]]
-            merged[-1] = (merged[-1][0] + moved, merged[-1][1] + numbers)
-        else:
-            merged.append((list(tree), numbers))
-    return merged
-
-
-class PackedMLLM(nn.Module):
-    """A batch of prompt trees in, the log-probabilities of their answers out.
-
-    model: an image-text model of transformers (or its PeftModel), with `sdpa` attention; the vision tower is not used.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.checkpointing, self.dropout = False, 0.0
-        config = self.core.config
-        if config.get_text_config()._attn_implementation != "sdpa":
-            raise BackboneError("packing needs attn_implementation='sdpa': others read the tree's mask wrongly")
-        text = config.get_text_config()
-        self.window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-
-    def set_dropout(self, probability: float) -> None:
-        """Dropout of the embeddings and of what each attention and MLP block adds, while training."""
-        self.dropout = probability
-        for name, module in self.core.model.language_model.named_modules():
-            if probability and name.endswith(("self_attn.o_proj", "mlp.down_proj")):
-                module.register_forward_hook(lambda layer, _, out: F.dropout(out, probability, layer.training))
-
-    def enable_checkpointing(self, reentrant: bool = False) -> None:
-        """Recompute activations in backward; training mode only."""
-        self.checkpointing = True
-        model = self.core.model.language_model
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
-
-    @property
-    def core(self):
-        """The image-text model itself, without PEFT's wrapper; LoRA layers are inside it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    def positions(self, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
-        """[P, len(ids)] positions from 0; P = 3 where the backbone has multimodal positions, else 1."""
-        if not hasattr(self.core.model, "get_rope_index"):
-            return torch.arange(len(ids))[None]
-        if not grids:
-            return torch.arange(len(ids)).expand(3, -1)
-        ids = torch.tensor([ids])
-        kinds = (ids == self.core.config.image_token_id).int()
-        return self.core.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=torch.stack(grids))[0][:, 0]
-
-    def collate(self, trees: Iterable[list], catalogue: Catalogue) -> dict[str, torch.Tensor]:
-        """Pack trees (neighbours with the same root share it) into one right-padded batch of tensors.
-
-        input_ids, node [B, L]; visible [B, nodes, nodes], True where a node's ancestor-or-self; position_ids [P, B, L];
-        image_tokens [all, d]; of each scored token: predicted_from (flat index of the token before it), target,
-        answer (its answer's number); answers [A], tokens per answer.
-        """
-        merged = merge_trees(trees)
-        length = max(sum(len(node.ids) for node in tree) for tree, _ in merged)
-        nodes = max(len(tree) for tree, _ in merged) + 1  # the last one is padding
-        input_ids = torch.zeros(len(merged), length, dtype=torch.long)
-        node_of = torch.full((len(merged), length), nodes - 1)
-        visible = torch.eye(nodes, dtype=torch.bool).repeat(len(merged), 1, 1)
-        positions, images, counts = None, [], []
-        scored: list[tuple[int, int, int]] = []  # predicted_from, target, answer
-        for row, (tree, numbers) in enumerate(merged):
-            starts, nexts, start, numbers = [], [], 0, iter(numbers)
-            for index, node in enumerate(tree):
-                end = start + len(node.ids)
-                grids = [catalogue.grid(item) for item in node.images]
-                local = self.positions(node.ids, grids) + (nexts[node.parent] if index else 0)
-                positions = local.new_zeros(len(local), len(merged), length) if positions is None else positions
-                positions[:, row, start:end] = local
-                input_ids[row, start:end] = torch.tensor(node.ids)
-                node_of[row, start:end] = index
-                if index:
-                    visible[row, index] |= visible[row, node.parent]
-                before = starts[node.parent] + len(tree[node.parent].ids) - 1 if index else -1
-                answer = next(numbers) if node.scored else None
-                scored += [(row * length + (start + t - 1 if t else before), node.ids[t], answer) for t in node.scored]
-                counts += [(answer, len(node.scored))] if node.scored else []
-                tokens = [catalogue.image_tokens(item) for item in node.images]
-                if node.ids.count(self.core.config.image_token_id) != sum(map(len, tokens)):
-                    names = [catalogue.ids[item] for item in node.images]
-                    raise BackboneError(f"image placeholders and image tokens disagree in a prompt with items {names}")
-                images += tokens
-                if self.window and int(local.max()) >= self.window:
-                    raise BackboneError(
-                        f"a prompt is longer than the backbone's sliding window of {self.window} tokens"
-                    )
-                starts.append(start)
-                nexts.append(int(local.max()) + 1)
-                start = end
-        predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
-        batch = {"input_ids": input_ids, "node": node_of, "visible": visible, "position_ids": positions}
-        batch |= {"predicted_from": predicted_from, "target": target, "answer": answer}
-        batch["answers"] = torch.tensor([count for _, count in sorted(counts)])
-        batch["image_tokens"] = torch.cat(images) if images else torch.zeros(0, 0)
-        return batch
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities of the batch's answers, summed over their tokens: [A], float32. See `collate`."""
-        core, ids, node = self.core, batch["input_ids"], batch["node"]
-        embeds = core.get_input_embeddings()(ids)
-        if batch["image_tokens"].numel():
-            place = (ids == core.config.image_token_id)[..., None]
-            embeds = embeds.masked_scatter(place, batch["image_tokens"].to(embeds.dtype))
-        embeds = F.dropout(embeds, self.dropout, self.training)
-        if self.checkpointing and torch.is_grad_enabled():
-            embeds.requires_grad_(True)  # reentrant checkpointing drops gradients of a block without such an input
-        rows = torch.arange(len(ids), device=ids.device)[:, None, None]
-        mask = batch["visible"][rows, node[:, :, None], node[:, None, :]].tril()[:, None]  # [B, 1, L, L], True: attends
-        positions = batch["position_ids"]
-        hidden = core.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions[0] if len(positions) == 1 else positions,
-            use_cache=False,
-        ).last_hidden_state
-        # The head only where an answer is predicted, never over the prompt
-        logits = core.lm_head(hidden.flatten(0, 1)[batch["predicted_from"]]).float()
-        logps = -F.cross_entropy(logits, batch["target"], reduction="none")
-        return logps.new_zeros(len(batch["answers"])).index_add(0, batch["answer"], logps)

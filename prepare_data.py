@@ -263,8 +263,8 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
     import mllm
 
     sample = [mllm.open_image(path) for path in paths[:: max(1, len(paths) // 32)][:32]]
-    tokens = sum(len(t) for t in mllm.encode_images(model, processor, sample)[0]) / len(sample)
-    width = model.get_input_embeddings().weight.shape[1]
+    encoded = mllm.encode_images(model, processor, sample)[0]
+    tokens, width = sum(map(len, encoded)) / len(sample), encoded[0].shape[1]
     needed = int(len(paths) * tokens * width * model.dtype.itemsize)
     each = f"{tokens:.1f} tokens x {width} x {model.dtype.itemsize} bytes"
     print(f"encoding {len(paths)} images x {each} = about {needed:,} bytes")
@@ -353,12 +353,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def show(options: argparse.Namespace) -> None:
     """Print the prompts of the first training rows with their answers, as the model sees them."""
     import mllm
+    import packing
     import prompts
 
     items = runs.read_jsonl(options.out / "items.jsonl", ("item", "title", "image"), "run prepare_data.py")
     catalogue = mllm.Catalogue(items, options.encoded)
     name = options.out / "tiny" if options.model == mllm.TINY else options.model
-    rendered = prompts.Prompts(mllm.load_tokenizer(name), mllm.load_config(name).image_token_id, catalogue)
+    rendered = packing.load_prompts(name, catalogue)
     for line in runs.read_jsonl(options.out / "train.jsonl", ("user",), "run prepare_data.py")[: options.show]:
         for task in ("rank", "yesno"):
             tree = rendered.sft_tree(prompts.Row.of(line, catalogue.row_of), task)

@@ -5,6 +5,7 @@ continue a question, so that packing (see mllm.py) computes the history once for
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,11 +58,22 @@ class Node:
 
 class Prompts:
     """Token ids of the prompts for one backbone: its chat template cut around our texts, and texts that stay texts (a
-    title that spells a control token does not become one)."""
+    title that spells a control token does not become one).
+
+    image_token: the id that stands for an image token. image_text: what the chat template writes for an image and what
+    the model's processor puts in its place, {} for the image tokens; None where it writes the image token alone.
+    """
 
     texts = TEXTS
 
-    def __init__(self, tokenizer, image_token: int, catalogue, candidate_images: bool = False):
+    def __init__(
+        self,
+        tokenizer,
+        image_token: int,
+        catalogue,
+        candidate_images: bool = False,
+        image_text: tuple[str, str] | None = None,
+    ):
         self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
         self.candidate_images = candidate_images
         self.shortened: set[tuple[str, int]] = set()  # user, target: rows that lost history items to max_length
@@ -73,11 +85,7 @@ class Prompts:
         begin = tokenizer.encode("")[:1]  # a beginning-of-sequence token, where the tokenizer adds one by itself
         if begin and begin == [tokenizer.bos_token_id] != self.before[:1]:
             self.before = begin + self.before
-        with_image = self._template([{"type": "image"}, {"type": "text", "text": mark}]).split(mark)[0]
-        wrapper = self._control(with_image[len(question.split(mark)[0]) :])
-        if wrapper.count(image_token) != 1:
-            raise PromptError(f"the chat template does not place one image token ({image_token}) for an image")
-        self.image_wrapper = wrapper
+        self.image_wrapper = self._wrapper(question.split(mark)[0], mark, image_text)
         answered = self._template([{"type": "text", "text": "?"}], answer=mark).split(mark)[1]
         end = self._control(answered)
         self.end_of_turn = end[0] if end else tokenizer.eos_token_id
@@ -89,6 +97,24 @@ class Prompts:
         if not self.tokenizer.chat_template:
             raise PromptError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no chat template")
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+
+    def _wrapper(self, before: str, mark: str, image_text: tuple[str, str] | None) -> list[int]:
+        """The tokens that the chat template and the model's processor make of an image, one image token among them."""
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token)
+        placeholder, text = image_text or (token, "{}")
+        unknown = [word for word in re.findall("<[^<>]+>", text) if len(self._control(word)) != 1]
+        if unknown:
+            raise PromptError(f"the tokenizer of '{self.tokenizer.name_or_path}' does not know {unknown[0]}")
+        mark_part, image_part = {"type": "text", "text": mark}, {"type": "image"}
+        between = self._template([mark_part, image_part, mark_part]).split(mark)
+        if len(between) == 3 and placeholder in between[1]:
+            written = between[1]
+        else:  # templates that write all images before the text
+            written = self._template([image_part, mark_part]).split(mark)[0][len(before) :]
+        wrapper = self._control(written.replace(placeholder, text.format(token)))
+        if wrapper.count(self.image_token) != 1:
+            raise PromptError(f"the chat template does not place one image token ({self.image_token}) for an image")
+        return wrapper
 
     def _control(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -151,7 +151,7 @@ def check_out(out: Path, stage: str) -> None:
 
 def begin_run(out: Path, stage: str, options: dict, **facts) -> None:
     """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder
-    that holds something else. Returns the config."""
+    that holds something else."""
     check_out(out, stage)
     for pattern in ("metrics.jsonl", "result.json", "*metrics.json", "*predictions.jsonl"):
         for old in out.glob(pattern):
@@ -159,8 +159,7 @@ def begin_run(out: Path, stage: str, options: dict, **facts) -> None:
     for old in ("adapter", "model", "reference"):
         shutil.rmtree(out / old, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
-    config = {"stage": stage, "options": options, **facts, "versions": versions}
-    write_json(out / "config.json", config)
+    write_json(out / "config.json", {"stage": stage, "options": options, **facts, "versions": versions})
 
 
 def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
@@ -258,9 +257,8 @@ def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = F
     def parse(text: str):
         value = kind(text)
         if not (low < value if open_below else low <= value) or not value < high:
-            raise argparse.ArgumentTypeError(
-                f"{text} is out of range: from {low} {'excluded ' * open_below}to below {high}"
-            )
+            limits = f"from {low} {'excluded ' * open_below}to below {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
@@ -288,16 +286,18 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     lora.add_argument("--lora-rank", type=positive_int, help="rank of the LoRA matrices [8]")
     lora.add_argument("--lora-alpha", type=positive_int, help="LoRA's scale times its rank [32]")
     lora.add_argument("--lora-dropout", type=probability, help="dropout before LoRA [0.05]")
+    lora.add_argument("--quantize", choices=["4bit"], help="the frozen base in 4 bits (needs bitsandbytes)")
     train = parser.add_argument_group("training")
     train.add_argument("--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [the paper: 1e-4]")
     train.add_argument("--epochs", type=positive_int, help="passes over the training rows [the paper: 5]")
     train.add_argument("--max-steps", type=positive_int, help="at most so many optimizer steps, warm-up apart")
-    train.add_argument(
-        "--batch-size", type=positive_int, help=f"samples per micro-batch, process [the paper: {batch_size}]"
-    )
+    train.add_argument("--batch-size", type=positive_int, help=f"samples a micro-batch [the paper: {batch_size}]")
     train.add_argument("--grad-accum", type=positive_int, help=f"micro-batches per step [the paper: {grad_accum}]")
     train.add_argument("--max-length", type=positive_int, help="most tokens a prompt with its answer may have [4096]")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    attentions = ["sdpa", "flash_attention_2", "flex_attention"]
+    train.add_argument("--attn", choices=attentions, help="attention; others than sdpa need --no-pack [sdpa]")
+    train.add_argument("--no-pack", action="store_true", default=None, help="one plain forward per answer, slower")
     train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     train.add_argument("--eval-limit", type=non_negative_int, help="validation rows an epoch; 0: all [0; tiny: 200]")
     train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")

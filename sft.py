@@ -72,20 +72,25 @@ def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
     return warmup, answers
 
 
-def trainable_model(options, data, dtype):
+def trainable_model(options, data, accelerator):
     """The backbone with what --tune says made trainable, in a PackedMLLM."""
     import torch
+    from accelerate import DistributedType
 
     import mllm
+    import packing
 
     if options.tune == "full":
-        model = mllm.load_model(data.source, torch.float32)  # master weights; the forward may be bf16
-        for part in (model.model.language_model, model.lm_head):
+        model = mllm.load_model(data.source, torch.float32, options.attn)  # master weights; the forward may be bf16
+        for part in (model.get_decoder(), model.get_output_embeddings()):
             part.requires_grad_(True)
     else:
-        model = mllm.load_model(data.source, dtype)
+        dtype = mllm.pick_dtype(options.dtype, accelerator)
+        model = mllm.load_model(data.source, dtype, options.attn, options.quantize)
         model = mllm.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
-    packed = mllm.PackedMLLM(model)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    device = model.device if sharded else accelerator.device  # whole, a model to be sharded may not fit one
+    packed = packing.load_packed(model, data, not options.no_pack, device)
     if options.tune == "full":
         packed.set_dropout(options.dropout)
     if options.gradient_checkpointing:
@@ -136,15 +141,19 @@ def main(argv: list[str] | None = None) -> None:
 
     import evaluate
     import mllm
+    import packing
 
     data = evaluate.Data(options.data, options.model, options.blank_images)
     tiny = data.backbone == mllm.TINY
     options.model, options.tune = data.backbone, options.tune or ("full" if tiny else "lora")
+    if options.quantize and options.tune == "full":
+        raise UserError("--quantize is for --tune lora; rounded weights cannot be trained")
     if options.dropout and options.tune == "lora":
         raise UserError("--dropout is for --tune full; LoRA has --lora-dropout")
     if options.tune == "lora":
         runs.set_defaults(options, warmup_steps=0, dropout=0.0)
-    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE), **LORA)
+    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE), **LORA, no_pack=False, attn="sdpa")
+    packing.check_attention(options.attn, not options.no_pack)
     gpu = torch.cuda.is_available() and options.dtype == "auto"
     mixed = options.tune == "full" and (gpu or options.dtype == "bfloat16")
     accelerator = runs.start_accelerator("bf16" if mixed else "no", options.report_to, options.out)
@@ -171,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Model
-    packed = trainable_model(options, data, mllm.pick_dtype(options.dtype, accelerator))
+    packed = trainable_model(options, data, accelerator)
     torch.manual_seed(options.seed + accelerator.process_index)  # dropout
     parameters = [p for p in packed.parameters() if p.requires_grad]
     say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")

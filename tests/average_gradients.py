@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 import evaluate
 import mllm
+import packing
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes
@@ -18,7 +19,7 @@ batches = [[prompts.sft_tree(row, "rank") for row in rows[start : start + 4]] fo
 
 def fresh():
     torch.manual_seed(0)
-    return mllm.PackedMLLM(mllm.add_lora(mllm.load_model(data.source), 4, 8, 0.0, seed=0))
+    return packing.PackedMLLM(mllm.add_lora(mllm.load_model(data.source), 4, 8, 0.0, seed=0))
 
 
 def gradients(model, scored):

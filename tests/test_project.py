@@ -13,16 +13,18 @@ from conftest import ROOT
 # Which local files each file at the top may import
 IMPORTS = {
     "hanorec_loss": set(),
-    "mllm": set(),
+    "backbones": set(),
+    "mllm": {"backbones"},
+    "packing": {"backbones", "mllm", "prompts"},
     "prompts": set(),
     "runs": set(),
     "demo": {"prompts"},
     "readers": {"runs"},
     "exchange": {"readers", "runs"},
-    "prepare_data": {"mllm", "prompts", "runs", "demo", "readers"},
-    "evaluate": {"mllm", "prompts", "runs", "exchange"},
-    "sft": {"mllm", "runs", "evaluate"},
-    "dpo_hano": {"mllm", "runs", "evaluate", "hanorec_loss"},
+    "prepare_data": {"mllm", "packing", "prompts", "runs", "demo", "readers"},
+    "evaluate": {"mllm", "packing", "prompts", "runs", "exchange"},
+    "sft": {"mllm", "packing", "runs", "evaluate"},
+    "dpo_hano": {"mllm", "packing", "runs", "evaluate", "hanorec_loss"},
 }
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}

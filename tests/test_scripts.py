@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import dpo_hano
 import evaluate
 import mllm
+import packing
 import prepare_data
 import sft
 
@@ -144,7 +146,7 @@ def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, dpo_run):
     config = json.loads((sft_run / "config.json").read_text())
     data = evaluate.Data(config["options"]["data"], None)
     prompts, rows = data.prompts(), data.rows("train")
-    packed = mllm.PackedMLLM(evaluate.load_result(sft_run, data))
+    packed = packing.PackedMLLM(evaluate.load_result(sft_run, data))
     cached = load_file(next((sft_run / "reference").glob("*.safetensors")))["logps"]
     trees = [prompts.pair_tree(row, kind) for row in rows for kind in ("rank", "yes", "no")]
     with torch.no_grad():
@@ -251,6 +253,67 @@ def test_blank_images_at_evaluation_change_the_scores(sft_run):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Under the launcher
+
+
+def test_plain_scoring_gives_the_packed_numbers(prepared, sft_run, tmp_path):
+    """A whole evaluation, a warm-up step, an SFT step and DPO steps, with and without --no-pack."""
+    evaluate.main(["--run", str(sft_run)])
+    packed = lines(sft_run / "predictions.jsonl")
+    evaluate.main(["--run", str(sft_run), "--no-pack"])
+    plain = lines(sft_run / "predictions.jsonl")
+    for one, other in zip(packed, plain, strict=True):
+        for key in ("scores", "yes_scores"):
+            np.testing.assert_allclose(one[key], other[key], atol=1e-4)
+
+    logs = {}
+    for switch in ([], ["--no-pack"]):
+        out = tmp_path / f"sft{len(switch)}"
+        argv = ["--data", prepared, "--out", out, "--max-steps", 1, "--batch-size", 4, "--eval-limit", 2, *switch]
+        argv += ["--warmup-steps", 1, "--warmup-batch-size", 2, "--dropout", 0]
+        sft.main([str(word) for word in argv])
+        run = dpo(out, tmp_path / f"dpo{len(switch)}", "--sigma", 0, "--lora-dropout", 0, "--max-steps", 1)
+        assert bool(json.loads((run / "config.json").read_text())["options"]["no_pack"]) == bool(switch)
+        logs[len(switch)] = [line for path in (out, run) for line in training(path / "metrics.jsonl")]
+    for one, other in zip(logs[0], logs[1], strict=True):
+        for key in ("loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], abs=1e-4)
+
+
+def encoded_for(family, prepared, folder):
+    """A copy of the data folder, encoded for a tiny backbone of the family alone."""
+    titles = [line["title"] for line in lines(prepared / "items.jsonl")]
+    families.build_backbone(family, folder / "backbone", titles)
+    shutil.copytree(prepared, folder / "data", ignore=shutil.ignore_patterns("encoded", "tiny", ".lock"))
+    shutil.copytree(prepared.parent / "raw", folder / "raw")  # the posters
+    model = str(folder / "backbone")
+    prepare_data.main(["--out", str(folder / "data"), "--encode-only", "--model", model, "--max-pixels", "3136"])
+    return folder / "data"
+
+
+SMALL = "--max-steps 1 --batch-size 2 --grad-accum 1 --eval-limit 2".split()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_another_family_from_end_to_end(family, prepared, tmp_path):
+    data = encoded_for(family, prepared, tmp_path)
+    argv = ["--data", str(data), "--out", str(tmp_path / "sft"), *SMALL]
+    sft.main(argv)
+    dpo_hano.main(["--sft", str(tmp_path / "sft"), "--out", str(tmp_path / "dpo"), *SMALL])
+    results = evaluate.main(["--run", str(tmp_path / "dpo"), "--limit", "4"])
+    assert np.isfinite(list(results[str(tmp_path / "dpo")].values.values())).all()
+    evaluate.main(["--run", str(tmp_path / "dpo"), "--limit", "4", "--blank-images"])
+
+
+def test_a_backbone_that_cannot_be_packed_is_refused_and_runs_without(prepared, tmp_path, capsys):
+    """PaliGemma's prompt attends in both directions, which no tree of ours does."""
+    data = encoded_for("paligemma", prepared, tmp_path)
+    argv = ["--data", str(data), "--out", str(tmp_path / "sft"), *SMALL]
+    message = refused(capsys, sft.main, *argv)
+    assert f"packing does not hold for {tmp_path / 'backbone'} (log-probabilities differ by" in message
+    assert "--no-pack" in message and not (tmp_path / "sft" / "config.json").exists()
+    sft.main([*argv, "--no-pack"])
+    evaluate.main(["--run", str(tmp_path / "sft"), "--limit", "4"])
+    assert len(lines(tmp_path / "sft" / "first4_predictions.jsonl")) == 4
 
 
 def launch(processes, *argv):

@@ -1,0 +1,206 @@
+"""What differs between families of image-text models, in one place; everything else treats them alike.
+
+Each family's processor writes other text around an image's tokens, each image processor has another knob for the size,
+and some models want more than the tokens: grids for their positions (Qwen), features for deeper layers (Qwen3-VL),
+attention in both directions inside an image (Gemma 3), a window in some layers (Gemma 3, Mistral, Qwen2). A family that
+is not named here is treated like the rest, and `packing.check` decides whether that holds for it.
+
+Left out: splitting an image into tiles with text between them (Idefics3, SmolVLM, Gemma 3's pan and scan) is switched
+off, since one tile is about as many pixels as --max-pixels allows; LLaVA-OneVision sees each image in one view, as it
+does by itself where a prompt holds several.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+
+class BackboneError(ValueError):
+    """A backbone, an encoding or an image that cannot be used; the message says what, where and what to do."""
+
+    exit_code = 2
+
+
+# What the chat template writes for an image, and what the family's processor makes of it; {} are the image tokens
+IMAGE_TEXTS = {
+    "gemma3": ("<start_of_image>", "\n\n<start_of_image>{}<end_of_image>\n\n"),
+    "idefics3": ("<image>", "<fake_token_around_image><global-img>{}<fake_token_around_image>"),
+    "internvl": ("<IMG_CONTEXT>", "<img>{}</img>"),
+    "smolvlm": ("<image>", "<fake_token_around_image><global-img>{}<fake_token_around_image>"),
+}
+BIDIRECTIONAL = ("gemma3",)  # the tokens of an image attend to each other in both directions
+NOT_FOR_THE_MODEL = ("num_patches", "num_crops", "rows", "cols")  # an image processor's word to its processor
+
+
+def image_placeholder(config) -> tuple[int, tuple[str, str] | None]:
+    """(id of the token that stands for an image token, (placeholder, what replaces it) or None where nothing does)."""
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        raise BackboneError(f"a {config.model_type} has no image_token_id: its prompts cannot be written")
+    return token, IMAGE_TEXTS.get(config.model_type)
+
+
+def limit_pixels(processor, max_pixels: int) -> None:
+    """Set an image processor so that an image has at most max_pixels pixels, or the least that the family allows."""
+    pinpoints = getattr(processor, "image_grid_pinpoints", None)
+    if pinpoints:  # LLaVA-NeXT counts in whole tiles: those that fit, or the smallest
+        fitting = [p for p in pinpoints if p[0] * p[1] <= max_pixels]
+        processor.image_grid_pinpoints = fitting or [min(pinpoints, key=lambda p: p[0] * p[1])]
+    elif hasattr(processor, "crop_to_patches"):  # InternVL likewise; with several tiles it adds a thumbnail
+        processor.max_patches = max(1, max_pixels // (processor.size["height"] * processor.size["width"]))
+        processor.crop_to_patches = processor.max_patches > 1
+    elif hasattr(processor, "merge_size"):  # Qwen, whose "edges" are numbers of pixels
+        processor.size = {"shortest_edge": min(56 * 56, max_pixels), "longest_edge": max_pixels}
+    for switch in ("do_image_splitting", "do_pan_and_scan"):
+        if hasattr(processor, switch):
+            setattr(processor, switch, False)
+
+
+def image_inputs(processor, images: list, device) -> dict[str, torch.Tensor]:
+    """What the image processor makes of PIL images, each taken as an image of its own in one prompt; on `device`."""
+    if "batch_num_images" in processor.model_input_names:  # LLaVA-OneVision: one view each, if there are several
+        inputs = processor(images=[[*images, images[-1]]], return_tensors="pt")
+        inputs = {name: inputs[name][:-1] for name in ("pixel_values", "image_sizes")}
+        inputs["batch_num_images"] = torch.tensor([len(images) + 1])
+    else:
+        nested = hasattr(processor, "do_image_splitting")  # Idefics3 counts the tiles of each prompt, not of each image
+        inputs = processor(images=[[image] for image in images] if nested else images, return_tensors="pt")
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def image_tokens(core, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """[n, d] of each image of `image_inputs`; [n, d + layers * d] where deeper layers take features too (Qwen3-VL)."""
+    if not hasattr(core, "get_image_features"):
+        raise BackboneError(f"a {core.config.model_type} has no get_image_features: its images cannot be encoded")
+    output = core.get_image_features(**for_model(inputs), return_dict=True)
+    tokens = list(output.pooler_output)
+    if "num_patches" in inputs:  # InternVL answers by tile
+        tiles = torch.as_tensor(inputs["num_patches"]).tolist()
+        tokens = [image.flatten(0, 1) for image in torch.stack(tokens).split(tiles)]
+    deep = getattr(output, "deepstack_features", None) or []  # by layer: of all images, or (transformers 5.23) by image
+    deep = [layer.split(list(map(len, tokens))) if torch.is_tensor(layer) else layer for layer in deep]
+    return [torch.cat([one, *(layer[number] for layer in deep)], dim=-1) for number, one in enumerate(tokens)]
+
+
+def for_model(inputs: dict) -> dict:
+    """The inputs without what an image processor tells its processor alone."""
+    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model
+
+
+def decoder_name(core) -> str:
+    """The name of the language model inside an image-text model: model.language_model, model.text_model, ..."""
+    decoder = core.get_decoder()
+    name = next((name for name, module in core.named_modules() if module is decoder), "")
+    if not name:
+        raise BackboneError(
+            f"a {core.config.model_type} has no language model of its own inside, that could be trained"
+        )
+    return name
+
+
+def inner(core):
+    """The model inside, without a head: where the vision tower is called and positions are made."""
+    return getattr(core, "model", core)
+
+
+def positions(core, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
+    """[P, len(ids)] positions from 0; P = 3 where the backbone has multimodal positions (Qwen), else 1."""
+    if not hasattr(inner(core), "get_rope_index"):
+        return torch.arange(len(ids))[None]
+    if not grids:
+        return torch.arange(len(ids)).expand(3, -1)
+    row = torch.tensor([ids])
+    kinds = (row == core.config.image_token_id).int()
+    return inner(core).get_rope_index(row, mm_token_type_ids=kinds, image_grid_thw=torch.stack(grids))[0][:, 0]
+
+
+def attention_masks(config, visible: torch.Tensor, depth: torch.Tensor, is_image: torch.Tensor):
+    """The mask that the language model takes, or a dict of them by kind of layer. True: attends.
+
+    visible [B, L, L]: what a token may see at all, itself and what comes before it on its path; depth [B, L]: how many
+    tokens come before it on its path; is_image [B, L].
+    """
+    text = config.get_text_config()
+    if config.model_type in BIDIRECTIONAL:
+        starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
+        image = torch.where(is_image, starts.cumsum(1), 0)  # 1, 2, ... by image
+        visible = visible | ((image[:, :, None] == image[:, None, :]) & is_image[:, :, None])
+    full = visible[:, None]
+    window = sliding_window(text)
+    if window is None:
+        return full
+    near = full & (depth[:, None, :, None] - depth[:, None, None, :] < window)
+    kinds = getattr(text, "layer_types", None)  # without it all layers are alike
+    return near if kinds is None else {"full_attention": full, "sliding_attention": near}
+
+
+def sliding_window(text) -> int | None:
+    """How many tokens back a layer looks, itself counted, where some layers look back less than to the beginning."""
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        other = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+        raise BackboneError(f"a {text.model_type} has layers of {other}, which packing has no mask for; give --no-pack")
+    used = "sliding_attention" in kinds and getattr(text, "use_sliding_window", True)
+    return getattr(text, "sliding_window", None) if used else None
+
+
+def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> dict:
+    """The language model's further arguments: features [n, layers * width] to be added behind its first layers."""
+    if tokens.shape[-1] <= width:
+        return {}
+    return {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(tokens[:, width:].split(width, dim=-1))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model's own forward
+
+
+def own_logits(core, ids: torch.Tensor, images: dict[str, torch.Tensor], keep: int = 0) -> torch.Tensor:
+    """[1, L or keep, V]: the logits of the model's own forward over ids [1, L] (its last `keep` tokens, where the model
+    knows how), with `image_inputs` or, inside `stored_images`, what stands for them."""
+    is_image = (ids == core.config.image_token_id).int()
+    wanted = {"mm_token_type_ids": is_image, "token_type_ids": is_image, "use_cache": False, "logits_to_keep": keep}
+    known = inspect.signature(core.forward).parameters
+    wanted = {name: value for name, value in wanted.items() if name in known}
+    return core(input_ids=ids, attention_mask=torch.ones_like(ids), **wanted, **for_model(images)).logits
+
+
+class _Tokens(list):
+    """Tensors of images for the models that join them, which are also one tensor for the models that do not."""
+
+    def __init__(self, parts, join=torch.stack):
+        super().__init__(parts)
+        self.join = join
+
+    def to(self, *args, **kwargs) -> torch.Tensor:
+        return self.join(list(self)).to(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def stored_images(core, tokens: torch.Tensor, grids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, the model's vision tower answers with these tokens of len(grids) images (see `image_tokens`); yields the
+    inputs to give it."""
+    if not len(grids):
+        yield {}
+        return
+    width = core.get_input_embeddings().weight.shape[1]
+    first, *deep = tokens.to(core.dtype).split(width, dim=-1)
+    alike = len(first) % len(grids) == 0  # models that take one tensor have images of one length, [images, n, d]
+    output = SimpleNamespace(pooler_output=_Tokens(first.chunk(len(grids)) if alike else [first]))
+    output.deepstack_features = [_Tokens([layer], join=torch.cat) for layer in deep]
+    inputs = {"pixel_values": tokens.new_zeros(1)}
+    if hasattr(inner(core), "get_rope_index"):
+        inputs["image_grid_thw"] = grids
+    inner(core).get_image_features = lambda *args, **kwargs: output
+    try:
+        yield inputs
+    finally:
+        del inner(core).get_image_features

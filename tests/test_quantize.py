@@ -1,0 +1,83 @@
+"""A base in four bits: what is trained, what stays frozen, and that evaluation and export are of the same model."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import dpo_hano
+import evaluate
+import mllm
+import sft
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+# On CPUs with bf16 instructions it packs weights anew at the first evaluation, and cannot train after that
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+STEPS = "--max-steps 2 --batch-size 2 --grad-accum 1 --eval-limit 1".split()
+
+
+@pytest.fixture(scope="module")
+def quantized(prepared, tmp_path_factory):
+    """An SFT run with LoRA on a base in four bits, and HaNoRec on it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    argv = [
+        "--data",
+        str(prepared),
+        "--tune",
+        "lora",
+        "--quantize",
+        "4bit",
+        "--lr",
+        "1e-2",
+        "--out",
+        str(folder / "sft"),
+    ]
+    sft.main([*argv, *STEPS])
+    argv = ["--sft", str(folder / "sft"), "--out", str(folder / "dpo"), "--export", str(folder / "export")]
+    dpo_hano.main([*argv, "--lr", "1e-2", "--sigma", "0.05", *STEPS])
+    return folder
+
+
+def test_the_sft_adapter_stays_a_frozen_adapter(prepared, quantized):
+    data = evaluate.Data(prepared, None)
+    model = evaluate.load_result(quantized / "sft", data, torch.float32)
+    model = mllm.add_lora(model, 8, 32, 0.0, 1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".default." in name for name in trained)
+    assert any(".sft." in name for name, _ in model.named_parameters())
+    layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer).__name__ == "Linear4bit" and layer.active_adapters == ["sft", "default"]
+    with mllm.reference(model):
+        assert layer.active_adapters == ["sft"]
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_dpo_moves_its_own_adapter_alone(quantized):
+    with safe_open(quantized / "dpo" / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert any(file.get_tensor(name).abs().max() > 0 for name in file.keys() if "lora_B" in name)  # noqa: SIM118
+    assert not (quantized / "dpo" / "adapter" / "sft").exists()
+    first = json.loads((quantized / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.6931, abs=2e-3)
+    assert json.loads((quantized / "dpo" / "config.json").read_text())["options"]["quantize"] == "4bit"
+
+
+def test_the_exported_model_scores_as_the_quantized_one(prepared, quantized):
+    data = evaluate.Data(prepared, None)
+    beside = evaluate.load_result(quantized / "dpo", data, torch.float32)
+    merged = mllm.load_model(quantized / "export" / "merged")
+    text = mllm.load_tokenizer(prepared / "tiny")("Film 3, The (1999)", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**text).logits, beside(**text).logits, atol=1e-3, rtol=0)
+
+
+def test_rounded_weights_are_not_tuned(prepared, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sft.main(["--data", str(prepared), "--quantize", "4bit", "--out", str(tmp_path / "run")])
+    assert "--quantize is for --tune lora" in capsys.readouterr().err
+
+
+def test_attentions_that_cannot_take_the_mask_are_refused(prepared, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sft.main(["--data", str(prepared), "--attn", "flex_attention", "--out", str(tmp_path / "run")])
+    assert "--attn flex_attention cannot take the mask of packed prompts: give --no-pack too" in capsys.readouterr().err
