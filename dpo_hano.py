@@ -209,10 +209,11 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
         for name, value in (metrics | {"noise": noise.to(accelerator.device)}).items():
             sums[name] = sums.get(name, 0) + value / len(micro)
     norm = accelerator.clip_grad_norm_([p for p in packed.parameters() if p.requires_grad], 1.0)
+    rate = schedule.get_last_lr()[0]
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return accelerator.reduce(sums, "mean") | {"grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+    return accelerator.reduce(sums, "mean") | {"grad_norm": norm, "lr": rate}
 
 
 def load_policy(options, data, rows, accelerator):
@@ -257,7 +258,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.sft} was trained on an earlier {options.data}; run sft.py again")
     tiny = data.backbone == mllm.TINY
     runs.inherit(options, sft, LORA, options.sft)
-    runs.set_defaults(options, **(TINY_RECIPE if tiny else RECIPE), attn="sdpa")
+    recipe = TINY_RECIPE if tiny else RECIPE
+    if options.epochs:  # whoever says how many wants all of them
+        recipe = {name: value for name, value in recipe.items() if name != "max_steps"}
+    runs.set_defaults(options, **recipe, attn="sdpa")
     packing.check_attention(options.attn, not options.no_pack)
     accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
     prompts = data.prompts(options.candidate_images)
@@ -301,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
                 check_start(packed, *micro[0][:2])
             metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)
 
-            log.check(step, metrics["loss"], options.lr)
+            log.check(step, metrics["loss"], f"--lr {options.lr}")
             speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
             log.write(step, metrics | {"pairs_per_second": speed})
             bar.update()

@@ -252,11 +252,11 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int) -> None:
+def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int, unit: str) -> None:
     """Print a user's history and the best candidates by name."""
     titles = data.catalogue.titles
     print(f"\n{name}: user {row.user}\n  history, oldest first:", *(titles[item] for item in row.history), sep="\n    ")
-    print(f"  top {min(top_k, len(scores))} of {len(scores)}, with log-likelihood:")
+    print(f"  top {min(top_k, len(scores))} of {len(scores)}, with {unit}:")
     for place, column in enumerate(np.argsort(-scores, kind="stable")[:top_k], 1):
         item = row.candidates[column]
         chosen = "  <- came next" if item == row.target else ""
@@ -284,6 +284,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.among and not options.user:
         parser.error("--from needs --user")
+    if options.export_recbole and options.scores and not options.run:
+        parser.error("--export-recbole needs --run, whose scores it writes")
     if options.user and (options.scores or options.compare or options.export_recbole):
         parser.error("--user goes without --scores, --compare and --export-recbole")
     return options
@@ -340,7 +342,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         scores, yes = score_rows(model, data, prompts, rows, config["options"], accelerator, options.batch_size)
         ranked = scores if scores is not None else yes
         if options.user:
-            recommend(str(run), data, rows[0], ranked[0], options.top_k)
+            unit = "log-likelihood" if scores is not None else "log p(Yes) - log p(No)"
+            recommend(str(run), data, rows[0], ranked[0], options.top_k, unit)
             continue
         results[str(run)] = measure(ranked, yes, target_columns(rows), options.seed)
         if accelerator.is_main_process:

@@ -21,7 +21,7 @@ def write_predictions(path: Path, ids: list[str], rows, scores: np.ndarray | Non
 
 def inter_lines(path: Path) -> list[dict]:
     """The lines of a RecBole file as `write_recbole` writes it, in the form of predictions.jsonl."""
-    rows, found = readers.text_rows(path, "\t"), {}
+    rows, found = readers.text_rows(path, "\t", quotes=False), {}
     header = [name.split(":")[0] for name in readers.header_of(rows, path)]
     places = [
         readers.column(header, None, (name,), path, "its header") for name in ("user_id", "item_id", "label", "score")
@@ -71,6 +71,11 @@ def write_recbole(folder: Path, catalogue, splits: dict[str, list], scores: np.n
     .test.inter (its benchmark_filename), one row's history and target a line; and <name>.candidates.inter with every
     candidate, a label, and `scores` [R, C] of splits["candidates"]."""
     ids, name = catalogue.ids, folder.name
+    spaced = [
+        text for text in (*ids, *(row.user for rows in splits.values() for row in rows)) if len(text.split()) != 1
+    ]
+    if spaced:
+        raise UserError(f"RecBole's files are separated by spaces and tabs, and the id {spaced[0]!r} holds one")
     head = "user_id:token\titem_id_list:token_seq\titem_id:token"
     for split, rows in splits.items():
         lines = [head + "\tlabel:float\tscore:float" * (split == "candidates")]

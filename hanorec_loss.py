@@ -143,7 +143,8 @@ def hanorec_loss(
     losses = -F.logsigmoid(dynamic_beta * gap)  # (12)
 
     pull = dynamic_beta * (-dynamic_beta * gap.detach()).sigmoid()  # |d loss / d gap|
-    harder = hardness.argsort(stable=True)[: max(1, len(hardness) // 2)]
+    order, half = hardness.argsort(stable=True), (len(hardness) + 1) // 2  # of odd numbers both halves have the middle
+    harder, easier = pull[order[:half]].sum(), pull[order[-half:]].sum()
     metrics = {
         "loss": losses.detach().mean(),
         "accuracy": (gap.detach() > 0).float().mean(),
@@ -151,7 +152,7 @@ def hanorec_loss(
         "reward_chosen": beta * chosen_gain.detach().mean(),
         "reward_rejected": beta * rejected_gain.detach().mean(),
         "eta": eta,
-        "hard_gradient_share": pull[harder].sum() / pull.sum(),
+        "hard_gradient_share": harder / (harder + easier),
     }
     for name, values in (("lambda", hardness), ("beta", dynamic_beta)):
         low, high = values.quantile(values.new_tensor([0.01, 0.99]))

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import re
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator
@@ -276,6 +277,19 @@ def encode_items(
     tensors = {"text": mean_embeddings(model, tokenizer, titles), "image": image_means, "grid": grid}
     tensors |= {"offsets": F.pad(lengths.cumsum(0), (1, 0)), "neutral": neutral[0], "neutral_grid": neutral_grid[0]}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "items.safetensors")
+
+
+def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -> None:
+    """Print the bytes that encoding will write, judged by 32 images; BackboneError where the disk cannot hold them."""
+    sample = [open_image(path) for path in paths[:: max(1, len(paths) // 32)][:32]]
+    encoded = encode_images(model, processor, sample)[0]
+    tokens, width = sum(map(len, encoded)) / len(sample), encoded[0].shape[1]
+    needed = int(len(paths) * tokens * width * model.dtype.itemsize)
+    each = f"{tokens:.1f} tokens x {width} x {model.dtype.itemsize} bytes"
+    print(f"encoding {len(paths)} images x {each} = about {needed:,} bytes")
+    if needed > 0.95 * (free := shutil.disk_usage(folder).free):
+        fitting = int(pixels * 0.95 * free / needed)
+        raise BackboneError(f"{folder} has {free:,} bytes free; --max-pixels {fitting} would fit")
 
 
 HEADER_BYTES = 256  # reserved at the file's head, so that tokens are streamed to disk before their number is known

@@ -46,12 +46,16 @@ class Sequences:
     split: np.ndarray  # [U], train, val or test, where the source has its own split
 
 
-def build_sequences(raw: readers.Raw, min_rating: float, min_interactions: int, drop_untitled: bool) -> Sequences:
+def build_sequences(
+    raw: readers.Raw, min_rating: float | None, min_interactions: int, drop_untitled: bool
+) -> Sequences:
     """Filter, sort by user and time (ties by input order), drop repeated items, and number the items that remain."""
     users, items, times, ratings = raw.columns()
     user_ids, item_ids = list(raw.found.user_codes), list(raw.found.item_codes)
     touched = users, items
-    rated = ratings >= min_rating
+    if min_rating is not None and not raw.found.rated:
+        raise UserError("the source has no ratings: --min-rating does not go with it")
+    rated = ratings >= (-np.inf if min_rating is None else min_rating)
     untitled = np.array([not raw.titles.get(item, "" if drop_untitled else "unknown") for item in item_ids])
     keep = rated & ~untitled[items]
     counts = {"interactions_read": len(users), "below_min_rating": int((~rated).sum())}
@@ -68,7 +72,7 @@ def build_sequences(raw: readers.Raw, min_rating: float, min_interactions: int, 
     users, items, times = (column[long_enough[users]] for column in (users, items, times))
     if not len(users):
         raise UserError(f"no user has {min_interactions} interactions; lower --min-interactions or --min-rating")
-    same = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    same = (users[1:] == users[:-1]) & (times[1:] == times[:-1]) & raw.found.timed
     counts["interactions_tied_in_time"] = int((np.append(same, False) | np.append(False, same)).sum())
 
     row_of, ids = number_items(raw, item_ids, np.unique(items))
@@ -199,6 +203,12 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     """Write a data folder's files; manifest.json comes last, so a folder without it is not whole."""
     targets, training = split_windows(data, options)
     negatives = Negatives(data, options.negatives, options.negative_sampling)
+    for name, at in targets.items():
+        titles = np.sort(negatives.title[data.items[at[:, None] - np.arange(options.positives)]], axis=1)
+        distinct = (titles[:, 1:] != titles[:, :-1]).all(axis=1)  # no two candidates share a title
+        targets[name] = at[distinct]
+        if options.positives > 1:
+            data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())
     (options.out / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(options.out / "encoded", ignore_errors=True)  # of the data that stood here
     images = [os.path.relpath(path, options.out) if path else None for path in data.images]
@@ -215,7 +225,7 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     manifest = {"source": options.dataset, "options": kept, "seed": options.seed}
     manifest["counts"] = data.counts | {f"{name}_rows": len(rows) for name, rows in targets.items()}
     manifest["ties"] = "interactions of a user with equal times keep their input order"
-    manifest["inputs"] = {path.name: runs.file_hash(path) for path in inputs}
+    manifest["inputs"] = {str(path): runs.file_hash(path) for path in inputs}
     manifest["files"] = {f"{name}.jsonl": runs.file_hash(options.out / f"{name}.jsonl") for name in FILES}
     runs.write_json(options.out / "manifest.json", manifest)
     counted = (f"{value} {name.replace('_', ' ')}" for name, value in manifest["counts"].items())
@@ -245,42 +255,26 @@ def encode(options: argparse.Namespace) -> None:
     gone = [path for path in paths if path and not path.exists()]
     if gone:
         raise UserError(f"{len(gone)} images of items.jsonl are gone, the first is {gone[0]}; prepare the data again")
-    folder = options.encoded
     if any(paths):
-        check_disk(model, processor, [path for path in paths if path], pixels, options.out)
-    with runs.replacing(folder) as beside:
+        mllm.check_disk(model, processor, [path for path in paths if path], pixels, options.out)
+    with runs.replacing(options.encoded) as beside:
         beside.mkdir(parents=True)
         mllm.encode_items(model, tokenizer, processor, titles, paths, beside, partial(tqdm, desc="encode"))
         manifest = {"backbone": options.model, "max_pixels": pixels, "dtype": str(model.dtype).removeprefix("torch.")}
         manifest["items"] = runs.file_hash(options.out / "items.jsonl")
         manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors")
         runs.write_json(beside / "manifest.json", manifest)
-    print(f"{folder}: {len(items)} items, {sum(path is not None for path in paths)} images")
-
-
-def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -> None:
-    """Print the bytes that encoding will write, judged by 32 images; UserError where the disk cannot hold them."""
-    import mllm
-
-    sample = [mllm.open_image(path) for path in paths[:: max(1, len(paths) // 32)][:32]]
-    encoded = mllm.encode_images(model, processor, sample)[0]
-    tokens, width = sum(map(len, encoded)) / len(sample), encoded[0].shape[1]
-    needed = int(len(paths) * tokens * width * model.dtype.itemsize)
-    each = f"{tokens:.1f} tokens x {width} x {model.dtype.itemsize} bytes"
-    print(f"encoding {len(paths)} images x {each} = about {needed:,} bytes")
-    if needed > 0.95 * (free := shutil.disk_usage(folder).free):
-        fitting = int(pixels * 0.95 * free / needed)
-        raise UserError(f"{folder} has {free:,} bytes free; --max-pixels {fitting} would fit")
+    print(f"{options.encoded}: {len(items)} items, {sum(path is not None for path in paths)} images")
 
 
 FILES = ("items", "train", "val", "test", "sequences")
-OWN = {".lock", "images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
+OWN = {"images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
 NOT_DATA = ("model", "encoded", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
 
 
 COLUMNS = {  # of --dataset csv and recbole, with their usual names
-    "--user-column": "user, user_id",
-    "--item-column": "item, item_id",
+    "--user-column": "user; recbole: user_id",
+    "--item-column": "item; recbole: item_id",
     "--time-column": "timestamp",
     "--rating-column": "rating",
     "--title-column": "title",
@@ -298,8 +292,12 @@ def check_source(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--dataset csv needs --interactions FILE and --items FILE")
     if options.dataset not in ("demo", "csv") and not options.source:
         parser.error(f"--dataset {options.dataset} needs --source DIR")
-    if options.dataset == "demo" and (options.source or options.interactions or options.items):
-        parser.error("--source needs --dataset: what does it hold?")
+    names = ["--source"] if options.dataset in ("demo", "csv") else []
+    names += [] if options.dataset == "csv" else ["--interactions", "--items"]
+    names += [] if options.dataset in ("csv", "recbole") else list(COLUMNS)
+    for name in names:
+        if getattr(options, name[2:].replace("-", "_")):
+            parser.error(f"{name} does not go with --dataset {options.dataset}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -322,7 +320,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     protocol.add_argument("--split", choices=["leave-one-out", "user"], help=split)
     official = "official: 3 history items, 3 positives and 7 negatives, the last positive counts [standard]"
     protocol.add_argument("--protocol", choices=["standard", "official"], default="standard", help=official)
-    protocol.add_argument("--min-rating", type=float, default=0.0, help="drop lower ratings [0: keep all]")
+    protocol.add_argument("--min-rating", type=float, help="drop lower ratings [keep all]")
     protocol.add_argument("--min-interactions", type=runs.positive_int, default=6, help="drop users with fewer [6]")
     windows = "training rows of a user, the latest; 0: all [10]"
     protocol.add_argument("--max-windows-per-user", type=runs.non_negative_int, default=10, help=windows)
@@ -346,7 +344,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     runs.set_defaults(options, **({"history": 3, "negatives": 7} if official else {"history": 5, "negatives": 9}))
     shortest = items_before(options) + (2 if options.split == "leave-one-out" else 1)
     if options.min_interactions < shortest:
-        parser.error(f"--min-interactions must be at least {shortest} for this split and protocol")
+        parser.error(f"--min-interactions must be at least {shortest} here")
     return options
 
 
@@ -357,8 +355,11 @@ def show(options: argparse.Namespace) -> None:
     import prompts
 
     items = runs.read_jsonl(options.out / "items.jsonl", ("item", "title", "image"), "run prepare_data.py")
-    catalogue = mllm.Catalogue(items, options.encoded)
-    name = options.out / "tiny" if options.model == mllm.TINY else options.model
+    folders = [options.encoded, *sorted((options.out / "encoded").glob("*"))]  # of --model, else of any
+    folder = next(path for path in folders if (path / "manifest.json").exists())
+    catalogue = mllm.Catalogue(items, folder)
+    model = runs.read_json(folder / "manifest.json", "encode the data again")["backbone"]
+    name = options.out / "tiny" if model == mllm.TINY else model
     rendered = packing.load_prompts(name, catalogue)
     for line in runs.read_jsonl(options.out / "train.jsonl", ("user",), "run prepare_data.py")[: options.show]:
         for task in ("rank", "yesno"):
@@ -370,7 +371,8 @@ def check_out(out: Path, dataset: str) -> None:
     """UserError where `out` holds another dataset, or something that is no data folder."""
     manifest = out / "manifest.json"
     stands = runs.read_json(manifest, "choose another --out").get("source") if manifest.exists() else dataset
-    foreign = not manifest.exists() and {path.name for path in out.iterdir()} - OWN
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}  # of what was cut off, at most
+    foreign = not manifest.exists() and names - OWN
     if stands != dataset or foreign:
         raise UserError(f"{out} holds {'other files' if foreign else f'the data of {stands}'}; choose another --out")
 
@@ -378,7 +380,7 @@ def check_out(out: Path, dataset: str) -> None:
 @runs.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    if options.show and (options.out / "manifest.json").exists() and (options.out / "encoded").exists():
+    if options.show and (options.out / "manifest.json").exists() and any(options.out.glob("encoded/*/manifest.json")):
         print(f"{options.out} stands; showing it, and preparing nothing")
         show(options)
         return

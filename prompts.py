@@ -157,14 +157,15 @@ class Prompts:
         """A history in which each title after the first is predicted: plain language modelling. With candidates, the
         ranking question stands before it and the last title is its answer, so that the warm-up knows that prompt too.
         The oldest items are dropped until it is no longer than max_length tokens."""
-        if candidates:
-            root, spans = self._ranking(rows[:-1], candidates)
-            tree = [root, self.answer(self.catalogue.titles[rows[-1]], 0)]
-        else:
-            root = Node(None, list(self.before))
-            tree, spans = [root], self._history(root, rows)
-        if tree_length(tree) > max_length and len(rows) > 2:
-            return self.language_tree(rows[1:], max_length, candidates)
+        for first in range(len(rows) - 1):
+            if candidates:
+                root, spans = self._ranking(rows[first:-1], candidates)
+                tree = [root, self.answer(self.catalogue.titles[rows[-1]], 0)]
+            else:
+                root = Node(None, list(self.before))
+                tree, spans = [root], self._history(root, rows[first:])
+            if tree_length(tree) <= max_length:
+                break
         root.scored = [offset for span in spans[1:] for offset in span]
         return tree
 

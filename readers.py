@@ -8,11 +8,14 @@ import argparse
 import csv
 import gzip
 import html
+import itertools
 import json
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +33,14 @@ class Interactions:
         self.user_codes: dict[str, int] = {}
         self.item_codes: dict[str, int] = {}
         self.users, self.items, self.times, self.ratings = (array(code) for code in "qqdf")
+        self.timed = self.rated = False  # whether the source has times, and ratings
 
     def add(self, user: str, item: str, time: float = 0.0, rating: float = 1.0) -> None:
+        user, item = str(user).strip(), str(item).strip()
         if not user or not item:
             raise ValueError("a user or an item without an id")
+        if not math.isfinite(time) or not math.isfinite(rating):
+            raise ValueError("a time or a rating that is no number")
         self.users.append(self.user_codes.setdefault(user, len(self.user_codes)))
         self.items.append(self.item_codes.setdefault(item, len(self.item_codes)))
         self.times.append(time)
@@ -73,16 +80,20 @@ def only(source: Path | None, *patterns: str) -> Path:
     raise UserError(f"{source} holds no {' or '.join(patterns)}; --source is the folder that holds it")
 
 
-def text_rows(path: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a delimited text file, empty lines left out. Quotes count beside commas alone."""
+def text_rows(
+    path: Path, delimiter: str = ",", encoding: str = "utf-8-sig", quotes: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of a delimited text file, empty lines left out."""
     try:
         with open(path, encoding=encoding, newline="") as file:
-            reader = csv.reader(file) if delimiter == "," else (line.rstrip("\r\n").split(delimiter) for line in file)
-            for number, row in enumerate(reader, 1):
-                if row and row != [""]:
-                    yield (reader.line_num if delimiter == "," else number), row
+            if quotes:
+                reader = csv.reader(file, delimiter=delimiter, strict=True)
+                yield from ((reader.line_num, row) for row in reader if row and row != [""])
+            else:
+                rows = (line.rstrip("\r\n").split(delimiter) for line in file)
+                yield from ((number, row) for number, row in enumerate(rows, 1) if row != [""])
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; --source is the folder that holds it") from error
+        raise UserError(f"{path} does not exist") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -108,7 +119,10 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
         with opened(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, json.loads(line)
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not a JSON object")
+                    yield number, row
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}, near line {number + 1}, cannot be read: {error}") from error
 
@@ -140,6 +154,7 @@ def moment(text: str) -> float:
 def collect(rows: Iterable[tuple[int, list]], path: Path, user: int, item: int, time=None, rating=None) -> Interactions:
     """Interactions from rows of fields, whose places are given; times may be missing (input order then), or ratings."""
     found = Interactions()
+    found.timed, found.rated = time is not None, rating is not None
     for number, row in rows:
         try:
             when = moment(row[time]) if time is not None else 0.0
@@ -157,12 +172,16 @@ def one_line(title) -> str:
     return " ".join(str(title or "").split())
 
 
-def read_titles(path: Path, rows: Iterable[tuple[int, list[str]]], item: int = 0, title: int = 1) -> dict[str, str]:
-    titles = {}
+def read_titles(path: Path, rows: Iterable[tuple[int, list[str]]], item: int, title: int, width: int) -> dict[str, str]:
+    """Titles by item, from rows of at most `width` fields (more of them: a comma in a title that has no quotes)."""
+    titles: dict[str, str] = {}
     for number, row in rows:
-        if len(row) <= max(item, title):
-            raise UserError(f"{path}, line {number}: expected an item and its title, got {row}")
-        titles[row[item]] = one_line(row[title])
+        if not max(item, title) < len(row) <= width:
+            raise UserError(f"{path}, line {number}: expected an item and its title, {width} fields, got {row}")
+        name, text = row[item].strip(), one_line(row[title])
+        if text and titles.get(name, text) != text and titles[name]:
+            raise UserError(f"{path}, line {number}: item {name} is {titles[name]!r} above and {text!r} here")
+        titles[name] = text or titles.get(name, "")
     return titles
 
 
@@ -190,14 +209,18 @@ def read_movielens(options: argparse.Namespace) -> Raw:
     32M, latest); posters, which it does not ship, in posters/<movieId>.jpg."""
     ratings = only(options.source, "ratings.dat", "ratings.csv")
     movies = ratings.with_name(f"movies{ratings.suffix}")
-    tables = []
-    for path in (ratings, movies):
-        rows = text_rows(path, "::", encoding_of(path)) if path.suffix == ".dat" else text_rows(path)
-        if path.suffix == ".csv":
-            header_of(rows, path)
-        tables.append(rows)
-    found = collect(tables[0], ratings, user=0, item=1, time=3, rating=2)
-    titles = read_titles(movies, tables[1])
+    if ratings.suffix == ".dat":
+        rows, names = (text_rows(path, "::", encoding_of(path), quotes=False) for path in (ratings, movies))
+    else:
+        rows, names = text_rows(ratings), text_rows(movies)
+        for path, table, expected in (
+            (ratings, rows, "userId,movieId,rating,timestamp"),
+            (movies, names, "movieId,title,genres"),
+        ):
+            if (header := ",".join(header_of(table, path))) != expected:
+                raise UserError(f"{path}, line 1: expected {expected}, got {header}")
+    found = collect(rows, ratings, user=0, item=1, time=3, rating=2)
+    titles = read_titles(movies, names, 0, 1, width=3)
     return Raw(found, titles, find_images(options.images, options.source, "posters"), [ratings, movies])
 
 
@@ -206,13 +229,13 @@ def item_titles(path: Path) -> dict[str, str]:
     rows = text_rows(path)
     first = header_of(rows, path)
     headed = [name.strip().lower() for name in first[:2]] == ["item", "title"]
-    return ({} if headed else read_titles(path, [(1, first)])) | read_titles(path, rows)
+    return read_titles(path, rows if headed else itertools.chain([(1, first)], rows), 0, 1, width=2)
 
 
 def sequence_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, [user, item]) of `user<TAB>item item ...`, items in order of time."""
-    for number, row in text_rows(path, "\t"):
-        if len(row) != 2 or not row[1].split():
+    for number, row in text_rows(path, "\t", quotes=False):
+        if len(row) != 2 or not row[0].strip() or not row[1].split():
             raise UserError(f"{path}, line {number}: expected a user, a tab, and items with spaces between, got {row}")
         for item in row[1].split():
             yield number, [row[0], item]
@@ -226,8 +249,9 @@ def read_microlens(options: argparse.Namespace) -> Raw:
         found = collect(sequence_rows(pairs), pairs, user=0, item=1)
     else:
         rows = text_rows(pairs)
-        header_of(rows, pairs)
-        found = collect(rows, pairs, user=0, item=1, time=2)
+        header = header_of(rows, pairs)
+        places = (column(header, None, (name,), pairs, "its header") for name in ("user", "item", "timestamp"))
+        found = collect(rows, pairs, *places)
     images = find_images(options.images, options.source, "*_covers", "covers", "images")
     return Raw(found, item_titles(names), images, [pairs, names])
 
@@ -284,13 +308,15 @@ def from_tables(options, interactions: Path, items: Path, rows_of: Callable, tit
         given = getattr(options, f"{name}_column")
         optional = name in ("time", "rating") and not given and usual not in header
         places.append(None if optional else column(header, given, (usual,), interactions, f"--{name}-column"))
+    if places[2] is None:
+        print(f"{interactions} has no column timestamp: its order is taken for the order of time (see --time-column)")
     found = collect(rows, interactions, *places)
     rows = rows_of(items)
     header = [name.split(":")[0] if suffix else name for name in header_of(rows, items)]
     item = column(header, options.item_column, (f"item{suffix}",), items, "--item-column")
     title = column(header, options.title_column, titled, items, "--title-column")
     images = find_images(options.images, options.source, "images")
-    return Raw(found, read_titles(items, rows, item, title), images, [interactions, items])
+    return Raw(found, read_titles(items, rows, item, title, len(header)), images, [interactions, items])
 
 
 def read_recbole(options: argparse.Namespace) -> Raw:
@@ -298,7 +324,14 @@ def read_recbole(options: argparse.Namespace) -> Raw:
     pictures in images/<item_id>.jpg."""
     inter, item = only(options.source, "*.inter"), only(options.source, "*.item")
     titled = ("title", "movie_title", "name")
-    return from_tables(options, inter, item, lambda path: text_rows(path, "\t"), titled, suffix="_id")
+    return from_tables(options, inter, item, partial(text_rows, delimiter="\t", quotes=False), titled, suffix="_id")
+
+
+def field_text(value) -> str:
+    """A Parquet value as a CSV would spell it."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # ids in a column that also has nulls
+    return "" if value is None else value.decode() if isinstance(value, bytes) else str(value)
 
 
 def frame_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -317,7 +350,7 @@ def frame_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             for batch in file.iter_batches():
                 for row in zip(*(values.to_pylist() for values in batch.columns), strict=True):
                     number += 1
-                    yield number, ["" if value is None else str(value) for value in row]
+                    yield number, [field_text(value) for value in row]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

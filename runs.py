@@ -142,7 +142,7 @@ def check_out(out: Path, stage: str) -> None:
     """UserError where `out` holds something else than an earlier run of this stage."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder; choose another --out")
-    if any(path.name != ".lock" for path in out.glob("*")):
+    if any(not path.name.startswith(".") for path in out.glob("*")):
         config = out / "config.json"
         before = read_json(config, "choose another --out") if config.exists() else None
         if not isinstance(before, dict) or before.get("stage") != stage:
@@ -200,7 +200,7 @@ class Log:
 
     def write(self, step: int, values: dict) -> None:
         """values: numbers or scalar tensors."""
-        values = {name: round(float(value), 6) for name, value in values.items()}
+        values = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -215,10 +215,10 @@ class Log:
         self.best = {"step": step, **values} if better else self.best
         return better and self.accelerator.is_main_process
 
-    def check(self, step: int, loss, lr: float) -> None:
-        """UserError where the loss is no number any more."""
+    def check(self, step: int, loss, rate: str) -> None:
+        """UserError where the loss is no number any more; rate: the option to lower, and its value."""
         if not math.isfinite(float(loss)):
-            raise UserError(f"the loss is {float(loss)} at step {step}; lower --lr ({lr})")
+            raise UserError(f"the loss is {float(loss)} at step {step}; lower {rate}")
 
     def finish(self, shortened: set) -> None:
         """Declare the run whole. shortened: the rows whose prompts lost history items on this process."""

@@ -64,6 +64,8 @@ def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
         for start in range(step - size, len(items), step):
             stretch = items[max(start, 0) : start + size]
             candidates = asked.get((user, stretch[-1]), ()) if len(warmup) % 2 else ()
+            if set(candidates) & set(stretch[:-1]):  # other positives, with --protocol official
+                candidates = ()
             if len(stretch) > 1:
                 warmup.append(partial(prompts.language_tree, stretch, options.max_length, candidates))
     builds = [partial(prompts.sft_tree, task=task) for task in options.tasks]
@@ -195,14 +197,16 @@ def main(argv: list[str] | None = None) -> None:
             model.train()
             source = warmup if step <= options.warmup_steps else answers
             micro = [packed.collate([source[n]() for n in batch], data.catalogue) for batch in numbers]
+            rate = schedule.get_last_lr()[0]
             loss, norm = take_step(model, micro, parameters, optimizer, schedule, accelerator)
 
             bar.update()
             if step % 10 == 0 or step in (1, total):
-                log.check(step, loss, options.lr)
+                in_warmup = step <= options.warmup_steps
+                log.check(step, loss, f"--warmup-lr {options.warmup_lr}" if in_warmup else f"--lr {options.lr}")
                 speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
-                values = {"loss": loss, "grad_norm": norm, "lr": schedule.get_last_lr()[0], "samples_per_second": speed}
-                log.write(step, values | {"warmup": step <= options.warmup_steps})
+                values = {"loss": loss, "grad_norm": norm, "lr": rate, "samples_per_second": speed}
+                log.write(step, values | {"warmup": in_warmup})
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             done = step - options.warmup_steps
             if done > 0 and (done % steps_per_epoch == 0 or step == total):

@@ -93,7 +93,9 @@ def test_loss_by_hand():
     assert float(metrics["reward_chosen"]) == pytest.approx(0.2 * (1 + 0.5 + 1.5) / 3)
     assert float(metrics["reward_rejected"]) == pytest.approx(0.2 * (-0.5 + 1 - 1.5) / 3)
     pull = [b * sigmoid(-b * g) for b, g in zip(betas, gap, strict=True)]
-    assert float(metrics["hard_gradient_share"]) == pytest.approx(pull[0] / sum(pull))
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(
+        (pull[0] + pull[1]) / (pull[0] + 2 * pull[1] + pull[2])
+    )
 
 
 def test_plain_dpo_is_trl_formula():

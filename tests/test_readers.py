@@ -183,6 +183,46 @@ def test_movielens_titles_in_either_encoding(tmp_path, encoding):
     ]
 
 
+def test_without_times_the_input_order_counts_and_is_said(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "pictures")
+    rows = "".join(f"{user},{item}\n" for user in USERS for item in sequence(user))
+    (tmp_path / "log.csv").write_text("user,item\n" + rows)
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{i},{quoted(t)}\n" for i, t in TITLES.items()))
+    files = [
+        "--interactions",
+        tmp_path / "log.csv",
+        "--items",
+        tmp_path / "items.csv",
+        "--images",
+        tmp_path / "pictures",
+    ]
+    found = prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files)
+    check(*found)
+    assert "has no column timestamp" in capsys.readouterr().out
+    assert found[2]["counts"]["interactions_tied_in_time"] == 0
+
+
+def test_negative_ratings_are_kept_unless_asked(tmp_path, monkeypatch):
+    rows = "".join(f"{user},{item},-1\n" for user in USERS for item in sequence(user))
+    (tmp_path / "log.csv").write_text("user,item,rating\n" + rows)
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{i},{quoted(t)}\n" for i, t in TITLES.items()))
+    files = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
+    _, _, manifest = prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files)
+    assert manifest["counts"]["below_min_rating"] == 0
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files, "--min-rating", "0")
+
+
+def test_official_rows_never_hold_a_title_twice(tmp_path, monkeypatch):
+    microlens(tmp_path / "raw")
+    text = "".join(f"u{n}\t{' '.join(ITEMS[7 + n : 12 + n])} i5 i6\n" for n in range(12))  # i5 and i6 share a title
+    (tmp_path / "raw" / "MicroLens-50k_pairs.tsv").write_text(text + f"other\t{' '.join(ITEMS[10:18])}\n")
+    argv = ["--dataset", "microlens", "--source", tmp_path / "raw", "--protocol", "official"]
+    splits, _, manifest = prepare(monkeypatch, tmp_path / "data", *argv, "--min-interactions", 7)
+    assert {row["user"] for row in splits["test"]} == {"other"}
+    assert manifest["counts"]["test_rows_of_equal_titles"] == 12
+
+
 def refused(capsys, monkeypatch, *argv):
     with pytest.raises(SystemExit) as stop:
         prepare(monkeypatch, *argv)
@@ -205,7 +245,13 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
     _, items, manifest = prepare(monkeypatch, *argv, raw, "--drop-untitled")
     assert "ghost" not in items and manifest["counts"]["of_untitled_items"] == 1
     (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1\n")
-    assert "line 2: expected an item and its title, got ['i1']" in refused(capsys, monkeypatch, *argv, raw)
+    assert "line 2: expected an item and its title, 2 fields, got ['i1']" in refused(capsys, monkeypatch, *argv, raw)
+    (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1,Good, bad and ugly\n")
+    assert "2 fields, got ['i1', 'Good', ' bad and ugly']" in refused(capsys, monkeypatch, *argv, raw)
+    (raw / "MicroLens-50k_titles.csv").write_text('item,title\ni1,"One\ni2,Two\n')
+    assert "cannot be read: unexpected end of data" in refused(capsys, monkeypatch, *argv, raw)
+    (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1,One\ni1,\ni1,Another\n")
+    assert "line 4: item i1 is 'One' above and 'Another' here" in refused(capsys, monkeypatch, *argv, raw)
     (raw / "second_pairs.tsv").write_text("u1\ti1\n")
     assert "holds 2 files *_pairs.tsv" in refused(capsys, monkeypatch, *argv, raw)
     assert "needs --interactions FILE and --items FILE" in refused(capsys, monkeypatch, out, "--dataset", "csv")
@@ -217,5 +263,9 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
     argv = [tmp_path / "tables", "--dataset", "csv", *tables]
     error = refused(capsys, monkeypatch, *argv)
     assert "log.csv, line 2: expected user, item, time, got ['u1', 'i1', 'yesterday']" in error
+    for time in ("nan", "inf", ""):
+        (tmp_path / "log.csv").write_text(f"user,item,timestamp\nu1,i1,{time}\n")
+        assert "log.csv, line 2: expected user, item, time" in refused(capsys, monkeypatch, *argv)
+    assert "--source does not go with --dataset csv" in refused(capsys, monkeypatch, *argv, "--source", raw)
     error = refused(capsys, monkeypatch, *argv, "--user-column", "who")
     assert "log.csv has no column who, only user, item, timestamp; name it with --user-column" in error

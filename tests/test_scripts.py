@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 import dpo_hano
 import evaluate
+import exchange
 import mllm
 import packing
 import prepare_data
+import runs
 import sft
 
 
@@ -219,6 +221,9 @@ def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
     assert {p.name for p in folder.iterdir()} == {
         f"small.{n}.inter" for n in ("train", "valid", "test", "candidates")
     } | {"small.item"}
+    spaced = type("Catalogue", (), {"ids": ["a b"], "titles": ["A"]})
+    with pytest.raises(runs.UserError, match="the id 'a b' holds one"):
+        exchange.write_recbole(folder, spaced, {"test": []}, None)
     path.write_text(path.read_text().replace("1.0\t", "1.0\toops", 1))
     assert "small.candidates.inter, line" in refused(capsys, evaluate.main, "--data", prepared, "--scores", path)
 
@@ -412,7 +417,7 @@ def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
     assert "holds other files" in refused(capsys, run, "--out", tmp_path / "thesis")
-    assert "needs --dataset" in refused(capsys, run, "--source", tmp_path)
+    assert "--source does not go with --dataset demo" in refused(capsys, run, "--source", tmp_path)
     (tmp_path / "empty").mkdir()
     error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "empty", "--out", tmp_path / "data")
     assert "holds no ratings.dat or ratings.csv" in error
