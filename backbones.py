@@ -100,9 +100,7 @@ def decoder_name(core) -> str:
     decoder = core.get_decoder()
     name = next((name for name, module in core.named_modules() if module is decoder), "")
     if not name:
-        raise BackboneError(
-            f"a {core.config.model_type} has no language model of its own inside, that could be trained"
-        )
+        raise BackboneError(f"a {core.config.model_type} has no language model inside that could be trained by itself")
     return name
 
 
@@ -145,9 +143,9 @@ def attention_masks(config, visible: torch.Tensor, depth: torch.Tensor, is_image
 def sliding_window(text) -> int | None:
     """How many tokens back a layer looks, itself counted, where some layers look back less than to the beginning."""
     kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        other = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
-        raise BackboneError(f"a {text.model_type} has layers of {other}, which packing has no mask for; give --no-pack")
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        raise NotImplementedError(f"no mask is known for layers of {', '.join(sorted(other))}")
     used = "sliding_attention" in kinds and getattr(text, "use_sliding_window", True)
     return getattr(text, "sliding_window", None) if used else None
 
@@ -167,10 +165,11 @@ def own_logits(core, ids: torch.Tensor, images: dict[str, torch.Tensor], keep: i
     """[1, L or keep, V]: the logits of the model's own forward over ids [1, L] (its last `keep` tokens, where the model
     knows how), with `image_inputs` or, inside `stored_images`, what stands for them."""
     is_image = (ids == core.config.image_token_id).int()
-    wanted = {"mm_token_type_ids": is_image, "token_type_ids": is_image, "use_cache": False, "logits_to_keep": keep}
+    wanted = {"mm_token_type_ids": is_image, "token_type_ids": is_image, "logits_to_keep": keep}
     known = inspect.signature(core.forward).parameters
     wanted = {name: value for name, value in wanted.items() if name in known}
-    return core(input_ids=ids, attention_mask=torch.ones_like(ids), **wanted, **for_model(images)).logits
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **wanted, **for_model(images)}
+    return core(**inputs, use_cache=False).logits
 
 
 class _Tokens(list):

@@ -68,16 +68,13 @@ class PackedMLLM(nn.Module):
 
     model: an image-text model of transformers (or its PeftModel); the vision tower is not used.
     pack: False runs the model's own forward once for each answer, slower, with the same numbers. Packing needs `sdpa`
-    attention. Raises BackboneError for a model whose layers packing has no mask for.
+    attention, and BackboneError says so. Whether it holds for a model is for `check` to say.
     """
 
     def __init__(self, model, pack: bool = True):
         super().__init__()
         self.model, self.pack = model, pack
-        text = self.core.config.get_text_config()
-        check_attention(text._attn_implementation, pack)
-        if pack:
-            backbones.sliding_window(text)  # refuses layers of unknown kinds
+        check_attention(self.core.config.get_text_config()._attn_implementation, pack)
 
     @property
     def core(self):
@@ -235,7 +232,7 @@ def load_packed(model, data, pack: bool, device) -> PackedMLLM:
     return packed
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a model keeps from its first forward must serve training too
 def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str) -> None:
     """BackboneError, naming the model, unless it scores two answers behind a prompt with an image as its own forward
     does with the image's pixels. Cheap: a few dozen tokens, one image of 112 x 112 pixels. So short a prompt says

@@ -184,13 +184,39 @@ def test_a_forward_that_breaks_is_a_disagreement(backbone, monkeypatch):
         packing.check(backbone.packed, backbone.folder, 13000, "it")
 
 
-@pytest.mark.parametrize("backbone", ["internvl"], indirect=True)
-def test_layers_without_a_known_mask_are_refused(backbone, monkeypatch):
-    text = backbone.packed.core.config.get_text_config()
-    monkeypatch.setattr(text, "layer_types", ["chunked_attention", "full_attention"])
-    with pytest.raises(mllm.BackboneError, match="layers of chunked_attention, which packing has no mask for"):
-        packing.PackedMLLM(backbone.packed.core)
-    packing.PackedMLLM(backbone.packed.core, pack=False)
+def test_layers_without_a_known_mask_are_no_full_ones():
+    text = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(NotImplementedError, match="no mask is known for layers of linear_attention"):
+        backbones.sliding_window(text)
+
+
+@pytest.mark.parametrize("backbone", ["smolvlm"], indirect=True)
+@pytest.mark.parametrize(
+    ("template", "after"),
+    [
+        (
+            "User:{% if m[0].content[0].type != 'image' %} {% endif %}"
+            "{% for p in m[0].content %}{{ p.text or '<image>' }}",
+            "",
+        ),
+        (
+            "{% for p in m[0].content if p.type == 'image' %}<image>\n{% endfor %}"
+            "{% for p in m[0].content if p.type != 'image' %}{{ p.text }}",
+            "\n",
+        ),
+    ],
+    ids=["space only before text", "images first"],
+)
+def test_chat_templates_that_place_images_otherwise(backbone, template, after):
+    """The text around an image does not take in what the template writes elsewhere."""
+    tokenizer = mllm.load_tokenizer(backbone.folder)
+    tokenizer.chat_template = (
+        "{% set m = messages %}" + template + "{% endfor %}{% for x in m[1:] %}{{ x.content[0].text }}"
+    )
+    tokenizer.chat_template += "{% endfor %}"
+    text = ("<image>", "[{}]")
+    prompts = prompt_trees.Prompts(tokenizer, backbone.prompts.image_token, backbone.catalogue, False, text)
+    assert tokenizer.decode(prompts.image_wrapper) == "[<image>]" + after
 
 
 @pytest.mark.parametrize("backbone", ["idefics3"], indirect=True)
@@ -200,13 +226,15 @@ def test_a_tokenizer_without_the_familys_tokens_is_refused(backbone):
         prompt_trees.Prompts(backbone.prompts.tokenizer, backbone.prompts.image_token, backbone.catalogue, False, text)
 
 
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize(("relative", "pack"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "qwen3_vl", "llava_next", "gemma3"], indirect=True)
-def test_noisy_gradients_of_the_packed_model_do_not_depend_on_checkpointing(backbone, relative):
-    batch = backbone.packed.collate([backbone.prompts.pair_tree(rows()[0], "rank")], backbone.catalogue)
+def test_noisy_gradients_do_not_depend_on_checkpointing(backbone, relative, pack):
+    batch = packing.PackedMLLM(backbone.packed.core, pack).collate(
+        [backbone.prompts.pair_tree(rows()[0], "rank")], backbone.catalogue
+    )
     found = {}
     for mode in (None, False, True):
-        model = packing.PackedMLLM(mllm.add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0))
+        model = packing.PackedMLLM(mllm.add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0), pack)
         assert all(".language_model." in name for name, p in model.named_parameters() if p.requires_grad)
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # zero in a fresh adapter: nothing would flow into A
