@@ -394,12 +394,12 @@ def raw(folder, **files):
         ({"ratings_csv": ""}, "ratings.csv is empty"),
         ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,five,9\n"}, "line 2: expected user, item, time, rating"),
         ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5\n"}, "line 2: expected user, item, time, rating"),
-        ({"ratings_csv": "u,m,r,t\n1,2,5,9\n"}, "no user has 6 interactions; lower --min-interactions"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5,9\n"}, "no user has 6 interactions; lower --min-"),
         (
             {"movies_csv": "movieId,title,genres\n100,Alone,Drama\n"},
             "items have interactions but no title, the first is",
         ),
-        ({"movies_csv": "movieId\n100\n"}, "line 2: expected an item and its title"),
+        ({"movies_csv": "movieId\n100\n"}, "line 1: expected movieId,title,genres, got movieId"),
     ],
 )
 def test_bad_raw_files(tmp_path, capsys, files, message):
