@@ -18,7 +18,7 @@ from pathlib import Path
 import runs
 from runs import UserError
 
-TINY_RECIPE = {"lr": 1e-3, "epochs": 2, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
+TINY_RECIPE = {"lr": 1e-3, "epochs": 4, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
 TINY_RECIPE |= {"warmup_steps": 400, "dropout": 0.05}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 2, "grad_accum": 8, "max_length": 4096, "eval_limit": 0}  # the paper
 RECIPE |= {"warmup_steps": 0, "dropout": 0.0}

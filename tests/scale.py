@@ -1,0 +1,52 @@
+"""How long prepare_data.py takes, and how much memory: python tests/scale.py 1000000 10000000
+
+Makes a MicroLens-like table of so many interactions (a fiftieth as many users, a hundredth as many items), prepares it
+without encoding, and prints seconds and peak memory. Each size runs in a process of its own.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_table(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    with open(folder / "Made_pairs.csv", "w") as file:
+        file.write("user,item,timestamp\n")
+        for start in range(0, count, 500_000):
+            size = min(500_000, count - start)
+            items = (rng.random(size) ** 2 * (count // 100)).astype(int)
+            columns = rng.integers(count // 50, size=size), items, rng.integers(10**9, size=size)
+            file.writelines(f"{u},{i},{t}\n" for u, i, t in zip(*map(np.ndarray.tolist, columns), strict=True))
+    titles = (f"{item},Title of item {item}\n" for item in range(count // 100))
+    (folder / "Made_titles.csv").write_text("item,title\n" + "".join(titles))
+
+
+def measure(count: int) -> None:
+    sys.path.insert(0, str(ROOT))
+    import prepare_data
+
+    prepare_data.encode = lambda options: None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_table(folder, count)
+        began = time.perf_counter()
+        prepare_data.main(["--dataset", "microlens", "--source", str(folder), "--out", str(folder / "data")])
+        seconds = time.perf_counter() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{count:,} interactions: {seconds:.0f} s, {memory:.2f} GiB at the peak")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        measure(int(sys.argv[1]))
+    else:
+        for size in sys.argv[1:]:
+            subprocess.run([sys.executable, __file__, size], check=True)
