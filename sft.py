@@ -18,8 +18,8 @@ from pathlib import Path
 import runs
 from runs import UserError
 
-TINY_RECIPE = {"lr": 1e-3, "epochs": 4, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
-TINY_RECIPE |= {"warmup_steps": 400, "dropout": 0.05}
+TINY_RECIPE = {"lr": 1e-3, "epochs": 3, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
+TINY_RECIPE |= {"warmup_steps": 1200, "dropout": 0.05}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 2, "grad_accum": 8, "max_length": 4096, "eval_limit": 0}  # the paper
 RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
 LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "warm-up: language modelling over the training histories, for an untrained backbone"
     )
     warmup.add_argument(
-        "--warmup-steps", type=runs.non_negative_int, help="steps before the first answer [0; tiny: 400]"
+        "--warmup-steps", type=runs.non_negative_int, help="steps before the first answer [0; tiny: 1200]"
     )
     warmup.add_argument("--warmup-items", type=runs.positive_int, default=50, help="items to a sequence [50]")
     warmup.add_argument("--warmup-batch-size", type=runs.positive_int, default=4, help="sequences per process [4]")
