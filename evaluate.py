@@ -286,6 +286,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--from needs --user")
     if options.export_recbole and options.scores and not options.run:
         parser.error("--export-recbole needs --run, whose scores it writes")
+    if options.export_recbole and options.limit:
+        parser.error("--export-recbole writes whole splits and goes without --limit")
     if options.user and (options.scores or options.compare or options.export_recbole):
         parser.error("--user goes without --scores, --compare and --export-recbole")
     return options

@@ -23,9 +23,10 @@ def inter_lines(path: Path) -> list[dict]:
     """The lines of a RecBole file as `write_recbole` writes it, in the form of predictions.jsonl."""
     rows, found = readers.text_rows(path, "\t", quotes=False), {}
     header = [name.split(":")[0] for name in readers.header_of(rows, path)]
-    places = [
-        readers.column(header, None, (name,), path, "its header") for name in ("user_id", "item_id", "label", "score")
-    ]
+    wanted = ("user_id", "item_id", "label", "score")
+    if not set(wanted) <= set(header):
+        raise UserError(f"{path} lacks {', '.join(wanted)}; give the .candidates.inter that --export-recbole wrote")
+    places = [header.index(name) for name in wanted]
     for number, row in rows:
         try:
             user, item, label, score = (row[place] for place in places)

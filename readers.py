@@ -197,7 +197,10 @@ def find_images(given: Path | None, source: Path | None, *names: str) -> dict[st
     else:
         folders = [path for name in names if source for path in sorted(source.glob(name)) if path.is_dir()]
     paths = sorted(folders[0].iterdir()) if folders else []
-    return {path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS}
+    found = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS}
+    if given and not found:
+        raise UserError(f"--images {given} holds no picture; they are named <item>{', '.join(IMAGE_ENDINGS)}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
