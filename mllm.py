@@ -7,6 +7,7 @@ tokens. How prompts are scored is in packing.py, and what differs between famili
 import contextlib
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import struct
@@ -40,6 +41,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None, attn: str = "
 
     disable_progress_bar()  # of loading and saving; the scripts' own bars stay
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a faster kernel even where it is not used
     load_config(name)  # its error is the plainer one
     dtype, further = dtype or torch.float32, {}
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
