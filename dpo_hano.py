@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import runs
+import training
 from runs import UserError
 
 TINY_RECIPE = {"lr": 1e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
@@ -62,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="batch",
         help="eta of equation (8), DAMA's moving average, or 1; w/o HaRS: none, with --hardness none [batch]",
     )
-    runs.add_training_options(parser, batch_size=4, grad_accum=8)
+    training.add_training_options(parser, batch_size=4, grad_accum=8)
     options = parser.parse_args(argv)
     options.out = options.out or options.sft.parent / "dpo_hano"
     return options
@@ -141,7 +142,7 @@ def planned_pairs(rows: int, kinds: int, steps: int, steps_per_epoch: int, optio
     if steps >= steps_per_epoch:
         return list(range(rows * kinds))
     per_step = options.batch_size * options.grad_accum * accelerator.num_processes
-    batches = runs.micro_batches(rows, kinds, per_step, 1, 1, 0, options.seed)
+    batches = training.micro_batches(rows, kinds, per_step, 1, 1, 0, options.seed)
     return sorted({number for step in itertools.islice(batches, steps) for number in step[0]})
 
 
@@ -276,9 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(
         f"{data.folder}: {len(rows)} rows x {len(kinds)} pairs ({', '.join(kinds)}) = {len(pairs)} samples"
     )
-    steps, steps_per_epoch = runs.plan_steps(len(pairs), options, accelerator)
+    steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
-    batches = runs.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
+    batches = training.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
     wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
     made_of = [sft_weights, data.hash(), kinds, options.max_length, wanted, prompts.texts]
     made_of += [prompts.tokenizer.chat_template, str(next(packed.core.parameters()).dtype), options.quantize]
@@ -286,12 +287,12 @@ def main(argv: list[str] | None = None) -> None:
     reference = reference_logps(packed, data, pairs, wanted, key, options.sft / "reference", accelerator)
 
     optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
-    schedule = runs.cosine(optimizer, steps)
+    schedule = training.cosine(optimizer, steps)
     eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
     model, optimizer = accelerator.prepare(packed, optimizer)
     torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
 
-    with runs.started(options, "dpo_hano", accelerator, data=data.hash(), sft_weights=sft_weights) as log:
+    with training.started(options, "dpo_hano", accelerator, data=data.hash(), sft_weights=sft_weights) as log:
         bar = tqdm(total=steps, desc="dpo_hano", unit="step")
         for step, numbers in enumerate(itertools.islice(batches, steps), 1):
             began = time.perf_counter()

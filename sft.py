@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import runs
+import training
 from runs import UserError
 
 TINY_RECIPE = {"lr": 1e-3, "epochs": 3, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dropout", type=runs.probability, help="of embeddings and layers, --tune full [0; tiny: 0.05]"
     )
     parser.add_argument("--weight-decay", type=runs.non_negative_float, default=0.01, help="AdamW's [0.01]")
-    runs.add_training_options(parser, batch_size=2, grad_accum=8)
+    training.add_training_options(parser, batch_size=2, grad_accum=8)
     options = parser.parse_args(argv)
     options.tasks = [task for task in ("rank", "yesno") if task in options.tasks]
     options.out = options.out or Path("runs") / options.data.resolve().name / "sft"
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = data.prompts(options.candidate_images)
     warmup, answers = training_samples(prompts, rows, data.sequences(), options)
     say(f"{data.folder}: {len(rows)} training rows x {len(options.tasks)} tasks = {len(answers)} samples")
-    steps, steps_per_epoch = runs.plan_steps(len(answers), options, accelerator)
+    steps, steps_per_epoch = training.plan_steps(len(answers), options, accelerator)
     total = options.warmup_steps + steps
     if options.warmup_steps and len(warmup) < options.warmup_batch_size * accelerator.num_processes:
         raise UserError(f"{len(warmup)} warm-up sequences do not fill a step: lower --warmup-batch-size")
@@ -174,10 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
     batches = itertools.chain(
         itertools.islice(
-            runs.micro_batches(len(warmup), 1, options.warmup_batch_size, 1, **shape), options.warmup_steps
+            training.micro_batches(len(warmup), 1, options.warmup_batch_size, 1, **shape), options.warmup_steps
         ),
         itertools.islice(
-            runs.micro_batches(len(rows), len(options.tasks), options.batch_size, options.grad_accum, **shape), steps
+            training.micro_batches(len(rows), len(options.tasks), options.batch_size, options.grad_accum, **shape),
+            steps,
         ),
     )
 
@@ -187,10 +189,10 @@ def main(argv: list[str] | None = None) -> None:
     parameters = [p for p in packed.parameters() if p.requires_grad]
     say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    schedule = runs.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
+    schedule = training.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
 
-    with runs.started(options, "sft", accelerator, data=data.hash()) as log:
+    with training.started(options, "sft", accelerator, data=data.hash()) as log:
         bar = tqdm(total=total, desc="sft", unit="step")
         for step, numbers in enumerate(batches, 1):
             began = time.perf_counter()

@@ -18,13 +18,14 @@ IMPORTS = {
     "packing": {"backbones", "mllm", "prompts"},
     "prompts": set(),
     "runs": set(),
+    "training": {"runs"},
     "demo": {"prompts"},
     "readers": {"runs"},
     "exchange": {"readers", "runs"},
     "prepare_data": {"mllm", "packing", "prompts", "runs", "demo", "readers"},
     "evaluate": {"mllm", "packing", "prompts", "runs", "exchange"},
-    "sft": {"mllm", "packing", "runs", "evaluate"},
-    "dpo_hano": {"mllm", "packing", "runs", "evaluate", "hanorec_loss"},
+    "sft": {"mllm", "packing", "runs", "training", "evaluate"},
+    "dpo_hano": {"mllm", "packing", "runs", "training", "evaluate", "hanorec_loss"},
 }
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
@@ -84,7 +85,7 @@ def test_every_command_in_the_documents_is_parsed_by_its_script():
 
 def test_every_option_named_in_the_readme_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = [ROOT / f"{name}.py" for name in ("prepare_data", "sft", "dpo_hano", "evaluate", "runs")]
+    scripts = [ROOT / f"{name}.py" for name in ("prepare_data", "sft", "dpo_hano", "evaluate", "runs", "training")]
     known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in scripts)))
     launcher = {"--multi_gpu", "--num_processes", "--cpu"}
     assert set(re.findall(r"--[a-z][\w-]*", text)) - known - launcher == set()

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import runs
+import training
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -51,7 +52,9 @@ def test_micro_batches_cover_each_epoch_once(processes):
     rows, per_row, batch, accum = 29, 2, 2, 3
     per_step = batch * accum * processes
     steps = rows * per_row // per_step
-    streams = [runs.micro_batches(rows, per_row, batch, accum, processes, rank, seed=3) for rank in range(processes)]
+    streams = [
+        training.micro_batches(rows, per_row, batch, accum, processes, rank, seed=3) for rank in range(processes)
+    ]
     epochs = []
     for _ in range(2):
         seen = []
@@ -66,18 +69,18 @@ def test_micro_batches_cover_each_epoch_once(processes):
         epochs.append(seen)
     assert epochs[0] != epochs[1]
     if processes > 1:
-        single = runs.micro_batches(rows, per_row, batch, accum * processes, 1, 0, seed=3)
+        single = training.micro_batches(rows, per_row, batch, accum * processes, 1, 0, seed=3)
         assert [n for b in next(single) for n in b] == epochs[0][:per_step]
 
 
 def test_micro_batches_refuse_too_few_samples():
     with pytest.raises(ValueError, match="4 samples do not fill a step of 8"):
-        next(runs.micro_batches(2, 2, 8, 1, 1, 0, seed=0))
+        next(training.micro_batches(2, 2, 8, 1, 1, 0, seed=0))
 
 
 def test_cosine_by_hand():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    schedule = runs.cosine(optimizer, steps=4, before=2, before_scale=3.0)
+    schedule = training.cosine(optimizer, steps=4, before=2, before_scale=3.0)
     rates = []
     for _ in range(6):
         rates.append(schedule.get_last_lr()[0])
@@ -86,7 +89,7 @@ def test_cosine_by_hand():
     half = 0.5**0.5
     assert rates == pytest.approx([0.3, 0.15, 0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)])
     assert schedule.get_last_lr()[0] == pytest.approx(0)
-    schedule = runs.cosine(optimizer, steps=1, before=40, before_scale=1.0)  # a rise over two steps comes first
+    schedule = training.cosine(optimizer, steps=1, before=40, before_scale=1.0)  # a rise over two steps comes first
     start = optimizer.param_groups[0]["initial_lr"]
     assert schedule.get_last_lr()[0] == pytest.approx(start / 2)
 

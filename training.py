@@ -1,0 +1,155 @@
+"""What the two training scripts share around their loops: options, order of samples, learning-rate schedule, and the
+run while it lasts: metrics, validation, which weights to keep."""
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import runs
+from runs import UserError, non_negative_int, positive_float, positive_int, probability
+
+
+def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_accum: int) -> None:
+    """The options that sft.py and dpo_hano.py share. None: inherited, or chosen for the backbone and printed."""
+    lora = parser.add_argument_group("LoRA (the paper: rank 8, alpha 32, dropout 0.05)")
+    lora.add_argument("--lora-rank", type=positive_int, help="rank of the LoRA matrices [8]")
+    lora.add_argument("--lora-alpha", type=positive_int, help="LoRA's scale times its rank [32]")
+    lora.add_argument("--lora-dropout", type=probability, help="dropout before LoRA [0.05]")
+    lora.add_argument("--quantize", choices=["4bit"], help="the frozen base in 4 bits (needs bitsandbytes)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [the paper: 1e-4]")
+    train.add_argument("--epochs", type=positive_int, help="passes over the training rows [the paper: 5]")
+    train.add_argument("--max-steps", type=positive_int, help="at most so many optimizer steps, warm-up apart")
+    train.add_argument("--batch-size", type=positive_int, help=f"samples a micro-batch [the paper: {batch_size}]")
+    train.add_argument("--grad-accum", type=positive_int, help=f"micro-batches per step [the paper: {grad_accum}]")
+    train.add_argument("--max-length", type=positive_int, help="most tokens a prompt with its answer may have [4096]")
+    train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    attentions = ["sdpa", "flash_attention_2", "flex_attention"]
+    train.add_argument("--attn", choices=attentions, help="attention; others than sdpa need --no-pack [sdpa]")
+    train.add_argument("--no-pack", action="store_true", default=None, help="one plain forward per answer, slower")
+    train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
+    train.add_argument("--eval-limit", type=non_negative_int, help="validation rows an epoch; 0: all [0; tiny: 200]")
+    train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")
+    train.add_argument("--seed", type=non_negative_int, default=42, help="of order, new weights, dropout, noise [42]")
+
+
+def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[int, int]:
+    """(optimizer steps in all, in an epoch) for so many samples, printed as the arithmetic they come from."""
+    world = accelerator.num_processes
+    per_step = options.batch_size * options.grad_accum * world
+    if samples < per_step:
+        raise UserError(f"{samples} samples do not fill a step of {per_step}: lower --batch-size or --grad-accum")
+    per_epoch = samples // per_step
+    steps = min(options.epochs * per_epoch, options.max_steps or 10**9)
+    accelerator.print(
+        f"step = {options.batch_size} samples x {options.grad_accum} micro-batches x {world} processes = {per_step}; "
+        f"{steps} steps = {steps / per_epoch:.2f} epochs of {samples} samples"
+    )
+    return steps, per_epoch
+
+
+def micro_batches(
+    rows: int, per_row: int, batch: int, accum: int, processes: int, rank: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """Steps without end, each a list of this process's `accum` micro-batches, each a list of `batch` sample numbers.
+
+    Sample r * per_row + t is task t of training row r. Every epoch is a new permutation of the rows, drawn from
+    (seed, epoch) alone; the samples of a row stay side by side, so that packing can share what they share. An
+    incomplete last step is dropped: each step has batch * accum * processes samples.
+    """
+    per_step, epoch = batch * accum * processes, 0
+    if rows * per_row < per_step:
+        raise ValueError(f"{rows * per_row} samples do not fill a step of {per_step}")
+    while True:
+        shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
+        order = (shuffled[:, None] * per_row + np.arange(per_row)).ravel().tolist()
+        for start in range(0, len(order) - per_step + 1, per_step):
+            yield [order[start + (i * processes + rank) * batch :][:batch] for i in range(accum)]
+        epoch += 1
+
+
+def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
+    """Cosine decay from the peak to 0 over `steps` optimizer steps, after a warm-up of `before` steps: over 5% of them
+    a rise to a peak `before_scale` times as high, then cosine decay. It counts optimizer steps, so it is not passed
+    through accelerator.prepare."""
+    import torch
+
+    rise = before // 20
+
+    def scale(step: int) -> float:
+        if step < rise:
+            return before_scale * (step + 1) / rise
+        done, length = (step - rise, before - rise) if step < before else (step - before, steps)
+        return (before_scale if step < before else 1.0) * 0.5 * (1 + math.cos(math.pi * min(done / length, 1)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+class Log:
+    """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end."""
+
+    def __init__(self, out: Path, stage: str, accelerator, options: dict):
+        self.out, self.stage, self.accelerator = out, stage, accelerator
+        self.file = open(out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
+        self.best, self.tracker = {"select": -1.0}, options["report_to"]
+        if self.tracker:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
+            accelerator.init_trackers("hanorec", config=flat)
+
+    def write(self, step: int, values: dict) -> None:
+        """values: numbers or scalar tensors."""
+        values = {name: float(f"{float(value):.6g}") for name, value in values.items()}
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        if self.tracker:
+            self.accelerator.log(values, step=step)
+
+    def validation(self, step: int, epoch: float, values: dict) -> bool:
+        """Whether these are the weights to keep (best `select` so far) and this is the process that writes them."""
+        self.write(step, {f"val_{name}": value for name, value in values.items()})
+        self.accelerator.print(f"\nepoch {epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
+        better = values["select"] > self.best["select"]
+        self.best = {"step": step, **values} if better else self.best
+        return better and self.accelerator.is_main_process
+
+    def check(self, step: int, loss, rate: str) -> None:
+        """UserError where the loss is no number any more; rate: the option to lower, and its value."""
+        if not math.isfinite(float(loss)):
+            raise UserError(f"the loss is {float(loss)} at step {step}; lower {rate}")
+
+    def finish(self, shortened: set) -> None:
+        """Declare the run whole. shortened: the rows whose prompts lost history items on this process."""
+        from accelerate.utils import gather_object
+
+        lost = len(set(gather_object(sorted(shortened)) if self.accelerator.num_processes > 1 else shortened))
+        if self.accelerator.is_main_process:
+            result = {"stage": self.stage, "best": self.best, "shortened_rows": lost}
+            result["weights"] = runs.weights_hash(self.out)
+            runs.write_json(self.out / "result.json", result)
+        self.accelerator.print(f"{self.out}: weights of step {self.best['step']}")
+        if lost:
+            self.accelerator.print(f"{lost} rows lost their oldest history items to --max-length")
+
+
+@contextlib.contextmanager
+def started(options: argparse.Namespace, stage: str, accelerator, **facts) -> Iterator[Log]:
+    """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped."""
+    with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            runs.begin_run(options.out, stage, runs.plain(options), **facts)
+        accelerator.wait_for_everyone()
+        log = Log(options.out, stage, accelerator, runs.plain(options))
+        try:
+            yield log
+        finally:
+            if log.file:
+                log.file.close()
+        if log.tracker:
+            accelerator.end_training()
+    accelerator.wait_for_everyone()
