@@ -120,34 +120,21 @@ def positions(core, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
     return inner(core).get_rope_index(row, mm_token_type_ids=kinds, image_grid_thw=torch.stack(grids))[0][:, 0]
 
 
-def attention_masks(config, visible: torch.Tensor, depth: torch.Tensor, is_image: torch.Tensor):
-    """The mask that the language model takes, or a dict of them by kind of layer. True: attends.
-
-    visible [B, L, L]: what a token may see at all, itself and what comes before it on its path; depth [B, L]: how many
-    tokens come before it on its path; is_image [B, L].
-    """
-    text = config.get_text_config()
-    if config.model_type in BIDIRECTIONAL:
-        starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
-        image = torch.where(is_image, starts.cumsum(1), 0)  # 1, 2, ... by image
-        visible = visible | ((image[:, :, None] == image[:, None, :]) & is_image[:, :, None])
-    full = visible[:, None]
-    window = sliding_window(text)
-    if window is None:
-        return full
-    near = full & (depth[:, None, :, None] - depth[:, None, None, :] < window)
-    kinds = getattr(text, "layer_types", None)  # without it all layers are alike
-    return near if kinds is None else {"full_attention": full, "sliding_attention": near}
-
-
-def sliding_window(text) -> int | None:
-    """How many tokens back a layer looks, itself counted, where some layers look back less than to the beginning."""
-    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
-    other = kinds - {"full_attention", "sliding_attention"}
+def check_layers(config) -> None:
+    """BackboneError where a layer of the language model attends otherwise than back to the beginning or to a window."""
+    other = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if other:
-        raise NotImplementedError(f"no mask is known for layers of {', '.join(sorted(other))}")
-    used = "sliding_attention" in kinds and getattr(text, "use_sliding_window", True)
-    return getattr(text, "sliding_window", None) if used else None
+        raise BackboneError(f"packing knows no mask for layers of {', '.join(sorted(other))}: give --no-pack")
+
+
+def image_numbers(config, ids: torch.Tensor) -> torch.Tensor | None:
+    """[T]: 1, 2, ... for the tokens of the first, second, ... image in ids [T] and 0 for others; None where images are
+    attended to like text."""
+    if config.model_type not in BIDIRECTIONAL:
+        return None
+    is_image = ids == config.image_token_id
+    starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:-1]
+    return torch.where(is_image, starts.cumsum(0), 0)
 
 
 def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> dict:

@@ -124,7 +124,7 @@ def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Pa
         for chunk in tqdm(mine, desc="reference", unit="batch"):
             batch = packed.collate([pairs[i]() for i in chunk], data.catalogue)
             with mllm.reference(packed.model), torch.inference_mode():
-                logps = packed({name: value.to(accelerator.device) for name, value in batch.items()})
+                logps = packed(batch.to(accelerator.device))
             found += list(zip(chunk, logps.view(-1, 2).tolist(), strict=True))
         found = gather_object(found) if accelerator.num_processes > 1 else found
         logps = torch.full((len(pairs), 2), torch.nan)
@@ -298,8 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             began = time.perf_counter()
             micro = []
             for chosen in numbers:
-                batch = packed.collate([pairs[n]() for n in chosen], data.catalogue)
-                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                batch = packed.collate([pairs[n]() for n in chosen], data.catalogue).to(accelerator.device)
                 anchor, weight = reference[chosen], hardness[[n // len(kinds) for n in chosen]]
                 micro.append((batch, anchor.to(accelerator.device), weight.to(accelerator.device)))
             if step == 1:

@@ -221,7 +221,7 @@ def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, bat
     for chunk in tqdm(chunks, desc="evaluate", unit="batch", leave=False):
         batch = model.collate([tree for i in chunk for tree in trees[i]], data.catalogue)
         with torch.inference_mode(), accelerator.autocast():
-            logps = model({name: value.to(accelerator.device) for name, value in batch.items()})
+            logps = model(batch.to(accelerator.device))
         found += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))
     found = gather_object(found) if world > 1 else found
     logps = np.array([values for _, values in sorted(found)])

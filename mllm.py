@@ -122,6 +122,9 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
         if not first:
             return get_peft_model(model, config)
         model.add_adapter(TRAINED, config)
+    for module in model.modules():
+        if FROZEN in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[FROZEN] = nn.Identity()  # it is part of the base now, and of the reference
     return activate(model)
 
 

@@ -9,13 +9,14 @@ wraps, because calling parts of it by hand would train every process for itself.
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attention
 import backbones
 import mllm
 from backbones import BackboneError
@@ -57,10 +58,39 @@ def separate_paths(tree: list[Node]) -> list[list[Node]]:
 
 
 def check_attention(attn: str, pack: bool) -> None:
-    """BackboneError where this attention cannot take the tree's mask: flash_attention_2 takes none, flex_attention a
+    """BackboneError where this attention cannot take the trees' mask: flash_attention_2 takes none, flex_attention a
     form of its own, and `eager` reads a boolean one wrongly."""
-    if pack and attn != "sdpa":
+    if pack and attn not in ("sdpa", attention.NAME):
         raise BackboneError(f"--attn {attn} cannot take the mask of packed prompts: give --no-pack too, or sdpa")
+
+
+@dataclass
+class Batch:
+    """Prompt trees as tensors, laid end to end in rows (see `PackedMLLM.collate`).
+
+    rows: (tokens of its root, tokens in all) of each row, T in all. input_ids, node, depth [T]: see attention.Forest;
+    visible [nodes, nodes]; position_ids [P, 1, T]. image_tokens [all, d] and grids [images, 3] of the images in order;
+    images: how many each row has. Of each scored token: predicted_from (the token before it), target, answer (its
+    answer's number). answers [A]: scored tokens of each.
+    """
+
+    rows: list[tuple[int, int]]
+    images: list[int]
+    input_ids: torch.Tensor
+    node: torch.Tensor
+    depth: torch.Tensor
+    visible: torch.Tensor
+    position_ids: torch.Tensor
+    image_tokens: torch.Tensor
+    grids: torch.Tensor
+    predicted_from: torch.Tensor
+    target: torch.Tensor
+    answer: torch.Tensor
+    answers: torch.Tensor
+
+    def to(self, device) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 class PackedMLLM(nn.Module):
@@ -75,6 +105,9 @@ class PackedMLLM(nn.Module):
         super().__init__()
         self.model, self.pack = model, pack
         check_attention(self.core.config.get_text_config()._attn_implementation, pack)
+        if pack:
+            backbones.check_layers(self.core.config)
+            attention.install(self.core)
 
     @property
     def core(self):
@@ -99,51 +132,52 @@ class PackedMLLM(nn.Module):
         # Reentrant checkpointing drops gradients of a block without an input that has one
         hook_embeddings(decoder, lambda embeds: embeds.requires_grad_(True) if torch.is_grad_enabled() else embeds)
 
-    def collate(self, trees: Iterable[list], catalogue: mllm.Catalogue) -> dict[str, torch.Tensor]:
-        """Pack trees (neighbours with the same root share it) into one right-padded batch of tensors; without packing,
-        a row for each answer.
-
-        input_ids, node, depth [B, L]: depth counts the tokens before it on its path; visible [B, nodes, nodes], True
-        where a node's ancestor-or-self; position_ids [P, B, L]; image_tokens [all, d], grids [images, 3], images [B],
-        how many in each row; of each scored token: predicted_from (flat index of the token before it), target, answer
-        (its answer's number); answers [A], tokens per answer.
-        """
+    def collate(self, trees: Iterable[list], catalogue: mllm.Catalogue) -> Batch:
+        """Lay trees end to end (neighbours with the same root share it); without packing, a row for each answer."""
         if not self.pack:
             trees = [path for tree in trees for path in separate_paths(tree)]
-        merged = merge_trees(trees)
-        length = max(sum(len(node.ids) for node in tree) for tree, _ in merged)
-        nodes = max(len(tree) for tree, _ in merged) + 1  # the last one is padding
-        input_ids, depth = torch.zeros(2, len(merged), length, dtype=torch.long)
-        node_of = torch.full((len(merged), length), nodes - 1)
-        visible = torch.eye(nodes, dtype=torch.bool).repeat(len(merged), 1, 1)
-        positions, images, counts = None, [], []
+        rows, images, ids, positions = [], [], [], []
+        nodes: list[tuple[int, int, int]] = []  # tokens, tokens before it on its path, the node that it continues
         scored: list[tuple[int, int, int]] = []  # predicted_from, target, answer
-        for row, (tree, numbers) in enumerate(merged):
-            starts, nexts, depths, start, numbers = [], [], [], 0, iter(numbers)
+        for tree, numbers in merge_trees(trees):
+            first, row, ends, nexts, numbers = len(nodes), len(ids), [], [], iter(numbers)
             for index, node in enumerate(tree):
-                end, parent = start + len(node.ids), node.parent if index else None
+                start, parent = len(ids), node.parent if index else None
                 local = self._positions(node, catalogue) + (nexts[parent] if index else 0)
-                positions = local.new_zeros(len(local), len(merged), length) if positions is None else positions
-                positions[:, row, start:end] = local
-                input_ids[row, start:end] = torch.tensor(node.ids)
-                node_of[row, start:end] = index
-                starts.append(start)
                 nexts.append(int(local.max()) + 1)
-                depths.append((depths[parent] if index else 0) + len(node.ids))
-                depth[row, start:end] = torch.arange(depths[-1] - len(node.ids), depths[-1])
-                if index:
-                    visible[row, index] |= visible[row, parent]
-                before = starts[parent] + len(tree[parent].ids) - 1 if index else -1
+                positions.append(local)
+                depth = sum(nodes[first + parent][:2]) if index else 0
+                nodes.append((len(node.ids), depth, first + parent if index else len(nodes)))
                 answer = next(numbers) if node.scored else None
-                scored += [(row * length + (start + t - 1 if t else before), node.ids[t], answer) for t in node.scored]
-                counts += [(answer, len(node.scored))] if node.scored else []
-                images += [(row, item) for item in node.images]
-                start = end
+                before = ends[parent] - 1 if index else -1
+                scored += [(start + t - 1 if t else before, node.ids[t], answer) for t in node.scored]
+                ids += node.ids
+                ends.append(len(ids))
+            rows.append((len(tree[0].ids), len(ids) - row))
+            images.append([item for node in tree for item in node.images])
+        lengths, depths, parents = torch.tensor(nodes).T
+        visible = torch.eye(len(nodes), dtype=torch.bool)
+        for number, parent in enumerate(parents.tolist()):
+            visible[number] |= visible[parent]
+        starts = (lengths.cumsum(0) - lengths - depths).repeat_interleave(lengths)
         predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
-        batch = {"input_ids": input_ids, "node": node_of, "depth": depth, "visible": visible, "position_ids": positions}
-        batch |= {"predicted_from": predicted_from, "target": target, "answer": answer}
-        batch["answers"] = torch.tensor([count for _, count in sorted(counts)])
-        return batch | self._images(images, len(merged), catalogue)
+        items = [item for row in images for item in row]
+        tokens, grids = ([get(item) for item in items] for get in (catalogue.image_tokens, catalogue.grid))
+        return Batch(
+            rows=rows,
+            images=[len(row) for row in images],
+            input_ids=torch.tensor(ids),
+            node=torch.arange(len(nodes)).repeat_interleave(lengths),
+            depth=torch.arange(len(ids)) - starts,
+            visible=visible,
+            position_ids=torch.cat(positions, dim=1)[:, None],
+            image_tokens=torch.cat(tokens) if tokens else torch.zeros(0, 0),
+            grids=torch.stack(grids) if grids else torch.zeros(0, 3),
+            predicted_from=predicted_from,
+            target=target,
+            answer=answer,
+            answers=answer.bincount(),
+        )
 
     def _positions(self, node: Node, catalogue) -> torch.Tensor:
         """[P, len(node.ids)]; also refuses a node whose placeholders are not as many as its image tokens."""
@@ -155,55 +189,47 @@ class PackedMLLM(nn.Module):
             return torch.arange(len(node.ids))[None]
         return backbones.positions(self.core, node.ids, [catalogue.grid(item) for item in node.images])
 
-    def _images(self, images: list[tuple[int, int]], rows: int, catalogue) -> dict[str, torch.Tensor]:
-        """image_tokens, grids and images (see `collate`) of (row of the batch, item) in order."""
-        tokens = [catalogue.image_tokens(item) for _, item in images]
-        return {
-            "image_tokens": torch.cat(tokens) if images else torch.zeros(0, 0),
-            "grids": torch.stack([catalogue.grid(item) for _, item in images]) if images else torch.zeros(0, 3),
-            "images": torch.tensor([row for row, _ in images], dtype=torch.long).bincount(minlength=rows),
-        }
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities of the batch's answers, summed over their tokens: [A], float32. See `collate`."""
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Log-probabilities of the batch's answers, summed over their tokens: [A], float32."""
         logits = (self._packed_logits(batch) if self.pack else self._plain_logits(batch)).float()
-        logps = -F.cross_entropy(logits, batch["target"], reduction="none")
-        return logps.new_zeros(len(batch["answers"])).index_add(0, batch["answer"], logps)
+        logps = -F.cross_entropy(logits, batch.target, reduction="none")
+        return logps.new_zeros(len(batch.answers)).index_add(0, batch.answer, logps)
 
-    def _packed_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _packed_logits(self, batch: Batch) -> torch.Tensor:
         """[scored tokens, V], the head applied only where an answer is predicted, never over the prompt."""
-        core, ids, node, tokens = self.core, batch["input_ids"], batch["node"], batch["image_tokens"]
+        core, ids, tokens = self.core, batch.input_ids[None], batch.image_tokens
         is_image = ids == core.config.image_token_id
         embeds, deep = core.get_input_embeddings()(ids.masked_fill(is_image, 0)), {}  # some ids are beyond the table
         if len(tokens):
             tokens, width = tokens.to(embeds.dtype), embeds.shape[-1]
             embeds = embeds.masked_scatter(is_image[..., None], tokens[:, :width])
             deep = backbones.deep_features(tokens, width, is_image)
-        rows = torch.arange(len(ids), device=ids.device)[:, None, None]
-        visible = batch["visible"][rows, node[:, :, None], node[:, None, :]].tril()  # [B, L, L]
-        positions = batch["position_ids"]
+        wanted, scored = batch.predicted_from.unique(return_inverse=True)
+        images = backbones.image_numbers(core.config, batch.input_ids)
+        forest = attention.Forest(batch.rows, batch.node, batch.depth, batch.visible, wanted, images)
+        positions = batch.position_ids
         hidden = core.get_decoder()(
             inputs_embeds=embeds,
-            attention_mask=backbones.attention_masks(core.config, visible, batch["depth"], is_image),
+            attention_mask=forest.mask(),
             position_ids=positions[0] if len(positions) == 1 else positions,
             use_cache=False,
             **deep,
         ).last_hidden_state
-        return core.get_output_embeddings()(hidden.flatten(0, 1)[batch["predicted_from"]])
+        return core.get_output_embeddings()(hidden[0, wanted])[scored]
 
-    def _plain_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _plain_logits(self, batch: Batch) -> torch.Tensor:
         """[scored tokens, V], by the model's own forward over each row."""
-        length, found = batch["input_ids"].shape[1], []
-        counts = batch["images"].tolist()
-        lengths = (batch["input_ids"] == self.core.config.image_token_id).sum(1).tolist()
-        tokens = batch["image_tokens"].split(lengths) if sum(lengths) else [batch["image_tokens"]] * len(lengths)
-        for row, (tokens_, grids) in enumerate(zip(tokens, batch["grids"].split(counts), strict=True)):
-            ids = batch["input_ids"][row][batch["node"][row] == 0]  # without the padding
-            wanted = batch["predicted_from"][batch["predicted_from"] // length == row] % length
+        found, start, lengths = [], 0, [length for _, length in batch.rows]
+        image_tokens = (batch.input_ids == self.core.config.image_token_id).split(lengths)
+        tokens = batch.image_tokens.split([int(row.sum()) for row in image_tokens])
+        for length, tokens_, grids in zip(lengths, tokens, batch.grids.split(batch.images), strict=True):
+            ids = batch.input_ids[start : start + length]
+            wanted = batch.predicted_from[(batch.predicted_from >= start) & (batch.predicted_from < start + length)]
+            wanted = wanted - start - length  # from the end, so that it does not matter how many were kept
             with backbones.stored_images(self.core, tokens_, grids) as images:
-                keep = len(ids) - int(wanted.min())
-                logits = backbones.own_logits(self.core, ids[None], images, keep)[0]
-            found.append(logits[wanted - len(ids)])  # from the end, so that it does not matter how many were kept
+                logits = backbones.own_logits(self.core, ids[None], images, -int(wanted.min()))[0]
+            found.append(logits[wanted])
+            start += length
         return torch.cat(found)
 
 
@@ -273,7 +299,7 @@ def score_both_ways(packed: PackedMLLM, source: str | Path, max_pixels: int) -> 
         prompts = load_prompts(source, catalogue)
         tree = prompts.yesno_questions(Row("", [0], 0, [0], 0), [0])
         tree += [prompts.answer(text, 1) for text in ANSWERS]
-        batch = {key: value.to(core.device) for key, value in packed.collate([tree], catalogue).items()}
+        batch = packed.collate([tree], catalogue).to(core.device)
         inputs = backbones.image_inputs(processor, [mllm.open_image(path)], core.device)
     expected = [own_logp(core, path, inputs) for (path,) in separate_paths(tree)]
     return packed(batch), torch.stack(expected)

@@ -113,19 +113,18 @@ def save_weights(model, data, options) -> None:
             mllm.load_image_processor(data.source, data.encoding["max_pixels"]).save_pretrained(beside)
 
 
-def take_step(model, micro: list[dict], parameters, optimizer, schedule, accelerator):
+def take_step(model, micro: list, parameters, optimizer, schedule, accelerator):
     """One optimizer step over this process's micro-batches. Returns the loss (nats per answer token, over all
     micro-batches and processes) and the gradient's norm before clipping at 1."""
     import torch
 
-    tokens = torch.tensor(float(sum(int(batch["answers"].sum()) for batch in micro)), device=accelerator.device)
+    tokens = torch.tensor(float(sum(int(batch.answers.sum()) for batch in micro)), device=accelerator.device)
     tokens = accelerator.reduce(tokens)
     loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro, 1):
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext():
             with accelerator.autocast():
-                nll = -model(batch).sum() / tokens
+                nll = -model(batch.to(accelerator.device)).sum() / tokens
             accelerator.backward(nll * accelerator.num_processes)  # gradients are averaged over processes
         loss += nll.detach()
     norm = accelerator.clip_grad_norm_(parameters, 1.0)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
+import attention
 import backbones
 import mllm
 import packing
@@ -165,9 +166,12 @@ def test_a_loaded_model_is_checked(backbone, monkeypatch):
     for pack in (True, False):
         packing.check(packing.PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it")
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
-    broken |= {family: ("sliding_window", lambda _: None) for family in families.WINDOWS if family != "gemma3"}
     plain = ("positions", lambda core, ids, grids: torch.arange(len(ids))[None] // 2)
-    monkeypatch.setattr(backbones, *broken.get(backbone.family, plain))
+    if backbone.family in families.WINDOWS and backbone.family != "gemma3":
+        pieces = attention.Forest.pieces
+        monkeypatch.setattr(attention.Forest, "pieces", lambda forest, window: pieces(forest, None))
+    else:
+        monkeypatch.setattr(backbones, *broken.get(backbone.family, plain))
     line = r"packing does not hold for it .log-probabilities differ by .*; --no-pack runs its own forward"
     with pytest.raises(mllm.BackboneError, match=line):
         packing.check(packing.PackedMLLM(backbone.packed.core), backbone.folder, 13000, "it")
@@ -186,8 +190,8 @@ def test_a_forward_that_breaks_is_a_disagreement(backbone, monkeypatch):
 
 def test_layers_without_a_known_mask_are_no_full_ones():
     text = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(NotImplementedError, match="no mask is known for layers of linear_attention"):
-        backbones.sliding_window(text)
+    with pytest.raises(mllm.BackboneError, match="no mask for layers of linear_attention: give --no-pack"):
+        backbones.check_layers(SimpleNamespace(get_text_config=lambda: text))
 
 
 @pytest.mark.parametrize("backbone", ["smolvlm"], indirect=True)
