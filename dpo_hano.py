@@ -13,7 +13,6 @@ DIR/adapter and DIR/merged, which load without this project.
 import argparse
 import contextlib
 import itertools
-import time
 from functools import partial
 from pathlib import Path
 
@@ -146,13 +145,13 @@ def planned_pairs(rows: int, kinds: int, steps: int, steps_per_epoch: int, optio
     return sorted({number for step in itertools.islice(batches, steps) for number in step[0]})
 
 
-def check_start(packed, batch, reference) -> None:
+def check_start(packed, batch, reference, device) -> None:
     """UserError unless the reward gap, without noise and dropout, is 0 before the first step."""
     import torch
 
     packed.eval()
     with torch.inference_mode():
-        gain = packed(batch).view(-1, 2) - reference
+        gain = packed(batch.to(device)).view(-1, 2) - reference.to(device)
     worst = float((0.1 * (gain[:, 0] - gain[:, 1])).abs().max())  # at the paper's beta, whatever --beta is
     dtype = next(packed.core.parameters()).dtype
     if not worst <= (1e-4 if dtype == torch.float32 else 5e-2):
@@ -202,7 +201,8 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
             accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext(),
             noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
         ):
-            logps = model(batch).view(-1, 2)
+            reference, hardness = reference.to(accelerator.device), hardness.to(accelerator.device)
+            logps = model(batch.to(accelerator.device)).view(-1, 2)
             losses, metrics = hanorec_loss(
                 *logps.T, *reference.T, hardness, options.beta, eta, gather=accelerator.gather
             )
@@ -214,7 +214,8 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return accelerator.reduce(sums, "mean") | {"grad_norm": norm, "lr": rate}
+    means = accelerator.reduce(torch.stack(list(sums.values())), "mean")
+    return dict(zip(sums, means.unbind(), strict=True)) | {"grad_norm": norm, "lr": rate}
 
 
 def load_policy(options, data, rows, accelerator):
@@ -248,7 +249,6 @@ def main(argv: list[str] | None = None) -> None:
     sft = runs.read_run(options.sft, ["sft"])
     runs.inherit(options, sft, INHERITED, options.sft)
     import torch
-    from accelerate.utils import tqdm
 
     import evaluate
     import mllm
@@ -280,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
     batches = training.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
+    batches = itertools.islice(batches, steps)
     wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
     made_of = [sft_weights, data.hash(), kinds, options.max_length, wanted, prompts.texts]
     made_of += [prompts.tokenizer.chat_template, str(next(packed.core.parameters()).dtype), options.quantize]
@@ -292,25 +293,24 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(packed, optimizer)
     torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
 
-    with training.started(options, "dpo_hano", accelerator, data=data.hash(), sft_weights=sft_weights) as log:
-        bar = tqdm(total=steps, desc="dpo_hano", unit="step")
-        for step, numbers in enumerate(itertools.islice(batches, steps), 1):
-            began = time.perf_counter()
-            micro = []
-            for chosen in numbers:
-                batch = packed.collate([pairs[n]() for n in chosen], data.catalogue).to(accelerator.device)
-                anchor, weight = reference[chosen], hardness[[n // len(kinds) for n in chosen]]
-                micro.append((batch, anchor.to(accelerator.device), weight.to(accelerator.device)))
-            if step == 1:
-                check_start(packed, *micro[0][:2])
-            metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)
+    def load(step: int, numbers: list[list[int]]) -> tuple[int, list[list[int]], list[tuple]]:
+        batches = [packed.collate([pairs[n]() for n in chosen], data.catalogue) for chosen in numbers]
+        weights = [hardness[[n // len(kinds) for n in chosen]] for chosen in numbers]
+        return step, numbers, list(zip(batches, [reference[chosen] for chosen in numbers], weights, strict=True))
 
-            log.check(step, metrics["loss"], f"--lr {options.lr}")
-            speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
-            log.write(step, metrics | {"pairs_per_second": speed})
-            bar.update()
-            bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", accuracy=f"{float(metrics['accuracy']):.2f}")
+    def names(numbers: list[int]) -> str:
+        return "users " + ", ".join(dict.fromkeys(rows[n // len(kinds)].user for n in numbers))
+
+    facts = {"data": data.hash(), "sft_weights": sft_weights}
+    with training.started(options, "dpo_hano", accelerator, steps, **facts) as log:
+        for step, numbers, micro in training.ahead(itertools.starmap(load, enumerate(batches, 1))):
+            if step == 1:
+                check_start(packed, *micro[0][:2], accelerator.device)
+            metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)
+            chosen = [n for batch in numbers for n in batch]
+            log.step(step, metrics, len(chosen), f"--lr {options.lr}", partial(names, chosen))
             if step % steps_per_epoch == 0 or step == steps:
+                log.flush()
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
                 if log.validation(step, step / steps_per_epoch, found):
                     with runs.replacing(options.out / "adapter") as beside:

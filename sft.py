@@ -11,7 +11,6 @@ vision tower is never trained, so its image tokens are read from the data folder
 import argparse
 import contextlib
 import itertools
-import time
 from functools import partial
 from pathlib import Path
 
@@ -139,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     runs.check_out(options.out, "sft")
     import torch
-    from accelerate.utils import tqdm
 
     import evaluate
     import mllm
@@ -191,26 +189,27 @@ def main(argv: list[str] | None = None) -> None:
     schedule = training.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
 
-    with training.started(options, "sft", accelerator, data=data.hash()) as log:
-        bar = tqdm(total=total, desc="sft", unit="step")
-        for step, numbers in enumerate(batches, 1):
-            began = time.perf_counter()
-            model.train()
-            source = warmup if step <= options.warmup_steps else answers
-            micro = [packed.collate([source[n]() for n in batch], data.catalogue) for batch in numbers]
-            rate = schedule.get_last_lr()[0]
-            loss, norm = take_step(model, micro, parameters, optimizer, schedule, accelerator)
+    def load(step: int, numbers: list[list[int]]) -> tuple[int, list[list[int]], list]:
+        source = warmup if step <= options.warmup_steps else answers
+        return step, numbers, [packed.collate([source[n]() for n in batch], data.catalogue) for batch in numbers]
 
-            bar.update()
-            if step % 10 == 0 or step in (1, total):
-                in_warmup = step <= options.warmup_steps
-                log.check(step, loss, f"--warmup-lr {options.warmup_lr}" if in_warmup else f"--lr {options.lr}")
-                speed = sum(map(len, numbers)) * accelerator.num_processes / (time.perf_counter() - began)
-                values = {"loss": loss, "grad_norm": norm, "lr": rate, "samples_per_second": speed}
-                log.write(step, values | {"warmup": in_warmup})
-                bar.set_postfix(loss=f"{float(loss):.3f}")
+    def names(in_warmup: bool, numbers: list[int]) -> str:
+        if in_warmup:
+            return f"warm-up sequences {numbers}"
+        return "users " + ", ".join(dict.fromkeys(rows[n // len(options.tasks)].user for n in numbers))
+
+    with training.started(options, "sft", accelerator, total, data=data.hash()) as log:
+        for step, numbers, micro in training.ahead(itertools.starmap(load, enumerate(batches, 1))):
+            model.train()
+            in_warmup, rate = step <= options.warmup_steps, schedule.get_last_lr()[0]
+            loss, norm = take_step(model, micro, parameters, optimizer, schedule, accelerator)
+            values = {"loss": loss, "grad_norm": norm, "lr": rate, "warmup": in_warmup}
+            chosen, due = [n for batch in numbers for n in batch], step % 10 == 0 or step in (1, total)
+            option = f"--warmup-lr {options.warmup_lr}" if in_warmup else f"--lr {options.lr}"
+            log.step(step, values, len(chosen), option, partial(names, in_warmup, chosen), due)
             done = step - options.warmup_steps
             if done > 0 and (done % steps_per_epoch == 0 or step == total):
+                log.flush()
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
                 if log.validation(step, done / steps_per_epoch, found):
                     save_weights(packed.model, data, options)

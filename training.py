@@ -5,7 +5,10 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +93,30 @@ def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
 
 
-class Log:
-    """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end."""
+def ahead(values: Iterable, depth: int = 2) -> Iterator:
+    """The same values, made in a thread up to `depth` before they are asked for."""
+    values, end = iter(values), object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, values, end) for _ in range(depth))
+        while (value := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, values, end))
+            yield value
 
-    def __init__(self, out: Path, stage: str, accelerator, options: dict):
+
+class Log:
+    """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end.
+
+    A step's metrics stay tensors until the next step has been started, so that a GPU never waits for them to be read.
+    """
+
+    def __init__(self, out: Path, stage: str, accelerator, options: dict, steps: int):
+        from accelerate.utils import tqdm
+
         self.out, self.stage, self.accelerator = out, stage, accelerator
         self.file = open(out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
         self.best, self.tracker = {"select": -1.0}, options["report_to"]
+        self.bar, self.pending = tqdm(total=steps, desc=stage, unit="step"), None
+        self.began, self.samples = time.perf_counter(), 0
         if self.tracker:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
             accelerator.init_trackers("hanorec", config=flat)
@@ -110,18 +130,38 @@ class Log:
         if self.tracker:
             self.accelerator.log(values, step=step)
 
+    def step(self, step: int, values: dict, samples: int, rate: str, names: Callable, due: bool = True) -> None:
+        """The metrics of an optimizer step, `loss` and `grad_norm` among them, over all processes. samples: how many of
+        this process; rate: the option to lower where training diverges, and its value; names: says which samples these
+        were; due: write them."""
+        self.flush()
+        self.samples += samples * self.accelerator.num_processes
+        self.pending = (step, values, rate, names, due)
+
+    def flush(self) -> None:
+        """Read and write the step that is pending; UserError where its loss or gradient is no number any more."""
+        if self.pending is None:
+            return
+        (step, values, rate, names, due), self.pending = self.pending, None
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(value := float(values[name])):
+                raise UserError(f"{name} is {value} at step {step} ({names()}); lower {rate}")
+        if due:
+            unit = "pairs" if self.stage == "dpo_hano" else "samples"
+            speed = {f"{unit}_per_second": self.samples / (time.perf_counter() - self.began)}
+            self.write(step, values | speed)
+            self.began, self.samples = time.perf_counter(), 0
+            self.bar.set_postfix({n: f"{float(values[n]):.3f}" for n in ("loss", "accuracy") if n in values})
+        self.bar.update()
+
     def validation(self, step: int, epoch: float, values: dict) -> bool:
         """Whether these are the weights to keep (best `select` so far) and this is the process that writes them."""
         self.write(step, {f"val_{name}": value for name, value in values.items()})
         self.accelerator.print(f"\nepoch {epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
         better = values["select"] > self.best["select"]
         self.best = {"step": step, **values} if better else self.best
+        self.began, self.samples = time.perf_counter(), 0
         return better and self.accelerator.is_main_process
-
-    def check(self, step: int, loss, rate: str) -> None:
-        """UserError where the loss is no number any more; rate: the option to lower, and its value."""
-        if not math.isfinite(float(loss)):
-            raise UserError(f"the loss is {float(loss)} at step {step}; lower {rate}")
 
     def finish(self, shortened: set) -> None:
         """Declare the run whole. shortened: the rows whose prompts lost history items on this process."""
@@ -138,16 +178,17 @@ class Log:
 
 
 @contextlib.contextmanager
-def started(options: argparse.Namespace, stage: str, accelerator, **facts) -> Iterator[Log]:
+def started(options: argparse.Namespace, stage: str, accelerator, steps: int, **facts) -> Iterator[Log]:
     """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped."""
     with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             runs.begin_run(options.out, stage, runs.plain(options), **facts)
         accelerator.wait_for_everyone()
-        log = Log(options.out, stage, accelerator, runs.plain(options))
+        log = Log(options.out, stage, accelerator, runs.plain(options), steps)
         try:
             yield log
         finally:
+            log.bar.close()
             if log.file:
                 log.file.close()
         if log.tracker:

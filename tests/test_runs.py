@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,28 @@ def test_processes_that_the_launcher_was_asked_for(monkeypatch):
     assert launched("python accelerate launch --num-processes=4 sft.py") == 4
     assert launched("python accelerate launch sft.py") == 1
     assert launched("bash") == 1
+
+
+def test_ahead_gives_the_same_values_and_raises_in_place():
+    def values():
+        yield from range(3)
+        raise ValueError("after three")
+
+    assert list(training.ahead(range(7))) == list(range(7)) and list(training.ahead([])) == []
+    taken, made = [], training.ahead(values())
+    with pytest.raises(ValueError, match="after three"):
+        while True:
+            taken.append(next(made))
+    assert taken == [0, 1, 2]
+
+
+def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1)
+    log = training.Log(tmp_path, "sft", accelerator, {"report_to": None}, 3)
+    good = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
+    log.step(1, good, 4, "--lr 1", lambda: "users a, b")
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # read when the next step has been started
+    log.step(2, good | {"grad_norm": torch.tensor(float("inf"))}, 4, "--lr 1", lambda: "users c, d")
+    with pytest.raises(runs.UserError, match=r"grad_norm is inf at step 2 \(users c, d\); lower --lr 1"):
+        log.flush()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
