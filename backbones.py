@@ -72,6 +72,12 @@ def image_inputs(processor, images: list, device) -> dict[str, torch.Tensor]:
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
+def match_tiles(core, processor) -> None:
+    """Have a model that derives an image's tiles anew (LLaVA-NeXT) choose among those of the image processor."""
+    if getattr(processor, "image_grid_pinpoints", None):
+        core.config.image_grid_pinpoints = processor.image_grid_pinpoints
+
+
 def image_tokens(core, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """[n, d] of each image of `image_inputs`; [n, d + layers * d] where deeper layers take features too (Qwen3-VL)."""
     if not hasattr(core, "get_image_features"):

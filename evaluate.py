@@ -129,9 +129,10 @@ def target_columns(rows) -> np.ndarray:
 
 
 class Data:
-    """A data folder with one backbone's encoding."""
+    """A data folder with one backbone's encoding. images: `stored` or `live`, where its image tokens come from; None:
+    stored where they are."""
 
-    def __init__(self, folder: Path, model: str | None, blank_images: bool = False, encoded: bool = True):
+    def __init__(self, folder: Path, model: str | None, blank_images: bool = False, images=None, encoded: bool = True):
         import mllm
 
         self.folder, self.again = Path(folder), "prepare it with prepare_data.py"
@@ -154,7 +155,11 @@ class Data:
             raise UserError(f"{path} is of another items.jsonl; {renew} --max-pixels {encoding['max_pixels']}")
         self.backbone, self.encoding = model, encoding
         self.source = self.folder / "tiny" if model == mllm.TINY else model
-        self.catalogue = mllm.Catalogue(items, path, blank_images)
+        if images == "stored" and encoding["tokens"] is None:
+            raise UserError(f"{path} holds no image tokens; go without --images, or {renew}")
+        live = images == "live" or encoding["tokens"] is None
+        processor = mllm.load_image_processor(self.source, encoding["max_pixels"]) if live else None
+        self.catalogue = mllm.Catalogue(items, path, blank_images, (self.folder, processor) if live else None)
 
     def rows(self, split: str, limit: int = 0) -> list:
         """The rows of train, val or test; the first `limit` where that is not 0."""
@@ -270,6 +275,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=["val", "test"], default="test", help="[test]")
     parser.add_argument("--limit", type=runs.non_negative_int, default=0, help="only the first rows; 0: all [0]")
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a neutral one")
+    parser.add_argument("--images", choices=["stored", "live"], help="image tokens read, or made [as in training]")
     parser.add_argument("--compare", type=Path, metavar="RUN", help="also the difference of each --run to this one")
     parser.add_argument("--scores", type=Path, nargs="+", default=[], help="other systems' predictions.jsonl")
     recbole = "RecBole's files of the same rows, and the first run's scores of all candidates"
@@ -332,7 +338,12 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     results, split = {}, "" if options.split == "test" else f"{options.split}_"
     prefix = split + "blank_" * options.blank_images + (f"first{options.limit}_" if options.limit else "")
     for run, config in configs.items():
-        data = Data(folder, config["options"]["model"], options.blank_images or config["options"]["blank_images"])
+        data = Data(
+            folder,
+            config["options"]["model"],
+            options.blank_images or config["options"]["blank_images"],
+            options.images or config["options"].get("images"),
+        )
         if config["data"] != data.hash():
             raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
         rows = data.rows(options.split, 0 if options.user else options.limit)

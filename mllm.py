@@ -176,20 +176,28 @@ class Catalogue:
     """The items of a data folder: ids, titles, and their encoded images by row. Rows are line numbers of items.jsonl.
 
     items: the lines of items.jsonl. encoded: a folder written by `encode_items`, or None for texts alone.
-    blank_images: every image is replaced by one neutral grey image.
+    blank_images: every image is replaced by one neutral grey image. live: None, or what is needed where the image
+    tokens are not read from `encoded` but made in each step: the folder of the images' paths and the image processor.
     """
 
-    def __init__(self, items: list[dict], encoded: Path | None = None, blank_images: bool = False):
+    def __init__(self, items: list[dict], encoded: Path | None = None, blank_images: bool = False, live=None):
         self.ids = [item["item"] for item in items]
         self.titles = [item["title"] for item in items]
         self.row_of = {item: row for row, item in enumerate(self.ids)}
-        self.blank_images = blank_images
+        self.blank_images, self.live = blank_images, None if blank_images else live
+        self.paths = [item.get("image") for item in items]
         if encoded is not None:
             from safetensors.torch import load_file
 
             self.vectors = load_file(encoded / "items.safetensors")  # text, image, offsets, grid, neutral, ...
-            self.tokens = load_file(encoded / "image_tokens.safetensors")["image_tokens"]  # [sum n_i, d], memory map
             self.offsets = self.vectors["offsets"].tolist()
+        if encoded is not None and self.live is None and not blank_images:
+            self.tokens = load_file(encoded / "image_tokens.safetensors")["image_tokens"]  # [sum n_i, d], memory map
+
+    def pixels(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """What the vision tower takes for the images of items, where they are encoded live."""
+        folder, processor = self.live
+        return backbones.image_inputs(processor, [open_image(folder / self.paths[row]) for row in rows], "cpu")
 
     def has_image(self, row: int) -> bool:
         return self.offsets[row + 1] > self.offsets[row]
@@ -236,9 +244,7 @@ def open_image(path: Path):
 def encode_images(model, image_processor, images: list) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Image tokens of PIL images: a list of [n_i, d] (d: see `backbones.image_tokens`), and the grids [len(images), 3]
     (zeros where none are needed)."""
-    pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
-    if pinpoints:
-        model.config.image_grid_pinpoints = pinpoints  # the model derives the tiles anew and must agree
+    backbones.match_tiles(model, image_processor)
     inputs = backbones.image_inputs(image_processor, images, model.device)
     tokens = backbones.image_tokens(model, inputs)
     grids = inputs.get("image_grid_thw", torch.zeros(len(images), 3, dtype=torch.long))
@@ -253,11 +259,11 @@ def mean_embeddings(model, tokenizer, titles: list[str]) -> torch.Tensor:
 
 
 def encode_items(
-    model, tokenizer, image_processor, titles, paths: list[Path | None], folder: Path, progress=iter
+    model, tokenizer, image_processor, titles, paths: list[Path | None], folder: Path, progress=iter, keep: bool = True
 ) -> None:
     """Encode every item once into `folder`: items.safetensors (text and image [N, d], offsets [N + 1], grid [N, 3], the
-    neutral image) and image_tokens.safetensors ([sum n_i, d], in the model's dtype, written as it is computed; wider
-    than d by the features of deeper layers, for a backbone that has such).
+    neutral image) and, with `keep`, image_tokens.safetensors ([sum n_i, d], in the model's dtype, written as it is
+    computed; wider than d by the features of deeper layers, for a backbone that has such).
 
     progress: wraps the iterable of batches. Raises BackboneError on an unreadable image.
     """
@@ -276,9 +282,10 @@ def encode_items(
             for row, item_tokens, item_grid in zip(batch, tokens, grids, strict=True):
                 lengths[row], grid[row] = len(item_tokens), item_grid
                 image_means[row] = item_tokens[:, :width].float().mean(0)
-                file.write(item_tokens.contiguous().view(torch.uint8).numpy().tobytes())
+                if keep:
+                    file.write(item_tokens.contiguous().view(torch.uint8).numpy().tobytes())
         file.seek(0)
-        file.write(safetensors_header("image_tokens", model.dtype, [int(lengths.sum()), neutral[0].shape[1]]))
+        file.write(safetensors_header("image_tokens", model.dtype, [int(lengths.sum()) * keep, neutral[0].shape[1]]))
     tensors = {"text": mean_embeddings(model, tokenizer, titles), "image": image_means, "grid": grid}
     tensors |= {"offsets": F.pad(lengths.cumsum(0), (1, 0)), "neutral": neutral[0], "neutral_grid": neutral_grid[0]}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "items.safetensors")

@@ -9,7 +9,7 @@ wraps, because calling parts of it by hand would train every process for itself.
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -68,10 +68,11 @@ def check_attention(attn: str, pack: bool) -> None:
 class Batch:
     """Prompt trees as tensors, laid end to end in rows (see `PackedMLLM.collate`).
 
-    rows: (tokens of its root, tokens in all) of each row, T in all. input_ids, node, depth [T]: see attention.Forest;
-    visible [nodes, nodes]; position_ids [P, 1, T]. image_tokens [all, d] and grids [images, 3] of the images in order;
-    images: how many each row has. Of each scored token: predicted_from (the token before it), target, answer (its
-    answer's number). answers [A]: scored tokens of each.
+    rows: (tokens of its root, tokens in all) of each row, T in all. input_ids, node, depth [T] and visible [nodes,
+    nodes]: see attention.Forest; position_ids [P, 1, T]. image_tokens [all, d] and grids [images, 3] of the images in
+    order; images: how many each row has. Where images are encoded live, pixels are those of the distinct images in
+    place of image_tokens, and seen says which of them each image is. Of each scored token: predicted_from (the token
+    before it), target, answer (its answer's number). answers [A]: scored tokens of each.
     """
 
     rows: list[tuple[int, int]]
@@ -87,10 +88,15 @@ class Batch:
     target: torch.Tensor
     answer: torch.Tensor
     answers: torch.Tensor
+    pixels: dict | None = None
+    seen: list[int] = field(default_factory=list)
 
     def to(self, device) -> "Batch":
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        def move(values: dict) -> dict:
+            return {n: value.to(device, non_blocking=True) for n, value in values.items() if torch.is_tensor(value)}
+
+        pixels = self.pixels and self.pixels | move(self.pixels)
+        return replace(self, **move(vars(self)), pixels=pixels)
 
 
 class PackedMLLM(nn.Module):
@@ -162,7 +168,9 @@ class PackedMLLM(nn.Module):
         starts = (lengths.cumsum(0) - lengths - depths).repeat_interleave(lengths)
         predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
         items = [item for row in images for item in row]
-        tokens, grids = ([get(item) for item in items] for get in (catalogue.image_tokens, catalogue.grid))
+        distinct = list(dict.fromkeys(items)) if catalogue.live else []
+        tokens = [] if catalogue.live else [catalogue.image_tokens(item) for item in items]
+        grids = [catalogue.grid(item) for item in items]
         return Batch(
             rows=rows,
             images=[len(row) for row in images],
@@ -177,6 +185,8 @@ class PackedMLLM(nn.Module):
             target=target,
             answer=answer,
             answers=answer.bincount(),
+            pixels=catalogue.pixels(distinct) if distinct else None,
+            seen=[distinct.index(item) for item in items] if distinct else [],
         )
 
     def _positions(self, node: Node, catalogue) -> torch.Tensor:
@@ -189,8 +199,19 @@ class PackedMLLM(nn.Module):
             return torch.arange(len(node.ids))[None]
         return backbones.positions(self.core, node.ids, [catalogue.grid(item) for item in node.images])
 
+    def train(self, mode: bool = True) -> "PackedMLLM":
+        """Only the language model ever trains: the vision tower stays as it is at evaluation."""
+        super().train(False)
+        self.core.get_decoder().train(mode)
+        self.training = mode
+        return self
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Log-probabilities of the batch's answers, summed over their tokens: [A], float32."""
+        if batch.pixels:
+            with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
+                images = backbones.image_tokens(self.core, batch.pixels)
+            batch = replace(batch, image_tokens=torch.cat([images[number] for number in batch.seen]))
         logits = (self._packed_logits(batch) if self.pack else self._plain_logits(batch)).float()
         logps = -F.cross_entropy(logits, batch.target, reduction="none")
         return logps.new_zeros(len(batch.answers)).index_add(0, batch.answer, logps)
@@ -254,6 +275,8 @@ LOW_TOLERANCE = 5e-2  # in half precision, of its size: a logit is kept to 1/256
 def load_packed(model, data, pack: bool, device) -> PackedMLLM:
     """`model` in a PackedMLLM on `device`, checked. data: the evaluate.Data whose backbone it is."""
     packed = PackedMLLM(model, pack).to(device)
+    if data.catalogue.live:
+        backbones.match_tiles(packed.core, data.catalogue.live[1])
     check(packed, data.source, data.encoding["max_pixels"], data.backbone)
     return packed
 

@@ -203,12 +203,11 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     """Write a data folder's files; manifest.json comes last, so a folder without it is not whole."""
     targets, training = split_windows(data, options)
     negatives = Negatives(data, options.negatives, options.negative_sampling)
-    for name, at in targets.items():
+    for name, at in targets.items() if options.positives > 1 else ():
         titles = np.sort(negatives.title[data.items[at[:, None] - np.arange(options.positives)]], axis=1)
         distinct = (titles[:, 1:] != titles[:, :-1]).all(axis=1)  # no two candidates share a title
         targets[name] = at[distinct]
-        if options.positives > 1:
-            data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())
+        data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())
     (options.out / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(options.out / "encoded", ignore_errors=True)  # of the data that stood here
     images = [os.path.relpath(path, options.out) if path else None for path in data.images]
@@ -255,23 +254,23 @@ def encode(options: argparse.Namespace) -> None:
     gone = [path for path in paths if path and not path.exists()]
     if gone:
         raise UserError(f"{len(gone)} images of items.jsonl are gone, the first is {gone[0]}; prepare the data again")
-    if any(paths):
+    keep = options.tokens == "stored"
+    if any(paths) and keep:
         mllm.check_disk(model, processor, [path for path in paths if path], pixels, options.out)
     with runs.replacing(options.encoded) as beside:
         beside.mkdir(parents=True)
-        mllm.encode_items(model, tokenizer, processor, titles, paths, beside, partial(tqdm, desc="encode"))
+        mllm.encode_items(model, tokenizer, processor, titles, paths, beside, partial(tqdm, desc="encode"), keep)
         manifest = {"backbone": options.model, "max_pixels": pixels, "dtype": str(model.dtype).removeprefix("torch.")}
         manifest["items"] = runs.file_hash(options.out / "items.jsonl")
-        manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors")
+        manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors") if keep else None
         runs.write_json(beside / "manifest.json", manifest)
     print(f"{options.encoded}: {len(items)} items, {sum(path is not None for path in paths)} images")
 
 
 FILES = ("items", "train", "val", "test", "sequences")
 OWN = {"images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
-NOT_DATA = ("model", "encoded", "max_pixels", "show", "encode_only", "out")  # options that do not shape the data files
-
-
+# Options that do not shape the data files
+NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "show", "encode_only", "out")
 COLUMNS = {  # of --dataset csv and recbole, with their usual names
     "--user-column": "user; recbole: user_id",
     "--item-column": "item; recbole: item_id",
@@ -328,6 +327,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument("--model", default="tiny", help="hub name or folder; tiny: untrained, made here [tiny]")
     encoding.add_argument("--max-pixels", type=runs.positive_int, help="pixels of an image [262144; tiny: 6272]")
+    kept = "live: image tokens are not kept, but made in each step of training, where they outgrow the disk [stored]"
+    encoding.add_argument("--tokens", choices=["stored", "live"], default="stored", help=kept)
     encoding.add_argument("--encode-only", action="store_true", help="the data folder stands; only encode it")
     shown = "print N rendered rows; a folder that stands is only shown"
     parser.add_argument("--show", type=runs.non_negative_int, default=0, metavar="N", help=shown)

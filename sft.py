@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     import mllm
     import packing
 
-    data = evaluate.Data(options.data, options.model, options.blank_images)
+    data = evaluate.Data(options.data, options.model, options.blank_images, options.images)
     tiny = data.backbone == mllm.TINY
     options.model, options.tune = data.backbone, options.tune or ("full" if tiny else "lora")
     if options.quantize and options.tune == "full":

@@ -35,6 +35,8 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     attentions = ["sdpa", "flash_attention_2", "flex_attention"]
     train.add_argument("--attn", choices=attentions, help="attention; others than sdpa need --no-pack [sdpa]")
     train.add_argument("--no-pack", action="store_true", default=None, help="one plain forward per answer, slower")
+    where = "image tokens read from the data folder, or made by the vision tower in each step [stored, if they are]"
+    train.add_argument("--images", choices=["stored", "live"], help=where)
     train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     train.add_argument("--eval-limit", type=non_negative_int, help="validation rows an epoch; 0: all [0; tiny: 200]")
     train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")

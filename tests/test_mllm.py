@@ -134,6 +134,27 @@ def test_plain_language_modelling_equals_the_packed(backbone):
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_images_encoded_in_the_step_give_the_stored_numbers(backbone, pack):
+    """Gradients too; an image that occurs several times is encoded once."""
+    live = copy.copy(backbone.catalogue)
+    live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
+    model = packing.PackedMLLM(backbone.packed.core, pack).train()
+    trees = [backbone.prompts.pair_tree(rows()[0], kind) for kind in ("rank", "yes")]
+    weights = [p.requires_grad_(True) for p in model.core.get_decoder().parameters()]
+    found = []
+    try:
+        for catalogue in (backbone.catalogue, live):
+            batch = model.collate(trees, catalogue)
+            logps = model(batch)
+            found.append((logps.detach(), *torch.autograd.grad(logps[0] - logps[1], weights)))
+    finally:
+        model.eval().requires_grad_(False)
+    assert len(set(batch.seen)) < len(batch.seen) == len(batch.grids) and not len(batch.image_tokens)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())), rtol=1e-4)
+
+
 def test_prompts_are_what_the_processor_makes(backbone, monkeypatch):
     """The model's own processor over the same chat, two images in it, gives the same tokens."""
     processor = families.build_processor(backbone.family, backbone.folder, backbone.processor, monkeypatch)

@@ -284,6 +284,33 @@ def test_plain_scoring_gives_the_packed_numbers(prepared, sft_run, tmp_path):
             assert one[key] == pytest.approx(other[key], abs=1e-4)
 
 
+def test_images_encoded_live_give_the_stored_numbers(prepared, sft_run, tmp_path, capsys):
+    """A folder prepared without image tokens, and one with them that are left unread."""
+    data = tmp_path / "raw" / "data"
+    shutil.copytree(prepared.parent / "raw", tmp_path / "raw")
+    source = ["--dataset", "movielens", "--source", tmp_path / "raw", "--max-pixels", 3136]
+    prepare_data.main([*map(str, [*source, "--out", data, "--tokens", "live"])])
+    (folder,) = data.glob("encoded/*")
+    assert (folder / "image_tokens.safetensors").stat().st_size < 1000
+    argv = "--max-steps 2 --batch-size 4 --eval-limit 2 --warmup-steps 0 --dropout 0".split()
+    logs = []
+    for given, switch in ((prepared, []), (prepared, ["--images", "live"]), (data, [])):
+        sft.main(["--data", str(given), "--out", str(tmp_path / f"sft{len(logs)}"), *argv, *switch])
+        logs.append(training(tmp_path / f"sft{len(logs)}" / "metrics.jsonl"))
+    for stored, *live in zip(*logs, strict=True):
+        for line in live:
+            assert line["loss"] == pytest.approx(stored["loss"], abs=1e-5)
+    run = dpo(tmp_path / "sft1", tmp_path / "dpo", "--max-steps", 1)
+    assert json.loads((run / "config.json").read_text())["options"]["images"] == "live"
+    evaluate.main(["--run", str(sft_run)])
+    stored = lines(sft_run / "predictions.jsonl")
+    evaluate.main(["--run", str(sft_run), "--images", "live"])
+    for one, other in zip(stored, lines(sft_run / "predictions.jsonl"), strict=True):
+        np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-4)
+    message = refused(capsys, sft.main, "--data", str(data), "--images", "stored")
+    assert "holds no image tokens; go without --images, or run prepare_data.py" in message
+
+
 def encoded_for(family, prepared, folder):
     """A copy of the data folder, encoded for a tiny backbone of the family alone."""
     titles = [line["title"] for line in lines(prepared / "items.jsonl")]
