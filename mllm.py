@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backbones
+import lora
 from backbones import BackboneError
 
 TINY = "tiny"
@@ -120,7 +121,7 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not first:
-            return get_peft_model(model, config)
+            return lora.lean(get_peft_model(model, config))
         model.add_adapter(TRAINED, config)
     for module in model.modules():
         if FROZEN in getattr(module, "lora_dropout", {}):

@@ -14,7 +14,8 @@ from conftest import ROOT
 IMPORTS = {
     "hanorec_loss": set(),
     "backbones": set(),
-    "mllm": {"backbones"},
+    "lora": set(),
+    "mllm": {"backbones", "lora"},
     "attention": set(),
     "packing": {"attention", "backbones", "mllm", "prompts"},
     "prompts": set(),

@@ -1,0 +1,81 @@
+"""LoRA's layers against PEFT's own."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+from torch import nn
+
+import lora
+
+
+def layer(dropout=0.0, bias=True, dtype=torch.float32):
+    """PEFT's model of one linear layer 24 -> 16 with a LoRA that is not zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=bias)).to(dtype)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["0"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def outcome(model, x, signs):
+    x = x.clone().requires_grad_(True)
+    out = model(x)
+    (out * signs).sum().backward()
+    return [out, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_as_pefts_layer(bias):
+    own, lean = layer(bias=bias), lora.lean(layer(bias=bias))
+    assert type(lean.base_model.model[0]) is lora.LeanLinear and type(own.base_model.model[0]) is Linear
+    x, signs = torch.randn(2, 5, 24), torch.randn(2, 5, 16)
+    for one, other in zip(outcome(own, x, signs), outcome(lean, x, signs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_as_good_as_autocast():
+    """Against PEFT's layer in float64."""
+    x, signs = torch.randn(64, 24).bfloat16(), torch.randn(64, 16).bfloat16()
+    exact = outcome(layer(dtype=torch.bfloat16).double(), x.double(), signs.double())
+    lean = lora.lean(layer(dtype=torch.bfloat16))
+    assert all(p.dtype == torch.float32 for p in lean.parameters() if p.requires_grad)
+    for one, other in zip(outcome(lean, x, signs), exact, strict=True):
+        assert float(((one.double() - other).norm() / other.norm()).detach()) < 1e-2
+
+
+def test_dropout_is_of_its_probability_and_its_gradient_is_right():
+    lean = lora.lean(layer(dropout=0.25)).double()
+    x = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
+    weights = [p for p in lean.parameters() if p.requires_grad]
+
+    def run(x, *weights):
+        torch.manual_seed(3)  # the same mask each time
+        return lean(x)
+
+    assert torch.autograd.gradcheck(run, (x, *weights))
+    plain = lean.base_model.model[0].base_layer
+    many = torch.stack([lean(x.detach()) - plain(x.detach()) for _ in range(4000)])
+    expected = lean.eval()(x.detach()) - plain(x.detach())
+    error = (many.mean(0) - expected).abs() / (many.std(0) / 4000**0.5)
+    assert float(many.std()) > 1e-2 and float(error.max()) < 5  # standard errors, of 96 numbers
+    mask = lora.keep_mask(torch.empty(100_003), 0.05)
+    assert abs(float(mask.float().mean()) - 0.95) < 0.003  # four standard errors
+
+
+def test_adapters_off_merged_or_saved_are_pefts(tmp_path):
+    model, x = lora.lean(layer()), torch.randn(3, 24)
+    base = model.base_model.model[0].base_layer(x)
+    out = model(x)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base)
+    assert (out - base).abs().max() > 0.1
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), out, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
