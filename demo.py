@@ -1,11 +1,14 @@
 """What the project makes by itself: the demo's films, posters and users, and the tiny untrained backbone."""
 
+import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 import prompts
+import readers
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -26,7 +29,9 @@ def build_tiny(
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-    texts = [*texts, *[*prompts.TEXTS, "user\n", "assistant\n"] * 100]  # so often that each prompt word is one token
+    control = re.compile("|".join(map(re.escape, special)))  # a word that spells one would be merged into its id
+    texts = [control.sub(" ", text) for text in texts]
+    texts += [*prompts.TEXTS, "user\n", "assistant\n"] * 100  # so often that each prompt word is one token
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+| "), "isolated")  # a year in brackets stays one word
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -80,6 +85,12 @@ PLACES = """
 GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy", "Thriller", "Musical"]
 COLOURS = [(200, 30, 40), (240, 140, 20), (240, 220, 40), (40, 160, 60), (40, 200, 220), (40, 60, 200), (130, 40, 170)]
 COLOURS += [(240, 130, 190)]
+
+
+def read_demo(options: argparse.Namespace) -> readers.Raw:
+    """The embedded demo, its posters drawn into the data folder."""
+    rows, titles, images = make_demo(options.out, options.seed)
+    return readers.Raw(readers.collect(enumerate(rows), options.out, user=0, item=1, time=2), titles, images, [])
 
 
 def make_demo(folder: Path, seed: int, users: int = 400) -> tuple[list[tuple], dict[str, str], dict[str, Path]]:

@@ -111,7 +111,7 @@ def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Pa
     the adapter off; read from `folder` where a file of that key exists, else computed by all processes and kept."""
     import torch
     from accelerate.utils import gather_object, tqdm
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     import mllm
 
@@ -134,7 +134,7 @@ def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Pa
             with runs.replacing(path) as beside:
                 save_file({"logps": logps}, beside, metadata={"key": key})
         accelerator.wait_for_everyone()
-    return load_file(path)["logps"]
+    return mllm.load_tensors(path, {"logps": (len(pairs), 2)}, "delete it, and it is computed again")["logps"]
 
 
 def planned_pairs(rows: int, kinds: int, steps: int, steps_per_epoch: int, options, accelerator) -> list[int]:
@@ -177,8 +177,8 @@ def export(options, data, adapter: Path) -> None:
             model = mllm.load_adapter(model, adapter)
         with runs.replacing(options.export / name) as beside:
             model.save_pretrained(beside)
-            mllm.load_tokenizer(data.source).save_pretrained(beside)
-            mllm.load_image_processor(data.source, data.encoding["max_pixels"]).save_pretrained(beside)
+            mllm.load_tokenizer(data.source, data.trust).save_pretrained(beside)
+            mllm.load_image_processor(data.source, data.encoding["max_pixels"], data.trust).save_pretrained(beside)
     with runs.replacing(options.export / "adapter") as beside:
         PeftModel.from_pretrained(evaluate.load_result(options.sft, data), adapter).save_pretrained(beside)
         config = json.loads((beside / "adapter_config.json").read_text())
@@ -231,7 +231,7 @@ def load_policy(options, data, rows, accelerator):
         base = evaluate.load_result(options.sft, data, dtype, options.attn)
     else:
         base = evaluate.load_result(options.sft, data, attn=options.attn).to(dtype)
-    hardness = pair_hardness(options, data, base, mllm.load_tokenizer(data.source), rows)
+    hardness = pair_hardness(options, data, base, mllm.load_tokenizer(data.source, data.trust), rows)
     low, high = (float(hardness.quantile(q)) for q in (0.01, 0.99))
     model = mllm.add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
     packed = packing.load_packed(model, data, not options.no_pack, accelerator.device)
@@ -255,7 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     import mllm
     import packing
 
-    data = evaluate.Data(Path(options.data), options.model, options.blank_images, options.images)
+    data = evaluate.Data(
+        Path(options.data), options.model, options.blank_images, options.images, trust=options.trust_remote_code
+    )
     if data.hash() != sft["data"]:
         raise UserError(f"{options.sft} was trained on an earlier {options.data}; run sft.py again")
     tiny = data.backbone == mllm.TINY

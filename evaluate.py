@@ -18,10 +18,12 @@ import numpy as np
 
 import exchange
 import runs
-from prompts import Row
+from prompts import Row, item_rows
 from runs import UserError
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
+MANIFEST = {"options": dict, "seed": int, "files": dict}
+ENCODING = {"backbone": str, "max_pixels": int, "dtype": str, "items": str, "tokens": (str, type(None))}
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
 
 
@@ -132,17 +134,20 @@ class Data:
     """A data folder with one backbone's encoding. images: `stored` or `live`, where its image tokens come from; None:
     stored where they are."""
 
-    def __init__(self, folder: Path, model: str | None, blank_images: bool = False, images=None, encoded: bool = True):
+    def __init__(
+        self, folder: Path, model: str | None, blank_images=False, images=None, encoded=True, trust: bool = False
+    ):
         import mllm
 
-        self.folder, self.again = Path(folder), "prepare it with prepare_data.py"
-        self.manifest = runs.read_json(self.folder / "manifest.json", self.again)
-        items = runs.read_jsonl(self.folder / "items.jsonl", ("item", "title", "image"), self.again)
+        self.folder, self.again, self.trust = Path(folder), "prepare it with prepare_data.py", trust
+        self.manifest = runs.read_json(self.folder / "manifest.json", MANIFEST, self.again)
+        items = self.lines("items", runs.ITEM)
         if not encoded:
             self.catalogue = mllm.Catalogue(items)
             return
         paths = [path.parent for path in sorted(self.folder.glob("encoded/*/manifest.json"))]
-        encodings = {m["backbone"]: (p, m) for p in paths for m in [runs.read_json(p / "manifest.json", self.again)]}
+        manifests = [(path, runs.read_json(path / "manifest.json", ENCODING, self.again)) for path in paths]
+        encodings = {runs.printable(manifest["backbone"]): (path, manifest) for path, manifest in manifests}
         names = ", ".join(encodings) or "no backbone"
         if model is None and len(encodings) > 1:
             raise UserError(f"{folder} is encoded for {names}; say which with --model")
@@ -151,33 +156,40 @@ class Data:
         if model not in encodings:
             raise UserError(f"{folder} is encoded for {names}, not for {model}; {renew}")
         path, encoding = encodings[model]
-        if encoding["items"] != runs.file_hash(self.folder / "items.jsonl"):
+        if encoding["items"] != self.manifest["files"]["items.jsonl"]:
             raise UserError(f"{path} is of another items.jsonl; {renew} --max-pixels {encoding['max_pixels']}")
         self.backbone, self.encoding = model, encoding
         self.source = self.folder / "tiny" if model == mllm.TINY else model
         if images == "stored" and encoding["tokens"] is None:
             raise UserError(f"{path} holds no image tokens; go without --images, or {renew}")
         live = images == "live" or encoding["tokens"] is None
-        processor = mllm.load_image_processor(self.source, encoding["max_pixels"]) if live else None
+        processor = mllm.load_image_processor(self.source, encoding["max_pixels"], trust) if live else None
         self.catalogue = mllm.Catalogue(items, path, blank_images, (self.folder, processor) if live else None)
+
+    def lines(self, name: str, fields: dict) -> list[dict]:
+        """The lines of a file of the data folder that is as it was prepared."""
+        path = self.folder / f"{name}.jsonl"
+        found = runs.read_jsonl(path, fields, self.again)
+        if self.manifest["files"].get(path.name) != runs.file_hash(path):
+            raise UserError(f"{path} is not what manifest.json lists; {self.again}")
+        return found
 
     def rows(self, split: str, limit: int = 0) -> list:
         """The rows of train, val or test; the first `limit` where that is not 0."""
-        keys = ("user", "history", "target", "candidates", "rejected")
-        lines = runs.read_jsonl(self.folder / f"{split}.jsonl", keys, self.again)
-        if not lines:
-            raise UserError(f"{self.folder / split}.jsonl has no rows; {self.again}")
+        lines = self.lines(split, runs.ROW)
+        if len({len(line["candidates"]) for line in lines}) != 1:
+            raise UserError(f"{self.folder / split}.jsonl has no rows, or lists of several lengths; {self.again}")
         return [Row.of(line, self.catalogue.row_of) for line in (lines[:limit] if limit else lines)]
 
     def sequences(self) -> dict[str, list[int]]:
         """Each training user's items in order of time, as rows."""
-        lines = runs.read_jsonl(self.folder / "sequences.jsonl", ("user", "items"), self.again)
-        return {line["user"]: [self.catalogue.row_of[item] for item in line["items"]] for line in lines}
+        lines = self.lines("sequences", {"user": str, "items": list})
+        return {line["user"]: item_rows(line["items"], self.catalogue.row_of, line["user"]) for line in lines}
 
     def prompts(self, candidate_images: bool = False):
         import packing
 
-        return packing.load_prompts(self.source, self.catalogue, candidate_images)
+        return packing.load_prompts(self.source, self.catalogue, candidate_images, self.trust)
 
     def hash(self) -> str:
         return runs.value_hash([self.manifest, self.encoding])
@@ -192,15 +204,18 @@ def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
     config = runs.read_run(run)
     options, sft = config["options"], config["stage"] == "sft"
     attn, quantize = attn or options.get("attn", "sdpa"), options.get("quantize")
+    ended = runs.read_json(run / "result.json", {"weights": str}, f"run {config['stage']}.py --out {run} again")
+    if runs.weights_hash(run) != ended["weights"]:
+        raise UserError(f"{run} does not hold the weights that it ended with; run {config['stage']}.py again")
     if not sft:
         start = Path(options["sft"])
         if runs.weights_hash(start) != config["sft_weights"]:
             raise UserError(f"{run} was trained on other weights of {start}; run dpo_hano.py again")
         model = load_result(start, data, dtype if quantize else None, attn)
     elif options["tune"] == "full":
-        return mllm.load_model(run / "model", dtype, attn)
+        return mllm.load_model(run / "model", dtype, attn, trust=data.trust)
     else:
-        model = mllm.load_model(data.source, dtype if quantize else None, attn, quantize)
+        model = mllm.load_model(data.source, dtype if quantize else None, attn, quantize, data.trust)
         model = model.dequantize() if quantize and dtype is None else model  # to the values that it was trained with
     model = model if quantize else model.to(dtype)
     return mllm.load_adapter(model, run / "adapter", dtype is None, mllm.FROZEN if sft and quantize else mllm.TRAINED)
@@ -259,13 +274,14 @@ def table(results: dict[str, Result]) -> str:
 
 def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int, unit: str) -> None:
     """Print a user's history and the best candidates by name."""
-    titles = data.catalogue.titles
-    print(f"\n{name}: user {row.user}\n  history, oldest first:", *(titles[item] for item in row.history), sep="\n    ")
+    titles, ids = ([runs.printable(t) for t in texts] for texts in (data.catalogue.titles, data.catalogue.ids))
+    print(f"\n{name}: user {runs.printable(row.user)}\n  history, oldest first:", end="\n    ")
+    print(*(titles[item] for item in row.history), sep="\n    ")
     print(f"  top {min(top_k, len(scores))} of {len(scores)}, with {unit}:")
     for place, column in enumerate(np.argsort(-scores, kind="stable")[:top_k], 1):
         item = row.candidates[column]
         chosen = "  <- came next" if item == row.target else ""
-        print(f"    {place:2}. {titles[item]} ({data.catalogue.ids[item]}), {scores[column]:.3f}{chosen}")
+        print(f"    {place:2}. {titles[item]} ({ids[item]}), {scores[column]:.3f}{chosen}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -284,6 +300,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     parser.add_argument("--no-pack", action="store_true", help="one plain forward per answer [as the run was trained]")
     parser.add_argument("--seed", type=runs.non_negative_int, default=0, help="of the bootstrap [0]")
+    runs.add_trust_option(parser)
     parser.add_argument("--user", help="print this user's recommendations instead of metrics")
     parser.add_argument("--top-k", type=runs.positive_int, default=10, help="how many of them [10]")
     parser.add_argument("--from", dest="among", metavar="ID,ID,...", help="among these items [the candidates]")
@@ -301,11 +318,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def candidates_among(options: argparse.Namespace, data: Data, rows: list) -> list:
     """The row of --user, its candidates replaced by those of --from."""
-    found = [row for row in rows if row.user == options.user]
+    found, path = [row for row in rows if row.user == options.user], data.folder / f"{options.split}.jsonl"
     if not found:
-        raise UserError(
-            f'user {options.user} has no row in {data.folder / options.split}.jsonl; its "user" fields are the ids'
-        )
+        raise UserError(f'user {options.user} has no row in {path}; its "user" fields are the ids')
     ids = [item.strip() for item in (options.among or "").split(",") if item.strip()]
     unknown = [item for item in ids if item not in data.catalogue.row_of]
     if unknown:
@@ -338,12 +353,9 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     results, split = {}, "" if options.split == "test" else f"{options.split}_"
     prefix = split + "blank_" * options.blank_images + (f"first{options.limit}_" if options.limit else "")
     for run, config in configs.items():
-        data = Data(
-            folder,
-            config["options"]["model"],
-            options.blank_images or config["options"]["blank_images"],
-            options.images or config["options"].get("images"),
-        )
+        blank = options.blank_images or config["options"]["blank_images"]
+        images = options.images or config["options"].get("images")
+        data = Data(folder, config["options"]["model"], blank, images, trust=options.trust_remote_code)
         if config["data"] != data.hash():
             raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
         rows = data.rows(options.split, 0 if options.user else options.limit)
@@ -382,7 +394,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     made = data.manifest["options"]
     protocol = f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
     protocol += f"{made['negative_sampling']} negatives, seed {made['seed']}" + ", blank images" * options.blank_images
-    print(f"\n{protocol}; each value with its 95% bootstrap interval\n\n{table(results)}")
+    print(f"\n{runs.printable(protocol)}; each value with its 95% bootstrap interval\n\n{table(results)}")
     for run in configs:
         result = results[str(run)]
         found = {"values": result.values, "intervals": {name: result.interval(name) for name in result.values}}

@@ -1,5 +1,6 @@
 """Scores of candidates, to and from other systems: predictions.jsonl, and RecBole's files."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,10 @@ def inter_lines(path: Path) -> list[dict]:
             user, item, label, score = (row[place] for place in places)
             line = found.setdefault(user, {"user": user, "target": None, "candidates": [], "scores": []})
             line["scores"].append(float(score))
+            line["target"] = item if float(label) > 0 else line["target"]
         except (IndexError, ValueError) as error:
             raise UserError(f"{path}, line {number}: expected {', '.join(header)}, got {row}") from error
         line["candidates"].append(item)
-        line["target"] = item if float(label) > 0 else line["target"]
     return list(found.values())
 
 
@@ -45,19 +46,20 @@ def read_scores(path: Path, ids: list[str], rows) -> tuple[np.ndarray, np.ndarra
     if path.suffix == ".inter":
         lines = inter_lines(path)
     else:
-        lines = runs.read_jsonl(path, ("user", "target", "candidates", "scores"), "see --scores in the README")
+        fields = {"user": object, "target": object, "candidates": list, "scores": (list, type(None))}
+        lines = runs.read_jsonl(path, fields, "see --scores in the README")
     by_row = {(str(line["user"]), str(line["target"])): line for line in lines}
     found = {"scores": [], "yes_scores": []}
     for row in rows:
         line = by_row.get((row.user, ids[row.target]))
         if line is None:
             raise UserError(f"{path} has no row of this data: user {row.user} with target {ids[row.target]}")
-        candidates = [str(c) for c in line["candidates"]] if isinstance(line["candidates"], list) else []
+        candidates = [str(c) for c in line["candidates"]]
         if sorted(candidates) != sorted(ids[c] for c in row.candidates):
             raise UserError(f"{path}, user {row.user}: not the candidates of this data")
         for key in [key for key in found if line.get(key) is not None]:
             values = line[key] if isinstance(line[key], list) else []
-            good = all(isinstance(value, (int, float)) and np.isfinite(value) for value in values)
+            good = all(isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in values)
             if not good or len(values) != len(candidates):
                 raise UserError(f"{path}, user {row.user}: {key} must hold one finite number for each candidate")
             found[key].append([values[candidates.index(ids[c])] for c in row.candidates])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
 import backbones
@@ -32,10 +33,32 @@ MAX_PIXELS = 262144  # the paper's image_max_pixels
 # The model
 
 
-def load_model(name: str | Path, dtype: torch.dtype | None = None, attn: str = "sdpa", quantize: str | None = None):
+@contextlib.contextmanager
+def loading(name: str | Path, what: str) -> Iterator[None]:
+    """Inside, whatever fails is a BackboneError: these are files from elsewhere, and the libraries that read them raise
+    anything, plain Exceptions too."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "exit_code"):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own; read that code, then give --trust-remote-code"
+        raise BackboneError(f"'{name}' {what}: {reason}") from error
+
+
+def load_model(
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    attn: str = "sdpa",
+    quantize: str | None = None,
+    trust: bool = False,
+):
     """The pretrained image-text model `name` (a hub name or a folder) in `dtype` (float32), everything frozen.
 
-    attn: an attention that transformers knows. quantize: `4bit` (bitsandbytes, NF4), or None.
+    attn: an attention that transformers knows. quantize: `4bit` (bitsandbytes, NF4), or None. trust: run Python code
+    that comes with the model (--trust-remote-code); the other loaders have it too.
     """
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
@@ -43,18 +66,16 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None, attn: str = "
     disable_progress_bar()  # of loading and saving; the scripts' own bars stay
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a faster kernel even where it is not used
-    load_config(name)  # its error is the plainer one
+    load_config(name, trust)  # its error is the plainer one
     dtype, further = dtype or torch.float32, {}
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise BackboneError("--quantize 4bit needs bitsandbytes, which is not installed")
     if quantize:
         further = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         further = {"quantization_config": BitsAndBytesConfig(**further)}
-    try:
+    further |= {"trust_remote_code": trust, "use_safetensors": True}  # never a pickle
+    with loading(name, "cannot be loaded as an image-text model"):
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn, **further)
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"backbone '{name}' cannot be loaded as an image-text model: {reason}") from error
     return model.requires_grad_(False).eval()
 
 
@@ -65,39 +86,32 @@ def pick_dtype(name: str, accelerator) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_config(name: str | Path):
+def load_config(name: str | Path, trust: bool = False):
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"backbone '{name}' cannot be loaded: {reason}") from error
+    with loading(name, "cannot be loaded"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
 
 
-def load_tokenizer(name: str | Path):
+def load_tokenizer(name: str | Path, trust: bool = False):
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"'{name}' has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer.chat_template:  # older repositories keep it with the processor alone
-        path = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        tokenizer.chat_template = json.loads(Path(path).read_text())["chat_template"] if path else None
+    with loading(name, "has no usable tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        if not tokenizer.chat_template:  # older repositories keep it with the processor alone
+            path = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+            tokenizer.chat_template = json.loads(Path(path).read_text())["chat_template"] if path else None
     return tokenizer
 
 
-def load_image_processor(name: str | Path, max_pixels: int):
+def load_image_processor(name: str | Path, max_pixels: int, trust: bool = False):
     """The image processor of `name`, set so that it keeps every image within max_pixels pixels."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it at the top
 
-    try:
-        images = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision has no CPU build
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"'{name}' has no usable image processor: {str(error).strip().splitlines()[0]}") from error
-    backbones.limit_pixels(images, max_pixels)
+    with loading(name, "has no usable image processor"):  # torchvision has no CPU build
+        images = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust)
+        backbones.limit_pixels(images, max_pixels)
     return images
 
 
@@ -134,11 +148,12 @@ def load_adapter(model, folder: str | Path, merge: bool = True, name: str = "def
     beside them and beside the adapters that it has already."""
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        model.load_adapter(str(folder), name)
-        model = activate(model)
-    else:
-        model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    with loading(folder, "is no adapter of this backbone"):
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name)
+            model = activate(model)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     model = model.requires_grad_(False).eval()
     return model.merge_and_unload() if merge else model
 
@@ -173,6 +188,22 @@ def reference(model) -> Iterator[None]:
 # Items: titles, and image tokens encoded once
 
 
+def load_tensors(path: Path, shapes: dict[str, tuple], remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file through a memory map; BackboneError where it cannot be read, or where one of
+    `shapes` (None: any size) is not there in that shape."""
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"{path} cannot be read ({error}); {remedy}") from error
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else ()
+        if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
+            raise BackboneError(f"{path}: {name} is {list(found)}, not of the shape that is due; {remedy}")
+    return tensors
+
+
 class Catalogue:
     """The items of a data folder: ids, titles, and their encoded images by row. Rows are line numbers of items.jsonl.
 
@@ -187,13 +218,20 @@ class Catalogue:
         self.row_of = {item: row for row, item in enumerate(self.ids)}
         self.blank_images, self.live = blank_images, None if blank_images else live
         self.paths = [item.get("image") for item in items]
-        if encoded is not None:
-            from safetensors.torch import load_file
-
-            self.vectors = load_file(encoded / "items.safetensors")  # text, image, offsets, grid, neutral, ...
-            self.offsets = self.vectors["offsets"].tolist()
-        if encoded is not None and self.live is None and not blank_images:
-            self.tokens = load_file(encoded / "image_tokens.safetensors")["image_tokens"]  # [sum n_i, d], memory map
+        if len(self.row_of) < len(items):
+            raise BackboneError("items.jsonl has an item twice; prepare the data again")
+        if encoded is None:
+            return
+        path, remedy, count = encoded / "items.safetensors", "encode the data again", len(items)
+        shapes = {"text": (count, None), "image": (count, None), "grid": (count, 3), "neutral_grid": (3,)}
+        self.vectors = load_tensors(path, shapes | {"offsets": (count + 1,), "neutral": (None, None)}, remedy)
+        offsets, width = self.vectors["offsets"], self.vectors["neutral"].shape[1]
+        if offsets.is_floating_point() or offsets[0] or (offsets.diff() < 0).any():
+            raise BackboneError(f"{path}: the offsets are no offsets; {remedy}")
+        self.offsets = offsets.tolist()
+        if self.live is None and not blank_images:
+            wanted = {"image_tokens": (self.offsets[-1], width)}
+            self.tokens = load_tensors(encoded / "image_tokens.safetensors", wanted, remedy)["image_tokens"]
 
     def pixels(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """What the vision tower takes for the images of items, where they are encoded live."""
@@ -226,16 +264,31 @@ class Catalogue:
         return self.vectors["neutral_grid"] if self.blank_images else self.vectors["grid"][row]
 
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # some others are read by programs that Pillow starts
+
+
 def open_image(path: Path):
-    """The RGB image at `path`, upright; BackboneError if it cannot be read."""
+    """The RGB image at `path`, upright: the first frame, 16 bits scaled to 8, transparent parts white. BackboneError if
+    it cannot be read, or has more pixels than Pillow thinks safe."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        with image:
             if max(image.size) > 150 * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} is too narrow")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = image.convert("I").point(lambda value: value / 257).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # of a decoder that was given anything at all
         raise BackboneError(
             f"image {path} cannot be read ({error}); mend it, or delete it: then its item has none"
         ) from error

@@ -23,10 +23,12 @@ from backbones import BackboneError
 from prompts import Node, Prompts, Row
 
 
-def load_prompts(source: str | Path, catalogue: mllm.Catalogue, candidate_images: bool = False) -> Prompts:
+def load_prompts(
+    source: str | Path, catalogue: mllm.Catalogue, candidate_images: bool = False, trust: bool = False
+) -> Prompts:
     """The prompts of a catalogue, as the backbone `source` (a hub name or a folder) reads them."""
-    token, image_text = backbones.image_placeholder(mllm.load_config(source))
-    return Prompts(mllm.load_tokenizer(source), token, catalogue, candidate_images, image_text)
+    token, image_text = backbones.image_placeholder(mllm.load_config(source, trust))
+    return Prompts(mllm.load_tokenizer(source, trust), token, catalogue, candidate_images, image_text)
 
 
 def merge_trees(trees: Iterable[list]) -> list[tuple[list, list[int]]]:
@@ -277,12 +279,12 @@ def load_packed(model, data, pack: bool, device) -> PackedMLLM:
     packed = PackedMLLM(model, pack).to(device)
     if data.catalogue.live:
         backbones.match_tiles(packed.core, data.catalogue.live[1])
-    check(packed, data.source, data.encoding["max_pixels"], data.backbone)
+    check(packed, data.source, data.encoding["max_pixels"], data.backbone, data.trust)
     return packed
 
 
 @torch.no_grad()  # not inference mode: what a model keeps from its first forward must serve training too
-def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str) -> None:
+def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str, trust: bool = False) -> None:
     """BackboneError, naming the model, unless it scores two answers behind a prompt with an image as its own forward
     does with the image's pixels. Cheap: a few dozen tokens, one image of 112 x 112 pixels. So short a prompt says
     nothing of a long sliding window, which the mask has from the config, and both ways read the same text around the
@@ -290,7 +292,7 @@ def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str) ->
     training = packed.training
     packed.eval()
     try:
-        found, expected = score_both_ways(packed, source, max_pixels)
+        found, expected = score_both_ways(packed, source, max_pixels, trust)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if hasattr(error, "exit_code"):
             raise
@@ -309,17 +311,19 @@ def disagreement(packed: PackedMLLM, name: str, reason: str) -> str:
     return f"{name} cannot be run on stored image tokens ({reason}); choose another backbone"
 
 
-def score_both_ways(packed: PackedMLLM, source: str | Path, max_pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def score_both_ways(
+    packed: PackedMLLM, source: str | Path, max_pixels: int, trust: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[2] log-probabilities of two answers behind one prompt: by `packed`, and by the model's own forward."""
     from PIL import Image
 
-    core, processor = packed.core, mllm.load_image_processor(source, max_pixels)
+    core, processor = packed.core, mllm.load_image_processor(source, max_pixels, trust)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.png"  # a gradient: tokens in a wrong order would not show in one colour
         Image.linear_gradient("L").resize((112, 112)).convert("RGB").save(path)
-        mllm.encode_items(core, mllm.load_tokenizer(source), processor, [TITLE], [path], Path(folder))
+        mllm.encode_items(core, mllm.load_tokenizer(source, trust), processor, [TITLE], [path], Path(folder))
         catalogue = mllm.Catalogue([{"item": TITLE, "title": TITLE}], Path(folder))
-        prompts = load_prompts(source, catalogue)
+        prompts = load_prompts(source, catalogue, trust=trust)
         tree = prompts.yesno_questions(Row("", [0], 0, [0], 0), [0])
         tree += [prompts.answer(text, 1) for text in ANSWERS]
         batch = packed.collate([tree], catalogue).to(core.device)

@@ -25,12 +25,6 @@ import runs
 from runs import UserError
 
 
-def read_demo(options: argparse.Namespace) -> readers.Raw:
-    """The embedded demo, its posters drawn into the data folder."""
-    rows, titles, images = demo.make_demo(options.out, options.seed)
-    return readers.Raw(readers.collect(enumerate(rows), options.out, user=0, item=1, time=2), titles, images, [])
-
-
 @dataclass
 class Sequences:
     """Users' items in order of time, end to end: user u's are items[start[u]:start[u + 1]]; items are rows."""
@@ -79,7 +73,8 @@ def build_sequences(
     kept_users, user_number = np.unique(users, return_inverse=True)
     images = [raw.images.get(item) for item in ids]
     counts |= {"users": len(kept_users), "items": len(ids), "interactions": len(users)}
-    counts["items_without_image"] = images.count(None)
+    counts |= {"items_left_out": len(raw.titles) - len(ids), "items_without_image": images.count(None)}
+    counts["images_that_are_links"] = sum(path is not None and path.is_symlink() for path in images)
     number_of = np.full(len(user_ids), -1)
     number_of[kept_users] = np.arange(len(kept_users))
     inside = (number_of[touched[0]] >= 0) & (row_of[touched[1]] >= 0)
@@ -238,22 +233,22 @@ def encode(options: argparse.Namespace) -> None:
 
     import mllm
 
-    items = runs.read_jsonl(options.out / "items.jsonl", ("item", "title", "image"), "run prepare_data.py")
+    items = runs.read_jsonl(options.out / "items.jsonl", runs.ITEM, "run prepare_data.py")
     titles = [item["title"] for item in items]
-    name = options.model
+    name, trust = options.model, options.trust_remote_code
     if name == mllm.TINY:
-        seed = runs.read_json(options.out / "manifest.json", "prepare the data first")["seed"]
+        seed = runs.read_json(options.out / "manifest.json", {"seed": int}, "prepare the data first")["seed"]
         with runs.replacing(options.out / "tiny") as beside:
             demo.build_tiny(beside, titles, seed)
         name = options.out / "tiny"
     pixels = options.max_pixels or (mllm.TINY_MAX_PIXELS if options.model == mllm.TINY else mllm.MAX_PIXELS)
     gpu = torch.cuda.is_available()
-    model = mllm.load_model(name, torch.bfloat16 if gpu else torch.float32).to("cuda" if gpu else "cpu")
-    tokenizer, processor = mllm.load_tokenizer(name), mllm.load_image_processor(name, pixels)
+    model = mllm.load_model(name, torch.bfloat16 if gpu else torch.float32, trust=trust).to("cuda" if gpu else "cpu")
+    tokenizer, processor = mllm.load_tokenizer(name, trust), mllm.load_image_processor(name, pixels, trust)
     paths = [options.out / item["image"] if item["image"] else None for item in items]
     gone = [path for path in paths if path and not path.exists()]
     if gone:
-        raise UserError(f"{len(gone)} images of items.jsonl are gone, the first is {gone[0]}; prepare the data again")
+        raise UserError(f"{len(gone)} images are not there, the first is {gone[0]}; mend its link, or prepare again")
     keep = options.tokens == "stored"
     if any(paths) and keep:
         mllm.check_disk(model, processor, [path for path in paths if path], pixels, options.out)
@@ -270,7 +265,7 @@ def encode(options: argparse.Namespace) -> None:
 FILES = ("items", "train", "val", "test", "sequences")
 OWN = {"images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
 # Options that do not shape the data files
-NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "show", "encode_only", "out")
+NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
 COLUMNS = {  # of --dataset csv and recbole, with their usual names
     "--user-column": "user; recbole: user_id",
     "--item-column": "item; recbole: item_id",
@@ -330,11 +325,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     kept = "live: image tokens are not kept, but made in each step of training, where they outgrow the disk [stored]"
     encoding.add_argument("--tokens", choices=["stored", "live"], default="stored", help=kept)
     encoding.add_argument("--encode-only", action="store_true", help="the data folder stands; only encode it")
+    runs.add_trust_option(encoding)
     shown = "print N rendered rows; a folder that stands is only shown"
     parser.add_argument("--show", type=runs.non_negative_int, default=0, metavar="N", help=shown)
     options = parser.parse_args(argv)
     options.out = options.out or Path("data") / options.dataset
-    options.encoded = options.out / "encoded" / options.model.strip("/").replace("/", "--")
+    inside = options.model.strip("/").replace("/", "--")
+    options.encoded = options.out / "encoded" / (inside if inside.strip(".") else Path(options.model).resolve().name)
     if not options.encode_only:
         check_source(options, parser)
     official, published = options.protocol == "official", options.dataset == "hanorec"
@@ -355,23 +352,25 @@ def show(options: argparse.Namespace) -> None:
     import packing
     import prompts
 
-    items = runs.read_jsonl(options.out / "items.jsonl", ("item", "title", "image"), "run prepare_data.py")
+    items = runs.read_jsonl(options.out / "items.jsonl", runs.ITEM, "run prepare_data.py")
     folders = [options.encoded, *sorted((options.out / "encoded").glob("*"))]  # of --model, else of any
     folder = next(path for path in folders if (path / "manifest.json").exists())
     catalogue = mllm.Catalogue(items, folder)
-    model = runs.read_json(folder / "manifest.json", "encode the data again")["backbone"]
+    model = runs.read_json(folder / "manifest.json", {"backbone": str}, "encode the data again")["backbone"]
     name = options.out / "tiny" if model == mllm.TINY else model
-    rendered = packing.load_prompts(name, catalogue)
-    for line in runs.read_jsonl(options.out / "train.jsonl", ("user",), "run prepare_data.py")[: options.show]:
+    rendered = packing.load_prompts(name, catalogue, trust=options.trust_remote_code)
+    for line in runs.read_jsonl(options.out / "train.jsonl", runs.ROW, "run prepare_data.py")[: options.show]:
         for task in ("rank", "yesno"):
-            tree = rendered.sft_tree(prompts.Row.of(line, catalogue.row_of), task)
-            print(f"\n--- user {line['user']}, {task}\n{rendered.show(tree)}")
+            text = rendered.show(rendered.sft_tree(prompts.Row.of(line, catalogue.row_of), task))
+            print(
+                f"\n--- user {runs.printable(line['user'])}, {task}", *map(runs.printable, text.split("\n")), sep="\n"
+            )
 
 
 def check_out(out: Path, dataset: str) -> None:
     """UserError where `out` holds another dataset, or something that is no data folder."""
     manifest = out / "manifest.json"
-    stands = runs.read_json(manifest, "choose another --out").get("source") if manifest.exists() else dataset
+    stands = runs.read_json(manifest, {}, "choose another --out").get("source") if manifest.exists() else dataset
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")}  # of what was cut off, at most
     foreign = not manifest.exists() and names - OWN
     if stands != dataset or foreign:
@@ -388,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     with runs.locked(options.out):
         if not options.encode_only:
             check_out(options.out, options.dataset)
-            raw = (readers.READERS | {"demo": read_demo})[options.dataset](options)
+            raw = (readers.READERS | {"demo": demo.read_demo})[options.dataset](options)
             data = build_sequences(raw, options.min_rating, options.min_interactions, options.drop_untitled)
             write_data(data, options, raw.files)
         encode(options)

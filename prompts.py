@@ -38,11 +38,22 @@ class Row:
     @classmethod
     def of(cls, line: dict, row_of: dict[str, int]) -> "Row":
         """A line of a split; PromptError where it names an item that items.jsonl has not."""
-        try:
-            history, candidates = ([row_of[item] for item in line[key]] for key in ("history", "candidates"))
-            return cls(line["user"], history, row_of[line["target"]], candidates, row_of[line["rejected"]])
-        except KeyError as error:
-            raise PromptError(f"user {line['user']}: {error} is not in items.jsonl; prepare the data again") from error
+        user = line["user"]
+        history, candidates = (item_rows(line[key], row_of, user) for key in ("history", "candidates"))
+        target, rejected = item_rows([line["target"], line["rejected"]], row_of, user)
+        if not history or target not in candidates or len(set(candidates)) < len(candidates):
+            raise PromptError(
+                f"user {user}: a row has a history, and its target once among its candidates; prepare the data again"
+            )
+        return cls(user, history, target, candidates, rejected)
+
+
+def item_rows(items: list, row_of: dict[str, int], user: str) -> list[int]:
+    """Ids as item rows; PromptError where items.jsonl has one not."""
+    unknown = [item for item in items if not isinstance(item, str) or item not in row_of]
+    if unknown:
+        raise PromptError(f"user {user}: {unknown[0]!r} is not in items.jsonl; prepare the data again")
+    return [row_of[item] for item in items]
 
 
 @dataclass
@@ -77,6 +88,8 @@ class Prompts:
         self.tokenizer, self.image_token, self.catalogue = tokenizer, image_token, catalogue
         self.candidate_images = candidate_images
         self.shortened: set[tuple[str, int]] = set()  # user, target: rows that lost history items to max_length
+        added = tokenizer.added_tokens_decoder
+        self.control = {image_token, *(number for number, token in added.items() if token.special)}
         mark = "\u2042"
         question = self._template([{"type": "text", "text": mark}])
         if question.count(mark) != 1:
@@ -120,7 +133,11 @@ class Prompts:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        if not self.control.isdisjoint(ids):
+            token = self.tokenizer.convert_ids_to_tokens(min(self.control.intersection(ids)))
+            raise PromptError(f"the tokenizer makes a control token, {token}, of the text {text!r}; change that title")
+        return ids
 
     def item(self, node: Node, row: int, image: bool) -> range:
         """Append an item's line, and its image after it; the offsets of the line's tokens are returned. The title comes

@@ -11,6 +11,8 @@ import html
 import itertools
 import json
 import math
+import re
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -47,6 +49,9 @@ class Interactions:
         self.ratings.append(rating)
 
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters
+
+
 @dataclass
 class Raw:
     """A dataset as its reader finds it. An item with an empty title is known but untitled."""
@@ -56,6 +61,13 @@ class Raw:
     images: dict[str, Path]
     files: list[Path]
     split: dict[str, str] = field(default_factory=dict)  # user to train, val or test, where the source has its own
+
+    def __post_init__(self):
+        texts = itertools.chain(self.found.user_codes, self.found.item_codes, self.titles, self.titles.values())
+        for text in texts:
+            if NO_TEXT.search(text):
+                names = " and ".join(map(str, self.files))
+                raise UserError(f"{names}: {text!r} is no text (UTF-16, perhaps); save the files as UTF-8")
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """users and items (codes by first appearance), times, ratings: [M] each, in input order."""
@@ -123,8 +135,28 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
                     if not isinstance(row, dict):
                         raise ValueError("not a JSON object")
                     yield number, row
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}, near line {number + 1}, cannot be read: {error}") from error
+
+
+def json_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """(line number, these fields as text) of a JSON Lines file; a field that is missing is empty."""
+    for number, row in json_rows(path):
+        try:
+            yield number, [field_text(row.get(name)) for name in names]
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+
+
+def field_text(value) -> str:
+    """A value of JSON or Parquet as a CSV would spell it; ValueError for one that holds others."""
+    if value is None or value != value:  # pandas writes NaN for what is missing
+        return ""
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"expected a text or a number, got {value}")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # ids in a column that also has nulls
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def header_of(rows: Iterator[tuple[int, list[str]]], path: Path) -> list[str]:
@@ -159,7 +191,7 @@ def collect(rows: Iterable[tuple[int, list]], path: Path, user: int, item: int, 
         try:
             when = moment(row[time]) if time is not None else 0.0
             found.add(row[user], row[item], when, float(row[rating]) if rating is not None else 1.0)
-        except (IndexError, ValueError, TypeError) as error:
+        except (IndexError, ValueError, OverflowError) as error:
             what = "user, item" + ", time" * (time is not None) + ", rating" * (rating is not None)
             raise UserError(f"{path}, line {number}: expected {what}, got {row} ({error})") from error
     if not found.users:
@@ -167,9 +199,9 @@ def collect(rows: Iterable[tuple[int, list]], path: Path, user: int, item: int, 
     return found
 
 
-def one_line(title) -> str:
+def one_line(title: str) -> str:
     """A title on one line: prompts hold one item a line."""
-    return " ".join(str(title or "").split())
+    return " ".join(title.split())
 
 
 def read_titles(path: Path, rows: Iterable[tuple[int, list[str]]], item: int, title: int, width: int) -> dict[str, str]:
@@ -241,7 +273,7 @@ def sequence_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         if len(row) != 2 or not row[0].strip() or not row[1].split():
             raise UserError(f"{path}, line {number}: expected a user, a tab, and items with spaces between, got {row}")
         for item in row[1].split():
-            yield number, [row[0], item]
+            yield number, [row[0].strip(), item]
 
 
 def read_microlens(options: argparse.Namespace) -> Raw:
@@ -265,15 +297,13 @@ def read_hanorec(options: argparse.Namespace) -> Raw:
     files = {split: only(options.source, f"{split}.tsv") for split in ("train", "val", "test")}
     found, owner = Interactions(), {}
     for split, path in files.items():
-        before = None
+        before = len(owner)
         for number, (user, item) in sequence_rows(path):
             if owner.setdefault(user, (split, number)) != (split, number):
-                raise UserError(
-                    f"{path}, line {number}: user {user} stands in {owner[user][0]}.tsv too; one row a user"
-                )
-            before = item
+                told = f"user {user} stands in {owner[user][0]}.tsv too"
+                raise UserError(f"{path}, line {number}: {told}; one row a user")
             found.add(user, item)
-        if before is None:
+        if len(owner) == before:
             raise UserError(f"{path} holds no interactions")
     names = only(options.source, "*_titles.csv")
     images = find_images(options.images, options.source, "images", "*_images", "covers")
@@ -286,13 +316,12 @@ def read_amazon(options: argparse.Namespace) -> Raw:
     meta = only(options.source, "meta_*.jsonl", "meta_*.jsonl.gz")
     category = meta.name.removeprefix("meta_").split(".jsonl")[0]
     reviews = only(options.source, f"{category}.jsonl", f"{category}.jsonl.gz")
-    fields = ("user_id", "parent_asin", "timestamp", "rating")
-    rows = ((number, [row.get(name, "") for name in fields]) for number, row in json_rows(reviews))
+    rows = json_fields(reviews, ("user_id", "parent_asin", "timestamp", "rating"))
     found = collect(rows, reviews, user=0, item=1, time=2, rating=3)
     titles = dict.fromkeys(found.item_codes, "")
-    for _, row in json_rows(meta):
-        if row.get("parent_asin") in titles:
-            titles[row["parent_asin"]] = one_line(html.unescape(row.get("title") or ""))
+    for _, (item, title) in json_fields(meta, ("parent_asin", "title")):
+        if item.strip() in titles:
+            titles[item.strip()] = one_line(html.unescape(title))
     return Raw(found, titles, find_images(options.images, options.source, "images"), [reviews, meta])
 
 
@@ -328,13 +357,6 @@ def read_recbole(options: argparse.Namespace) -> Raw:
     inter, item = only(options.source, "*.inter"), only(options.source, "*.item")
     titled = ("title", "movie_title", "name")
     return from_tables(options, inter, item, partial(text_rows, delimiter="\t", quotes=False), titled, suffix="_id")
-
-
-def field_text(value) -> str:
-    """A Parquet value as a CSV would spell it."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # ids in a column that also has nulls
-    return "" if value is None else value.decode() if isinstance(value, bytes) else str(value)
 
 
 def frame_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

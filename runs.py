@@ -3,13 +3,16 @@ accelerator."""
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,18 +25,49 @@ class UserError(ValueError):
     exit_code = 2
 
 
+def printable(text) -> str:
+    r"""Text from the data for a terminal: on one line, control characters and marks of direction escaped.
+
+    >>> printable("a\x1b[2Jb\u202ec\n")
+    'a\\x1b[2Jb\\u202ec\\n'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def unwritable(error: Exception) -> str | None:
+    """What is wrong with the disk, where that is what the error says, and which file it was."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # libraries in Rust keep the number in their text alone
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number not in UNWRITABLE:
+        return None
+    where = getattr(error, "filename", None) or ", ".join(getattr(error, "__notes__", ["a file"]))
+    return f"{where}: {os.strerror(number)}; make room or give leave to write there, or choose another folder"
+
+
+LONGEST_MESSAGE = 1000  # characters; a message may quote a line of a file, which may be of any length
+
+
 def one_line_errors(main: Callable) -> Callable:
-    """Wrap a script's main: an error that has an `exit_code` ends in one line on stderr and that code."""
+    """Wrap a script's main: an error that has an `exit_code`, or of a disk that is full or read-only, ends in one line
+    on stderr and that code."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a title may not be in the terminal's encoding
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except Exception as error:
-            code = getattr(error, "exit_code", None)
+            disk = unwritable(error)
+            code = UserError.exit_code if disk else getattr(error, "exit_code", None)
             if code is None:
                 raise
-            message = " ".join(str(error).split())
+            message = printable(" ".join((disk or str(error)).split()))
+            if len(message) > LONGEST_MESSAGE:
+                message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
             print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", file=sys.stderr, flush=True)
             raise SystemExit(code) from error
 
@@ -51,6 +85,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(beside, path)
+    except Exception as error:
+        error.add_note(str(path))
+        raise
     finally:
         if beside.is_dir():
             shutil.rmtree(beside)
@@ -68,31 +105,49 @@ def write_jsonl(path: Path, rows: Iterable) -> None:
         file.writelines((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
-def read_json(path: Path, remedy: str):
-    """The JSON value in `path`; UserError with the remedy where it is missing or broken."""
+# The fields of the files between stages that others read, and their types
+ITEM = {"item": str, "title": str, "image": (str, type(None))}
+ROW = {"user": str, "history": list, "target": str, "candidates": list, "rejected": str}
+RUN = {"stage": str, "options": dict, "data": str}
+RUN_OPTIONS = {"data": str, "model": str, "tasks": list, "max_length": int, "candidate_images": bool}
+RUN_OPTIONS |= {"blank_images": bool, "lora_rank": int, "lora_alpha": int, "lora_dropout": (int, float)}
+STAGES = {"sft": {"tune": str}, "dpo_hano": {"sft": str}}  # and of each stage alone
+
+
+def require(value, fields: dict, where: str, remedy: str) -> dict:
+    """`value`, an object that has these fields of these types; UserError with the remedy where it is none."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: no JSON object; {remedy}")
+    for name, kind in fields.items():
+        if name not in value:
+            raise UserError(f"{where}: no {name!r}; {remedy}")
+        if not isinstance(value[name], kind):
+            raise UserError(f"{where}: {name!r} cannot be {json.dumps(value[name])}; {remedy}")
+    return value
+
+
+def read_json(path: Path, fields: dict, remedy: str) -> dict:
+    """The JSON object in `path` with these fields (name to type); UserError where it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; {remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
+    return require(value, fields, str(path), remedy)
 
 
-def read_jsonl(path: Path, keys: Iterable[str], remedy: str) -> list[dict]:
-    """The rows of `path`, each with all `keys`; UserError names the line that is broken."""
+def read_jsonl(path: Path, fields: dict, remedy: str) -> list[dict]:
+    """The rows of `path`, each with these fields (name to type); UserError names the line that is broken."""
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-                if missing:
-                    raise UserError(f"{path}, line {number}: no {missing[0]!r}; {remedy}")
-                rows.append(row)
+                rows.append(require(json.loads(line), fields, f"{path}, line {number}", remedy))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; {remedy}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {len(rows) + 1}: not JSON ({error.msg}); {remedy}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}, line {len(rows) + 1}: not JSON ({error}); {remedy}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
     return rows
@@ -126,8 +181,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def weights_hash(run: Path) -> str:
-    """SHA-256 over the weight files that a run ended with."""
-    files = sorted([*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")])
+    """SHA-256 over the weight files that a run ended with, and what says how to read them."""
+    patterns = ("adapter/adapter_*", "model/*.safetensors", "model/config.json")
+    files = sorted(path for pattern in patterns for path in run.glob(pattern))
     return value_hash([file_hash(path) for path in files])
 
 
@@ -142,8 +198,8 @@ def check_out(out: Path, stage: str) -> None:
         raise UserError(f"{out} is a file, not a folder; choose another --out")
     if any(not path.name.startswith(".") for path in out.glob("*")):
         config = out / "config.json"
-        before = read_json(config, "choose another --out") if config.exists() else None
-        if not isinstance(before, dict) or before.get("stage") != stage:
+        before = read_json(config, {}, "choose another --out") if config.exists() else {}
+        if before.get("stage") != stage:
             raise UserError(f"{out} holds files but is no run folder of {stage}.py; choose another --out")
 
 
@@ -165,11 +221,16 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     run = Path(run)
     stages = tuple(stages)
     makers = " or ".join(f"{stage}.py" for stage in stages)
-    config = read_json(run / "config.json", f"give a run folder, as {makers} writes it")
-    if not isinstance(config, dict) or config.get("stage") not in stages:
+    remedy = f"give a run folder, as {makers} writes it"
+    config = read_json(run / "config.json", {}, remedy)
+    if config.get("stage") not in stages:
         raise UserError(f"{run} is no run of {makers}; give a run folder that it wrote")
     if not (run / "result.json").exists():
         raise UserError(f"{run} is not finished (no result.json); run {config['stage']}.py --out {run} again")
+    require(config, RUN, f"{run}/config.json", remedy)
+    require(config["options"], RUN_OPTIONS | STAGES[config["stage"]], f"{run}/config.json", remedy)
+    if config["options"]["tasks"] not in (["rank"], ["yesno"], ["rank", "yesno"]):
+        raise UserError(f"{run}/config.json: unknown tasks; {remedy}")
     return config
 
 
@@ -182,7 +243,7 @@ def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], sou
             setattr(options, name, taken[name])
     if taken and int(os.environ.get("RANK", 0)) == 0:
         shown = {name.replace("_", "-"): " ".join(v) if isinstance(v, list) else v for name, v in taken.items()}
-        print(f"from {source}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+        print(printable(f"from {source}: " + ", ".join(f"{name} {value}" for name, value in shown.items())))
 
 
 def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = False) -> Callable:
@@ -199,9 +260,15 @@ def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = F
     return parse
 
 
-positive_int, non_negative_int = bounded(int, 1), bounded(int, 0)
+positive_int, non_negative_int = bounded(int, 1, 2**31), bounded(int, 0, 2**31)
 positive_float, non_negative_float = bounded(float, 0, open_below=True), bounded(float, 0)
 probability = bounded(float, 0, 1)
+
+
+def add_trust_option(parser) -> None:
+    """--trust-remote-code. It is never inherited: a run folder may come from somebody else."""
+    told = "run the Python code that comes with the backbone; each command needs it anew"
+    parser.add_argument("--trust-remote-code", action="store_true", help=told)
 
 
 class Parser(argparse.ArgumentParser):

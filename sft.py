@@ -83,12 +83,12 @@ def trainable_model(options, data, accelerator):
     import packing
 
     if options.tune == "full":
-        model = mllm.load_model(data.source, torch.float32, options.attn)  # master weights; the forward may be bf16
+        model = mllm.load_model(data.source, torch.float32, options.attn, trust=data.trust)  # master weights
         for part in (model.get_decoder(), model.get_output_embeddings()):
             part.requires_grad_(True)
     else:
         dtype = mllm.pick_dtype(options.dtype, accelerator)
-        model = mllm.load_model(data.source, dtype, options.attn, options.quantize)
+        model = mllm.load_model(data.source, dtype, options.attn, options.quantize, data.trust)
         model = mllm.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     device = model.device if sharded else accelerator.device  # whole, a model to be sharded may not fit one
@@ -108,8 +108,8 @@ def save_weights(model, data, options) -> None:
     with runs.replacing(options.out / name) as beside:
         model.save_pretrained(beside)
         if options.tune == "full":
-            mllm.load_tokenizer(data.source).save_pretrained(beside)
-            mllm.load_image_processor(data.source, data.encoding["max_pixels"]).save_pretrained(beside)
+            mllm.load_tokenizer(data.source, data.trust).save_pretrained(beside)
+            mllm.load_image_processor(data.source, data.encoding["max_pixels"], data.trust).save_pretrained(beside)
 
 
 def take_step(model, micro: list, parameters, optimizer, schedule, accelerator):
@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     import mllm
     import packing
 
-    data = evaluate.Data(options.data, options.model, options.blank_images, options.images)
+    trust = options.trust_remote_code
+    data = evaluate.Data(options.data, options.model, options.blank_images, options.images, trust=trust)
     tiny = data.backbone == mllm.TINY
     options.model, options.tune = data.backbone, options.tune or ("full" if tiny else "lora")
     if options.quantize and options.tune == "full":

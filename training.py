@@ -39,6 +39,7 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     train.add_argument("--images", choices=["stored", "live"], help=where)
     train.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs")
     train.add_argument("--eval-limit", type=non_negative_int, help="validation rows an epoch; 0: all [0; tiny: 200]")
+    runs.add_trust_option(train)
     train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")
     train.add_argument("--seed", type=non_negative_int, default=42, help="of order, new weights, dropout, noise [42]")
 

@@ -21,7 +21,7 @@ IMPORTS = {
     "prompts": set(),
     "runs": set(),
     "training": {"runs"},
-    "demo": {"prompts"},
+    "demo": {"prompts", "readers"},
     "readers": {"runs"},
     "exchange": {"readers", "runs"},
     "prepare_data": {"mllm", "packing", "prompts", "runs", "demo", "readers"},

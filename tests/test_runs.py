@@ -98,13 +98,13 @@ def test_cosine_by_hand():
 def test_readers_name_file_line_and_remedy(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(runs.UserError, match=r"rows.jsonl does not exist; make it"):
-        runs.read_jsonl(path, ["a"], "make it")
+        runs.read_jsonl(path, {"a": int}, "make it")
     path.write_text('{"a": 1}\n{"b": 2}\n')
     with pytest.raises(runs.UserError, match=r"line 2: no 'a'; make it"):
-        runs.read_jsonl(path, ["a"], "make it")
+        runs.read_jsonl(path, {"a": int}, "make it")
     path.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(runs.UserError, match=r"line 2: not JSON"):
-        runs.read_jsonl(path, ["a"], "make it")
+        runs.read_jsonl(path, {"a": int}, "make it")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
