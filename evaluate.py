@@ -245,6 +245,8 @@ def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, bat
         found += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))
     found = gather_object(found) if world > 1 else found
     logps = np.array([values for _, values in sorted(found)])
+    if not np.isfinite(logps).all():
+        raise UserError("the model's scores are no numbers: its weights diverged; train with a lower --lr")
     count = len(rows[0].candidates)
     scores = logps[:, :count] if "rank" in tasks else None
     yes = (logps[:, -2 * count :: 2] - logps[:, -2 * count + 1 :: 2]) if "yesno" in tasks else None

@@ -261,7 +261,7 @@ def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = F
 
 
 positive_int, non_negative_int = bounded(int, 1, 2**31), bounded(int, 0, 2**31)
-positive_float, non_negative_float = bounded(float, 0, open_below=True), bounded(float, 0)
+positive_float, non_negative_float = bounded(float, 0, 1e36, open_below=True), bounded(float, 0, 1e36)
 probability = bounded(float, 0, 1)
 
 

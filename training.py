@@ -148,7 +148,8 @@ class Log:
         (step, values, rate, names, due), self.pending = self.pending, None
         for name in ("loss", "grad_norm"):
             if not math.isfinite(value := float(values[name])):
-                raise UserError(f"{name} is {value} at step {step} ({names()}); lower {rate}")
+                kept = f"the weights of step {self.best['step']} stay" if "step" in self.best else "none were kept yet"
+                raise UserError(f"{name} is {value} at step {step} ({names()}); lower {rate}; {kept}")
         if due:
             unit = "pairs" if self.stage == "dpo_hano" else "samples"
             speed = {f"{unit}_per_second": self.samples / (time.perf_counter() - self.began)}
