@@ -109,7 +109,10 @@ class Prompts:
         messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else []
         if not self.tokenizer.chat_template:
             raise PromptError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no chat template")
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        except Exception as error:  # a template is a program
+            raise PromptError(f"the chat template of '{self.tokenizer.name_or_path}' fails: {error}") from error
 
     def _wrapper(self, before: str, mark: str, image_text: tuple[str, str] | None) -> list[int]:
         """The tokens that the chat template and the model's processor make of an image, one image token among them."""

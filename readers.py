@@ -136,7 +136,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
                         raise ValueError("not a JSON object")
                     yield number, row
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path}, near line {number + 1}, cannot be read: {error}") from error
+        raise UserError(f"{path}, near line {max(number, 1)}, cannot be read: {error}") from error
 
 
 def json_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:

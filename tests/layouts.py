@@ -1,0 +1,99 @@
+"""A small dataset written in every layout that prepare_data.py reads; also the material that tests/fuzz.py spoils."""
+
+import gzip
+import json
+
+from PIL import Image
+
+USERS = [f"u{number}" for number in range(12)]
+ITEMS = [f"i{number}" for number in range(24)]
+TITLES = {item: f'Film "{item}", the' for item in ITEMS} | {"i3": "Equal", "i4": "Equal", "i5": "Emoji 😀 é"}
+LAYOUTS = "movielens-csv movielens-dat microlens-tsv microlens-csv hanorec amazon amazon-gz recbole csv tsv parquet"
+LAYOUTS = LAYOUTS.split()
+LENGTH = 8  # interactions of a user
+
+
+def interactions():
+    """(user, item, time, rating), users one after another, in order of time."""
+    return [
+        (user, ITEMS[(5 * number + 2 * step) % 24], 1000 + step, step % 5 + 1)
+        for number, user in enumerate(USERS)
+        for step in range(LENGTH)
+    ]
+
+
+def table(header, rows, delimiter=",", quote=True):
+    def field(value):
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if quote and (delimiter in text or '"' in text) else text
+
+    lines = [delimiter.join(map(field, row)) for row in ([header] if header else []) + [list(row) for row in rows]]
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def sequences(rows, users):
+    return "".join(f"{user}\t{' '.join(row[1] for row in rows if row[0] == user)}\n" for user in users).encode()
+
+
+def draw(folder, ending=".jpg"):
+    folder.mkdir(parents=True)
+    for number, item in enumerate(ITEMS[1:]):
+        Image.new("RGB", (30, 30), (10 * number, 99, 0)).save(folder / f"{item}{ending}")
+
+
+def write(layout, folder, images=False):
+    """Write the dataset to `folder`; the options of prepare_data.py that read it."""
+    rows, name = interactions(), layout.split("-")[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    titles, by_rating = list(TITLES.items()), [(u, i, r, t) for u, i, t, r in rows]
+    files, pictures = {}, "images"
+    if layout == "movielens-csv":
+        files["ratings.csv"] = table(["userId", "movieId", "rating", "timestamp"], by_rating)
+        files["movies.csv"] = table(["movieId", "title", "genres"], [(*row, "Drama") for row in titles])
+        pictures = "posters"
+    elif layout == "movielens-dat":
+        files["ratings.dat"] = table(None, by_rating, "::", quote=False)
+        files["movies.dat"] = table(None, [(*row, "Drama") for row in titles], "::", quote=False)
+        pictures = "posters"
+    elif layout == "hanorec":
+        for split, users in (("train", USERS[:8]), ("val", USERS[8:10]), ("test", USERS[10:])):
+            files[f"{split}.tsv"] = sequences(rows, users)
+        files["Netflix_titles.csv"] = table(None, titles)
+    elif name == "microlens":
+        files["Small_pairs.tsv"] = sequences(rows, USERS)
+        if layout == "microlens-csv":
+            files = {"Small_pairs.csv": table(["user", "item", "timestamp"], [row[:3] for row in rows])}
+        files["Small_titles.csv"] = table(["item", "title"], titles)
+        pictures = "Small_covers"
+    elif name == "amazon":
+        fields = ("user_id", "parent_asin", "timestamp", "rating")
+        meta = [{"parent_asin": item, "title": title} for item, title in titles]
+        for stem, lines in (("Beauty", [dict(zip(fields, row, strict=True)) for row in rows]), ("meta_Beauty", meta)):
+            text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            zipped = layout == "amazon-gz"
+            files[f"{stem}.jsonl" + ".gz" * zipped] = gzip.compress(text) if zipped else text
+    elif layout == "recbole":
+        header = ["user_id:token", "item_id:token", "timestamp:float", "rating:float"]
+        files["small.inter"] = table(header, rows, "\t", quote=False)
+        files["small.item"] = table(["item_id:token", "title:token_seq"], titles, "\t", quote=False)
+    else:
+        for stem, header, lines in (
+            ("log", ["user", "item", "timestamp", "rating"], rows),
+            ("items", ["item", "title"], titles),
+        ):
+            if layout == "parquet":
+                import pyarrow
+                from pyarrow import parquet
+
+                columns = {name: [row[at] for row in lines] for at, name in enumerate(header)}
+                parquet.write_table(pyarrow.table(columns), folder / f"{stem}.parquet")
+            else:
+                files[f"{stem}.{layout}"] = table(header, lines, "\t" if layout == "tsv" else ",")
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    if images:
+        draw(folder / pictures)
+    if layout not in ("csv", "tsv", "parquet"):
+        return ["--dataset", name, "--source", str(folder)]
+    found = ["--interactions", str(folder / f"log.{layout}"), "--items", str(folder / f"items.{layout}")]
+    return ["--dataset", "csv", *found, *(["--images", str(folder / pictures)] if images else [])]
