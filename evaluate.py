@@ -170,15 +170,15 @@ class Data:
         """The lines of a file of the data folder that is as it was prepared."""
         path = self.folder / f"{name}.jsonl"
         found = runs.read_jsonl(path, fields, self.again)
-        if self.manifest["files"].get(path.name) != runs.file_hash(path):
-            raise UserError(f"{path} is not what manifest.json lists; {self.again}")
+        if not found or self.manifest["files"].get(path.name) != runs.file_hash(path):
+            raise UserError(f"{path} is empty, or not what manifest.json lists; {self.again}")
         return found
 
     def rows(self, split: str, limit: int = 0) -> list:
         """The rows of train, val or test; the first `limit` where that is not 0."""
         lines = self.lines(split, runs.ROW)
         if len({len(line["candidates"]) for line in lines}) != 1:
-            raise UserError(f"{self.folder / split}.jsonl has no rows, or lists of several lengths; {self.again}")
+            raise UserError(f"{self.folder / split}.jsonl has candidates of several lengths; {self.again}")
         return [Row.of(line, self.catalogue.row_of) for line in (lines[:limit] if limit else lines)]
 
     def sequences(self) -> dict[str, list[int]]:

@@ -97,3 +97,18 @@ def write(layout, folder, images=False):
         return ["--dataset", name, "--source", str(folder)]
     found = ["--interactions", str(folder / f"log.{layout}"), "--items", str(folder / f"items.{layout}")]
     return ["--dataset", "csv", *found, *(["--images", str(folder / pictures)] if images else [])]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_rows(out):
+    """What must hold of every data folder, whatever it was made of."""
+    titles = {item["item"]: item["title"] for item in lines(out / "items.jsonl")}
+    assert all(title and title == " ".join(title.split()) for title in titles.values())
+    for row in [row for name in ("train", "val", "test") for row in lines(out / f"{name}.jsonl")]:
+        names = [titles[item] for item in row["candidates"]]
+        assert len(set(names)) == len(names) > 1 and row["target"] in row["candidates"]
+        assert row["history"] and row["target"] not in row["history"] and row["rejected"] != row["target"]
+        assert not set(row["history"]) & (set(row["candidates"]) - {row["target"]})

@@ -14,7 +14,7 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from layouts import ITEMS, TITLES, table
+from layouts import ITEMS, TITLES, lines, table
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -42,10 +42,6 @@ def refused(capsys, main, *argv):
     assert stop.value.code == 2 and len(said) == 1, said
     assert all(c.isprintable() for c in said[0]) and len(said[0]) < 1200
     return said[0]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,17 +178,6 @@ RAW |= {
 }  # fmt: skip
 
 
-def check_rows(out):
-    """What must hold of every data folder, whatever it was made of."""
-    titles = {item["item"]: item["title"] for item in lines(out / "items.jsonl")}
-    assert all(title and title == " ".join(title.split()) for title in titles.values())
-    for row in [row for name in ("train", "val", "test") for row in lines(out / f"{name}.jsonl")]:
-        names = [titles[item] for item in row["candidates"]]
-        assert len(set(names)) == len(names) > 1 and row["target"] in row["candidates"]
-        assert row["history"] and row["target"] not in row["history"] and row["rejected"] != row["target"]
-        assert not set(row["history"]) & (set(row["candidates"]) - {row["target"]})
-
-
 @pytest.mark.parametrize("name", RAW)
 def test_raw_files(name, tmp_path, monkeypatch, capsys):
     layout, edit, options, expected = RAW[name]
@@ -217,7 +202,7 @@ def test_raw_files(name, tmp_path, monkeypatch, capsys):
         prepare_data.main([str(word) for word in argv])
         counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
         assert counts.items() >= expected.items()
-    check_rows(tmp_path / "data")
+    layouts.check_rows(tmp_path / "data")
     images = [item["image"] for item in lines(tmp_path / "data" / "items.jsonl") if item["image"]]
     assert all(os.path.dirname(image) == "../raw/images" for image in images)
 
@@ -399,7 +384,7 @@ TYPES = {  # file, change, a word of the error
     "fewer candidates": ("val.jsonl", lambda row: row | {"candidates": [row["target"]]}, "several lengths"),
     "unknown items of a sequence": ("sequences.jsonl", set_(items=["nothing"]), "'nothing' is not in items.jsonl"),
     "options that are a list": ("manifest.json", set_(options=[]), "'options' cannot be []"),
-    "files that are not listed": ("manifest.json", set_(files={}), "is not what manifest.json lists"),
+    "files that are not listed": ("manifest.json", set_(files={}), "not what manifest.json lists"),
     "a backbone that is a number": ("encoded/tiny/manifest.json", set_(backbone=1), "'backbone' cannot be 1"),
     "a backbone that is not there": ("encoded/tiny/manifest.json", set_(backbone="no/such"), "cannot be loaded"),
     "pixels that are a string": ("encoded/tiny/manifest.json", set_(max_pixels="9"), "'max_pixels' cannot be"),

@@ -481,7 +481,7 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     shutil.copytree(prepared, stale)
     with open(stale / "items.jsonl", "a") as file:
         file.write('{"item": "new", "title": "New", "image": null}\n')
-    assert "is not what manifest.json lists; prepare it" in refused(capsys, sft.main, "--data", stale, *out)
+    assert "not what manifest.json lists; prepare it" in refused(capsys, sft.main, "--data", stale, *out)
     error = refused(capsys, sft.main, "--data", prepared, *out, "--batch-size", 100000)
     assert "do not fill a step" in error
     assert "tokens with one history item; raise --max-length" in refused(
