@@ -107,6 +107,7 @@ def check_rows(out):
     """What must hold of every data folder, whatever it was made of."""
     titles = {item["item"]: item["title"] for item in lines(out / "items.jsonl")}
     assert all(title and title == " ".join(title.split()) for title in titles.values())
+    assert not any("\0" in text for item in titles.items() for text in item)
     for row in [row for name in ("train", "val", "test") for row in lines(out / f"{name}.jsonl")]:
         names = [titles[item] for item in row["candidates"]]
         assert len(set(names)) == len(names) > 1 and row["target"] in row["candidates"]

@@ -56,6 +56,25 @@ def test_import_tree():
     assert names == (REQUIRED - {"PIL"}) | {"pillow"}
 
 
+def test_nothing_is_unpickled_evaluated_or_given_to_a_shell():
+    """JSON and safetensors only, and no process started."""
+    for path in ROOT.glob("*.py"):
+        assert not set(imported(path)) & {"pickle", "marshal", "shelve", "dill", "joblib", "subprocess", "pty"}, (
+            path.name
+        )
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called, options = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), path.name
+            assert not re.match(r"os\.(exec|spawn)", called), path.name
+            assert called != "torch.load" or options.get("weights_only") == "True", path.name
+            assert not called.endswith(("np.load", "numpy.load")) or "allow_pickle" not in options, path.name
+            assert options.get("trust_remote_code", "trust") == "trust", path.name
+            if called.startswith("Auto") and called.endswith(".from_pretrained"):
+                assert "trust_remote_code" in options or "further" in ast.unparse(node), path.name
+
+
 def test_sizes():
     for path in ROOT.glob("*.py"):
         limit = 250 if path.stem == "hanorec_loss" else 400
