@@ -200,10 +200,9 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
         distinct = (titles[:, 1:] != titles[:, :-1]).all(axis=1)  # no two candidates share a title
         targets[name] = at[distinct]
         data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())
-    empty = [name for name, at in targets.items() if not len(at)]
-    if empty:
-        told = f"no {empty[0]} rows come of {len(data.user_ids)} users, split {options.split}"
-        raise UserError(f"{told}; more users, or longer ones, are needed")
+    for name, at in targets.items():
+        if not len(at):
+            raise UserError(f"no {name} rows come of {len(data.user_ids)} users, split {options.split}; add users")
     (options.out / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(options.out / "encoded", ignore_errors=True)  # of the data that stood here
     images = [os.path.relpath(path, options.out) if path else None for path in data.images]

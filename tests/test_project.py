@@ -23,9 +23,10 @@ IMPORTS = {
     "training": {"runs"},
     "demo": {"prompts", "readers"},
     "readers": {"runs"},
+    "metrics": set(),
     "exchange": {"readers", "runs"},
     "prepare_data": {"mllm", "packing", "prompts", "runs", "demo", "readers"},
-    "evaluate": {"mllm", "packing", "prompts", "runs", "exchange"},
+    "evaluate": {"metrics", "mllm", "packing", "prompts", "runs", "exchange"},
     "sft": {"mllm", "packing", "runs", "training", "evaluate"},
     "dpo_hano": {"mllm", "packing", "runs", "training", "evaluate", "hanorec_loss"},
 }
