@@ -181,9 +181,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def weights_hash(run: Path) -> str:
-    """SHA-256 over the weight files that a run ended with, and what says how to read them."""
-    patterns = ("adapter/adapter_*", "model/*.safetensors", "model/config.json")
-    files = sorted(path for pattern in patterns for path in run.glob(pattern))
+    """SHA-256 over the weight files that a run ended with."""
+    files = sorted([*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")])
     return value_hash([file_hash(path) for path in files])
 
 
