@@ -1,12 +1,13 @@
 # make demo: the four commands with their defaults, ending in the results table. make test: style and tests.
-# make fuzz: ten thousand spoilt inputs to every reader. All make .venv and install into it what they need.
+# make fuzz: ten thousand spoilt inputs to every reader. make bench: this project against TRL, into bench/RESULTS.md.
+# All make .venv and install into it what they need.
 
 PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fuzz clean
+.PHONY: demo test fuzz bench clean
 
 demo: .venv/installed
 	$(BIN)/python prepare_data.py
@@ -22,6 +23,10 @@ test: .venv/installed
 
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py --inputs 10000
+
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -r bench/requirements.txt
+	$(BIN)/python bench/run.py
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,93 @@
+"""A DPO step against TRL's DPOTrainer: python bench/dpo_step.py [--json FILE]
+
+Both compute the ranking pairs of the same rows with the same LoRA, loaders included; first their losses are shown to be
+the same. Ours is HaNoRec as dpo_hano.py trains it (noise, hardness, responsiveness), which is more than DPO.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import measure
+import ours
+import torch
+import trl_side
+import workload
+
+import hanorec_loss
+
+BATCH, STEPS = 4, 3  # pairs in a step; steps in a turn
+CASES = [("scaled", 112), ("scaled", 224), ("demo", 112), ("demo", 224)]
+
+
+def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
+    """Both losses of the first pairs, LoRA drawn alike in both; plain DPO."""
+    for model in (steps.packed, trainer.model):
+        ours.randomize(model)
+    chosen = list(range(batch))
+    inputs, reference, hardness = steps.micro(chosen)
+    examples = trainer.data_collator([trainer.train_dataset[n] for n in chosen])
+    assert trl_side.same_tokens(examples, [steps.pairs[n]() for n in chosen]), "the two systems read other tokens"
+    with torch.no_grad():
+        logps = steps.packed(inputs).view(-1, 2)
+        losses, _ = hanorec_loss.hanorec_loss(*logps.T, *reference.T, hardness, ours.BETA, 1.0)
+        theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(examples))
+    return {"ours": float(losses.mean()), "TRL": float(theirs)}
+
+
+def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, size=STEPS, batch=BATCH, **trl) -> dict:
+    """The result row of one shape at one image size. size: steps in a turn. trl: further settings of TRL's."""
+    work, core = workload.make(folder, shape, side, 64, device=device, dtype=dtype)
+    flops = measure.floor(core, [pair() for pair in work.pairs()], training=True) * batch / len(work.rows)
+    steps = ours.Dpo(work, ours.trainable(core), batch)
+    turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
+    trainer, losses, loader = None, None, {"ours": measure.timed(lambda: steps.micro([*range(batch)]))}
+    if trl_side.installed():
+        other = workload.load(folder, device, dtype)
+        trainer = trl_side.dpo_trainer(work, other, batch, turns.steps, device, **trl)
+        trainer.add_callback(trl_side.between(turns))
+        losses = same_loss(steps, trainer, batch)
+        loader["TRL"] = measure.timed(lambda: trainer.data_collator([trainer.train_dataset[n] for n in range(batch)]))
+    turns.run(trainer)
+    mine, theirs, rate = turns.summaries()
+    others = {"TRL": theirs} if trainer else {}
+    once = mine["median"] + batch * steps.reference_seconds / 5  # the paper trains 5 epochs
+    return measure.result(
+        "DPO step",
+        f"{shape}, {side} px, batch {batch}",
+        "s per step",
+        mine,
+        others,
+        goal=6,
+        losses=losses,
+        flops=flops,
+        rate=rate,
+        floor=measure.percents(flops, {"ours": mine, **others}, rate),
+        with_reference=once,
+        loader=loader,
+        encode=work.encode_seconds,
+        weights=measure.weights(core),
+        memory=turns.memory(core),
+        per_step=batch,
+    )
+
+
+def refusal(folder: Path) -> str:
+    return trl_side.refusal(*workload.make(folder, "demo", 112, rows=4))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    measure.threads()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for shape, side in CASES:
+            rows.append(compare(Path(name) / shape, shape, side))
+        answer = refusal(Path(name) / "demo")
+    measure.save(options.json, {"rows": rows, "precomputed_reference": answer})
+
+
+if __name__ == "__main__":
+    main()

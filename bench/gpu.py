@@ -1,0 +1,113 @@
+"""Qwen2.5-VL-3B at full size on one GPU, against TRL on the same card: python bench/gpu.py [--json FILE]
+
+Random weights from the config, bf16, histories of 5 posters of 262,144 pixels, ten candidates, LoRA, no gradient
+checkpointing. Prints one table: pairs or rows a second, percentage of the card's own matrix rate, peak memory. TRL's
+loader gets worker processes, and TRL the better of two settings, autocast (its default) or none, as its DPO step shows.
+Nothing is downloaded; without TRL its columns stay empty. Each part is a process of its own, so that one that fails
+leaves the others.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import dpo_step
+import evaluation
+import measure
+import sft_step
+import torch
+import trl_side
+
+SIDE = 512  # x 512 = 262,144 pixels, which Qwen rounds to 504 x 504: 324 tokens
+STEPS = 2  # in a turn
+PARTS = {"dpo": 4, "sft ranking": 4, "sft ranking and Yes/No": 4, "evaluation": None}  # goals against TRL
+HEAD = ("", "per s", "TRL's", "ratio", "goal", "% of matrix rate", "TRL's %", "peak GiB", "TRL's GiB", "ratio (goal 2)")
+
+
+def part(name: str, shape: str, side: int, device: str, dtype, autocast: bool) -> dict:
+    """The result row of one part. A DPO step takes 4 pairs, or as many as both systems can hold."""
+    trl = {"bf16": autocast, "dataloader_num_workers": min(8, (os.cpu_count() or 2) // 2)}
+    shared = {"device": device, "dtype": dtype}
+    for batch in (4, 2, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                if name == "evaluation":
+                    return evaluation.compare(Path(folder), shape, side, **shared)
+                if name == "dpo":
+                    return dpo_step.compare(Path(folder), shape, side, **shared, size=STEPS, batch=batch, **trl)
+                case = name.removeprefix("sft ")
+                return sft_step.compare(Path(folder), shape, side, case, **shared, size=STEPS, **trl)
+            except torch.OutOfMemoryError:
+                if name != "dpo" or batch == 1:
+                    raise
+        torch.cuda.empty_cache()
+    raise AssertionError("not reached")
+
+
+def run_part(name: str, autocast: bool) -> dict | str:
+    """The result row of one part, computed in a process of its own, or the last line of its error."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--part", name, "--json", str(path)] + ["--autocast"] * autocast
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.stderr.write(done.stderr[-4000:])
+            return (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return json.loads(path.read_text())["rows"][0]
+
+
+def table_rows(name: str, row: dict | str) -> list[list[str]]:
+    """A line for each system that a part was compared with, at least one."""
+    if isinstance(row, str):
+        return [[name, f"failed: {row}", *[""] * (len(HEAD) - 2)]]
+    lines, memory = [], row.get("memory") or {}
+    peak = {system: f"{memory['weights'] + memory[system]['median']:.1f}" for system in memory if system != "weights"}
+    for other in row["others"] or {"": None}:
+        cells = dict.fromkeys(HEAD, "")
+        cells[""] = f"{name}, {row['case']}" + f", against {other}" * (other not in ("TRL", ""))
+        cells |= {"per s": f"{row['per_step'] / row['ours']['median']:.2f}", "goal": str(PARTS[name] or "")}
+        cells |= {"% of matrix rate": f"{row['floor']['ours']:.1f}", "peak GiB": peak.get("ours", "")}
+        if other:
+            cells |= {"TRL's": f"{row['per_step'] / row['others'][other]['median']:.2f}"}
+            cells |= {"ratio": f"{row['ratios'][other]:.2f}", "TRL's %": f"{row['floor'][other]:.1f}"}
+        if "TRL" in peak:
+            cells |= {"TRL's GiB": peak["TRL"], "ratio (goal 2)": f"{float(peak['TRL']) / float(peak['ours']):.2f}"}
+        lines.append(list(cells.values()))
+    return lines
+
+
+def table(rows: dict[str, dict | str]) -> str:
+    lines = [HEAD, ["---"] * len(HEAD), *(line for name, row in rows.items() for line in table_rows(name, row))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", choices=PARTS, help="one process's part")
+    parser.add_argument("--autocast", action="store_true", help="TRL's bf16=True in that part")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench/gpu.py: this machine has no CUDA device, so nothing was measured", file=sys.stderr)
+        return 2
+    if options.part:
+        row = part(options.part, "full", SIDE, "cuda", torch.bfloat16, options.autocast)
+        measure.save(options.json, {"rows": [row]})
+        return 0
+    found = {autocast: run_part("dpo", autocast) for autocast in ([True, False] if trl_side.installed() else [False])}
+    rows = {autocast: row for autocast, row in found.items() if not isinstance(row, str)}
+    autocast = min(rows, key=lambda value: rows[value]["others"]["TRL"]["median"]) if len(rows) > 1 else False
+    rows = {"dpo": found[autocast]} | {name: run_part(name, autocast) for name in PARTS if name != "dpo"}
+    facts = measure.machine("cuda")
+    print(f"{facts['machine']['gpu']}, {facts['versions']}, TRL with{'out' * (not autocast)} autocast\n\n{table(rows)}")
+    if options.json:
+        measure.save(options.json, {**facts, "autocast": autocast, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""This project's training steps, as the loops of dpo_hano.py and sft.py take them: collate, step, read the loss."""
+
+import itertools
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import workload  # noqa: F401 (puts the project on the path)
+
+import dpo_hano
+import mllm
+import packing
+import runs
+import sft
+import training
+
+BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's; LoRA's dropout is 0 so that both systems compute the same
+
+
+def trainable(core, pack: bool = True, seed: int = 1) -> packing.PackedMLLM:
+    """The backbone with a fresh LoRA on its language model."""
+    return packing.PackedMLLM(mllm.add_lora(core, RANK, ALPHA, 0.0, seed), pack)
+
+
+def randomize(model, seed: int = 2, std: float = 0.05) -> None:
+    """Draw LoRA's matrices, in the order of names: off its start, where its B is zero and every DPO loss is log 2."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator).mul(std).to(weight)
+
+
+class Steps:
+    """What both stages' loops share: batches in training order, optimizer, schedule."""
+
+    def __init__(self, work, packed, batch: int, rows: int, seed: int = 42):
+        self.work, self.accelerator = work, runs.start_accelerator()
+        self.packed = packed.to(self.accelerator.device)
+        self.parameters = [p for p in packed.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01)
+        self.schedule = training.cosine(optimizer, 10_000)
+        self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
+        shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}
+        self.batches = training.micro_batches(len(work.rows), rows, batch, 1, **shape)
+        self.numbers = itertools.count(1)
+
+    def collate(self, trees) -> dict[str, torch.Tensor]:
+        return self.packed.collate(trees, self.work.catalogue)
+
+
+class Dpo(Steps):
+    """plain: DPO itself (no hardness, no responsiveness, no noise), as TRL computes it; else HaNoRec."""
+
+    def __init__(self, work, packed, batch: int, plain: bool = False):
+        super().__init__(work, packed, batch, 1)
+        self.pairs = work.pairs()
+        self.options = SimpleNamespace(beta=BETA, sigma=0.0 if plain else 0.05, noise="relative", seed=42)
+        self.eta = 1.0 if plain else None
+        self.hardness = torch.ones(len(self.pairs))
+        everything, began = list(range(len(self.pairs))), time.perf_counter()
+        folder = work.folder / f"reference{work.max_pixels}"
+        self.reference = dpo_hano.reference_logps(
+            self.packed, work, self.pairs, everything, "key", folder, self.accelerator
+        )
+        self.reference_seconds = (time.perf_counter() - began) / len(self.pairs)
+
+    def micro(self, chosen: list[int]) -> tuple:
+        device = self.accelerator.device
+        batch = {k: v.to(device) for k, v in self.collate([self.pairs[n]() for n in chosen]).items()}
+        return batch, self.reference[chosen].to(device), self.hardness[chosen].to(device)
+
+    def step(self) -> float:
+        micro = [self.micro(chosen) for chosen in next(self.batches)]
+        metrics = dpo_hano.take_step(
+            next(self.numbers), micro, self.model, self.packed, self.optimizer, self.schedule, self.eta, self.options,
+            self.accelerator,
+        )  # fmt: skip
+        return float(metrics["loss"])
+
+
+class Sft(Steps):
+    def __init__(self, work, packed, batch: int, tasks=("rank", "yesno")):
+        super().__init__(work, packed, batch, len(tasks))
+        builds = [partial(work.prompts.sft_tree, task=task) for task in tasks]
+        self.answers = [partial(work.prompts.fitting, build, row, 100_000) for row in work.rows for build in builds]
+
+    def step(self) -> float:
+        self.model.train()
+        micro = [self.collate([self.answers[n]() for n in chosen]) for chosen in next(self.batches)]
+        loss, _ = sft.take_step(self.model, micro, self.parameters, self.optimizer, self.schedule, self.accelerator)
+        return float(loss)

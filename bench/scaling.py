@@ -1,0 +1,125 @@
+"""How a DPO step, encoding and HaRS's neighbours grow with their sizes: python bench/scaling.py [--json FILE]"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import measure
+import ours
+import torch
+import workload
+
+import hanorec_loss
+import mllm
+
+SHAPE, SIDE, STEPS = "scaled", 112, 2
+HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)
+IMAGES = 16
+NEIGHBOURS = (41_081, 2_048)  # items of MicroLens, width of Qwen2.5-VL-3B
+
+
+def row(table: str, case: str, unit: str, ours: dict, **further) -> dict:
+    return measure.result(table, case, unit, ours, {}, **further)
+
+
+def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int]:
+    """(seconds of a step, tokens of a packed row)."""
+    work, core = workload.make(folder, SHAPE, SIDE, rows=32, history=history)
+    steps = ours.Dpo(work, ours.trainable(core), batch)
+    (found,), _ = measure.alternating(lambda: [steps.step() for _ in range(STEPS)])
+    tokens = sum(len(node.ids) for node in steps.pairs[0]())
+    return {name: value / STEPS if name != "runs" else value for name, value in found.items()}, tokens
+
+
+def histories(folder: Path) -> list[dict]:
+    found = []
+    for history in HISTORIES:
+        seconds, tokens = dpo_seconds(folder / f"history{history}", history, 4)
+        found.append(row("Scaling: history", f"{history} items, {tokens} tokens", "s per step of 4", seconds))
+    return found
+
+
+def batches(folder: Path) -> list[dict]:
+    found = []
+    for batch in BATCHES:
+        seconds, _ = dpo_seconds(folder / f"batch{batch}", 5, batch)
+        pairs = batch / seconds["median"]
+        found.append(row("Scaling: batch", f"{batch} pairs", "s per step", seconds, pairs_per_second=pairs))
+    return found
+
+
+def processes(folder: Path) -> list[dict]:
+    """Data-parallel training of 4 pairs a process, as accelerate launches it on a CPU."""
+    found = []
+    for count in PROCESSES:
+        shared = folder / f"processes{count}"
+        launch = [sys.executable, "-m", "accelerate.commands.launch"]
+        launch += ["--multi_gpu"] if count > 1 else ["--cpu"]
+        launch += ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
+        launch += ["--dynamo_backend", "no", __file__, "--worker", str(shared)]
+        environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if count > 1 else {})
+        subprocess.run(launch, check=True, env=environment, capture_output=True)
+        seconds = json.loads((shared / "seconds.json").read_text())
+        pairs = 4 * count / seconds["median"]
+        case = f"{count} process{'es' * (count > 1)}"
+        found.append(row("Scaling: processes", case, f"s per step of {4 * count}", seconds, pairs_per_second=pairs))
+    return found
+
+
+def worker(shared: Path) -> None:
+    """One process's part; every process reads the references that the first one wrote."""
+    folder = shared / os.environ.get("RANK", "0")
+    work, core = workload.make(folder, SHAPE, SIDE, rows=32)
+    work.folder = shared
+    steps = ours.Dpo(work, ours.trainable(core), 4)
+    (found,), _ = measure.alternating(lambda: [steps.step() for _ in range(STEPS)])
+    if steps.accelerator.is_main_process:
+        seconds = {name: value / STEPS if name != "runs" else value for name, value in found.items()}
+        (shared / "seconds.json").write_text(json.dumps(seconds))
+
+
+def encoding(folder: Path) -> list[dict]:
+    """Seconds per image, from the file to the stored tokens."""
+    found = []
+    for side in SIDES:
+        work, core = workload.make(folder / f"encode{side}", SHAPE, side, rows=1)
+        tools = core, mllm.load_tokenizer(work.folder), mllm.load_image_processor(work.folder, work.max_pixels)
+        items = work.catalogue.titles[:IMAGES], work.paths[:IMAGES]
+        (seconds,), _ = measure.alternating(partial(mllm.encode_items, *tools, *items, work.folder))
+        seconds = {name: value / IMAGES if name != "runs" else value for name, value in seconds.items()}
+        tokens = work.catalogue.image_length(0)
+        found.append(row("Scaling: encoding", f"{side} x {side} px, {tokens} tokens", "s per image", seconds))
+    return found
+
+
+def neighbours(items: int, width: int, blocks: int = measure.BLOCKS) -> dict:
+    """Seconds and peak memory of HaRS's neighbour profiles."""
+    vectors = torch.randn(items, width, generator=torch.Generator().manual_seed(0))
+    before = measure.reset_peak()
+    seconds = measure.summary(measure.timed(lambda: hanorec_loss.neighbor_profiles(vectors)) for _ in range(blocks))
+    memory = (measure.peak() - before) / 2**20
+    return row("Scaling: neighbours", f"{items:,} items of width {width:,}", "s", seconds, more_mib=memory)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", type=Path, metavar="DIR", help="one process's part")
+    options = parser.parse_args(argv)
+    if options.worker:
+        return worker(options.worker)
+    measure.threads()
+    rows = [neighbours(*NEIGHBOURS)]
+    with tempfile.TemporaryDirectory() as name:
+        for part in (histories, batches, processes, encoding):
+            rows += part(Path(name))
+    return measure.save(options.json, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What is measured: three shapes of one backbone, and films, posters and rows drawn from a seed.
+
+No weights are downloaded. A random model computes exactly as fast as a trained one.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import demo  # noqa: E402
+import mllm  # noqa: E402
+import packing  # noqa: E402
+from prompts import Prompts, Row  # noqa: E402
+
+# Qwen2.5-VL-3B as its config.json has it (the initial weights are torch's draw)
+FULL_TEXT = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+FULL_TEXT |= {"num_key_value_heads": 2, "vocab_size": 151936}
+FULL_TEXT["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+FULL_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
+FULL_VISION |= {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+
+# The same, an eighth as wide and a sixth as deep, so that tower and language model keep about their proportion; heads
+# are half as wide, and the vocabulary is such that the head keeps its tenth of the language model
+SCALED_TEXT = {"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 4}
+SCALED_TEXT |= {"num_key_value_heads": 1, "vocab_size": 3072}
+SCALED_TEXT["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+SCALED_VISION = {"depth": 5, "hidden_size": 160, "intermediate_size": 428, "num_heads": 2, "out_hidden_size": 256}
+SCALED_VISION |= {"window_size": 112, "fullatt_block_indexes": [4]}
+
+SHAPES = {"scaled": (SCALED_TEXT, SCALED_VISION), "demo": ({}, {}), "full": (FULL_TEXT, FULL_VISION)}
+ITEMS, CANDIDATES = 96, 10
+
+
+@dataclass
+class Workload:
+    """A data folder's worth of things: see `make`."""
+
+    folder: Path
+    backbone: str
+    paths: list[Path]
+    catalogue: mllm.Catalogue
+    prompts: Prompts
+    rows: list[Row]
+    max_pixels: int
+    encode_seconds: float  # per image
+
+    def pairs(self) -> list:
+        """A function for each row, which builds its ranking pair as dpo_hano.py does."""
+        build = partial(self.prompts.pair_tree, kind="rank")
+        return [partial(self.prompts.fitting, build, row, 100_000) for row in self.rows]
+
+
+def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:
+    """Config, tokenizer, chat template and image processor, in `folder`; the weights are drawn by `load`."""
+    from transformers import AutoConfig
+
+    demo.build_tiny(folder, titles)
+    (folder / "model.safetensors").unlink()
+    config = AutoConfig.from_pretrained(folder)
+    for part, changes in zip((config.text_config, config.vision_config), SHAPES[shape], strict=True):
+        part.update(changes)
+    text = config.text_config
+    text.layer_types = ["full_attention"] * text.num_hidden_layers
+    config.save_pretrained(folder)
+
+
+def load(folder: Path, device="cpu", dtype=None, seed: int = 0):
+    """The backbone with weights drawn on `device` from seed, frozen."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype or torch.float32, attn_implementation="sdpa"
+        )
+    return model.to(device).requires_grad_(False).eval()
+
+
+def draw_poster(path: Path, side: int, rng: np.random.Generator) -> None:
+    """A smooth picture of side x side pixels, as JPEG: as quick to decode as a real poster of that size."""
+    from PIL import Image
+
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    coarse.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def make(
+    folder: Path, shape: str, side: int, rows: int, history: int = 5, device="cpu", dtype=None, seed: int = 0
+) -> tuple[Workload, torch.nn.Module]:
+    """Titles, posters of side x side pixels, rows of `history` items and ten candidates, every poster encoded once; and
+    the backbone, as `load` gives it."""
+    rng = np.random.default_rng([seed, side])
+    places = [" and ".join(rng.choice(demo.PLACES, 2, replace=False)) for _ in range(ITEMS)]
+    titles = [f"{rng.choice(demo.GENRES)} in {place} ({1940 + i % 80})" for i, place in enumerate(places)]
+    encoded = folder / f"encoded{side}"
+    encoded.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        build_backbone(folder, shape, titles)
+    core = load(folder, device, dtype)
+    paths = [folder / f"poster{side}_{item}.jpg" for item in range(ITEMS)]
+    for path in paths:
+        draw_poster(path, side, rng)
+    began = time.perf_counter()
+    processor = mllm.load_image_processor(folder, side * side)
+    mllm.encode_items(core, mllm.load_tokenizer(folder), processor, titles, paths, encoded)
+    seconds = (time.perf_counter() - began) / ITEMS
+    catalogue = mllm.Catalogue([{"item": str(i), "title": title} for i, title in enumerate(titles)], encoded)
+    prompts = packing.load_prompts(folder, catalogue)
+    rows = draw_rows(rows, history, rng)
+    return Workload(folder, shape, paths, catalogue, prompts, rows, side * side, seconds), core
+
+
+def draw_rows(count: int, history: int, rng: np.random.Generator) -> list[Row]:
+    rows = []
+    for number in range(count):
+        items = rng.choice(ITEMS, history + CANDIDATES, replace=False).tolist()
+        candidates = items[history:]
+        target, rejected = (candidates[i] for i in rng.choice(CANDIDATES, 2, replace=False))
+        rows.append(Row(f"user{number}", items[:history], target, candidates, rejected))
+    return rows

@@ -1,0 +1,124 @@
+"""The measurements' own arithmetic, and their pieces at tiny size."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "bench"))
+import dpo_step
+import evaluation
+import gpu
+import measure
+import ours
+import run
+import scaling
+import sft_step
+import trl_side
+import workload
+
+RESULTS = ROOT / "bench" / "results.json"
+against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(measure, "BLOCKS", 1)
+
+
+def test_medians_and_turns_leave_the_first_out(monkeypatch):
+    assert measure.summary([3.0, 1.0, 8.0]) == {"median": 3.0, "min": 1.0, "max": 8.0, "runs": 3}
+    clock = iter(range(1000))
+    monkeypatch.setattr(measure, "now", lambda device: next(clock))
+    steps = []
+    turns = measure.Turns(lambda: steps.append(next(clock)), size=2, blocks=3)
+    turns.run()
+    assert len(steps) == 8 and [found["runs"] for found in turns.summaries()] == [3, 3, 3]
+
+
+def test_the_floor_is_what_pytorch_counts(tmp_path):
+    """But for attention, which PyTorch counts over all pairs of tokens, seen or not."""
+    work, core = workload.make(tmp_path, "demo", 56, rows=1)
+    (pair,) = (build() for build in work.pairs())
+    packed = ours.packing.PackedMLLM(core)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        packed(packed.collate([pair], work.catalogue))
+    length, prompt = sum(len(node.ids) for node in pair), len(pair[0].ids)
+    seen = prompt * (prompt + 1) / 2 + sum(len(n.ids) * prompt + len(n.ids) * (len(n.ids) + 1) / 2 for n in pair[1:])
+    text = core.config.get_text_config()
+    unseen = 4 * text.hidden_size * text.num_hidden_layers * (length**2 - seen)
+    assert counter.get_total_flops() == pytest.approx(measure.floor(core, [pair], training=False) + unseen, rel=1e-6)
+
+
+def test_full_size_is_qwen2_5_vl_3b(tmp_path):
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    workload.build_backbone(tmp_path, "full", ["a title"])
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == 3_754_622_976  # its model card: 3.75 billion
+
+
+@against_trl
+def test_dpo_loss_is_trls(tmp_path, short):
+    row = dpo_step.compare(tmp_path, "demo", 56, size=1)
+    assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], abs=1e-4) and row["ratios"]["TRL"] > 0
+    assert abs(row["losses"]["ours"] - 0.6931) > 1e-3  # off the start, where every loss is log 2
+    assert "not supported" in dpo_step.refusal(tmp_path)
+
+
+@against_trl
+@pytest.mark.parametrize("case", sft_step.CASES)
+def test_sft_loss_is_trls(tmp_path, short, case):
+    row = sft_step.compare(tmp_path, "demo", 56, case, size=1)
+    assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], abs=1e-4) and row["ratios"]["TRL"] > 0
+
+
+def test_packed_scores_are_the_plain_ones_and_generation_answers(tmp_path, short):
+    row = evaluation.compare(tmp_path, "demo", 56, rows=2)
+    assert row["difference"] < 1e-4 and set(row["others"]) == {"plain forwards", "generate"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
+    monkeypatch.setattr(scaling, "SHAPE", "demo")
+    monkeypatch.setattr(scaling, "SIDE", 56)
+    seconds, tokens = scaling.dpo_seconds(tmp_path, history=2, batch=2)
+    assert seconds["median"] > 0 and tokens > 2 * 4
+    assert scaling.neighbours(2_000, 16)["more_mib"] > 0
+
+
+def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
+    monkeypatch.setattr(trl_side, "installed", lambda: False)
+    rows = {name: gpu.part(name, "demo", 56, "cpu", torch.float32, False) for name in gpu.PARTS}
+    lines = gpu.table(rows | {"dpo": "out of memory"}).splitlines()
+    assert {line.count("|") for line in lines} == {len(gpu.HEAD) + 1} and len(lines) == 2 + 5
+    if not torch.cuda.is_available():
+        assert gpu.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_report_has_every_table():
+    found = measure.summary([0.1, 0.2, 0.3])
+    row = measure.result("DPO step", "a case", "s per step", found, {"TRL": measure.summary([0.8])}, goal=6)
+    row |= {"losses": {"ours": 0.7, "TRL": 0.70001}, "floor": {"ours": 60.0, "TRL": 10.0}, "rate": {"median": 2e11}}
+    row |= {"loader": {"TRL": 0.08}, "encode": 0.01, "with_reference": 0.25, "weights": {"head": 1000}}
+    whole = {"whole_process": {"ours": found, "TRL": found}, "table": "Memory"}
+    parts = {"dpo_step": {"rows": [row], "precomputed_reference": "trl/x.py:9: refused"}, "sft_step": {"rows": []}}
+    parts |= {"memory": {"rows": [row | whole]}}
+    text = run.report(parts, measure.machine() | {"gpu": "Unmeasured.", "seconds": 1.0})
+    assert "| a case | 0.2 (0.1 to 0.3) | TRL | 0.8 (0.8 to 0.8) | **4.00** | 6 | 60 | 10 |" in text
+    assert "refused" in text and "`trl/x.py:9`" in text and "3.20 instead of 4.00" in text and "Unmeasured." in text
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="no bench/results.json: make bench writes it")
+def test_results_are_what_was_measured():
+    found = json.loads(RESULTS.read_text())
+    parts = {name: found[name] for name in run.SCRIPTS}
+    assert run.report(parts, found) == RESULTS.with_name("RESULTS.md").read_text()
+    rows = [row for part in parts.values() for row in part["rows"]]
+    assert all(system["runs"] >= 5 for row in rows for system in [row["ours"], *row["others"].values()])
