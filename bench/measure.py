@@ -1,5 +1,6 @@
 """How it is measured: clock, medians, the machine and its matrix rate, peak memory, and the floor of operations."""
 
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -43,11 +44,11 @@ def summary(values: Iterable[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
-def alternating(*works: Callable, blocks: int = BLOCKS, device="cpu", dtype=None) -> tuple[list[dict], dict]:
-    """A B A B ...: the summary of each one's seconds over `blocks` turns, after one turn that does not count; and the
+def alternating(*works: Callable, device="cpu", dtype=None) -> tuple[list[dict], dict]:
+    """A B A B ...: the summary of each one's seconds over BLOCKS turns, after one turn that does not count; and the
     matrix rate, measured once a turn."""
     product, rates, found = Product(device, dtype), [], []
-    for _ in range(blocks + 1):
+    for _ in range(BLOCKS + 1):
         found.append([timed(work, device) for work in works])
         rates.append(product.rate())
     return [summary(values) for values in zip(*found[1:], strict=True)], summary(rates[1:])
@@ -58,9 +59,9 @@ class Turns:
     Its steps are timed from the end of the one before, so that its loader is included. `on_begin` and `on_step_end` are
     for a callback. The first turn does not count."""
 
-    def __init__(self, step: Callable, size: int, blocks: int = BLOCKS, device="cpu", dtype=None):
+    def __init__(self, step: Callable, size: int, device="cpu", dtype=None):
         self.step, self.size, self.device = step, size, device
-        self.count, self.steps = 0, size * (blocks + 1)
+        self.count, self.steps = 0, size * (BLOCKS + 1)
         self.theirs, self.ours, self.rates, self.product = [], [], [], Product(device, dtype)
         self.cuda = torch.device(device).type == "cuda"
         self.grown: dict[str, list[float]] = {"ours": [], "TRL": []}
@@ -169,8 +170,10 @@ def floor(core, trees: Iterable[list], training: bool) -> float:
 
 
 def reset_peak() -> int:
-    """Have the kernel count this process's peak memory anew; returns what it holds now [bytes]. Linux alone."""
+    """Have the kernel count this process's peak memory anew; returns what it holds now [bytes]. Linux and glibc alone;
+    what glibc keeps of freed memory is given back first, since it would hide as much of the growth."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

@@ -36,9 +36,9 @@ def child(system: str, side: int, shape: str) -> dict:
     return {"before": before, "peak": measure.peak()}
 
 
-def compare(side: int, shape: str = "scaled", blocks: int = measure.BLOCKS) -> dict:
+def compare(side: int, shape: str = "scaled") -> dict:
     found = {"ours": [], "TRL": []}
-    for _ in range(blocks):
+    for _ in range(measure.BLOCKS):
         for system, values in found.items():
             command = [sys.executable, __file__, "--system", system, "--side", str(side), "--shape", shape]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -113,14 +114,20 @@ def facts_of(found: dict, facts: dict) -> dict[str, str]:
 
 def report(found: dict, facts: dict) -> str:
     """RESULTS.md."""
-    text = ABOUT.format(**facts_of(found, facts))
+    text = wrapped(ABOUT.format(**facts_of(found, facts)))
     for script, part in found.items():
         for name in dict.fromkeys(row["table"] for row in part["rows"]):
             chosen = [row for row in part["rows"] if row["table"] == name]
             text += f"\n## {name}\n\n`python bench/{script}.py`\n\n{table(chosen)}\n"
             if name in NOTES:
-                text += f"\n{NOTES[name].format('; '.join(whole(row) for row in chosen if 'whole_process' in row))}\n"
+                note = NOTES[name].format("; ".join(whole(row) for row in chosen if "whole_process" in row))
+                text += f"\n{wrapped(note)}"
     return f"{text}\n## GPU\n\n{facts['gpu']}\n"
+
+
+def wrapped(text: str) -> str:
+    paragraphs = (textwrap.fill(part, 120, break_on_hyphens=False) for part in text.strip().split("\n\n"))
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def whole(row: dict) -> str:

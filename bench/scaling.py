@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def processes(folder: Path) -> list[dict]:
     for count in PROCESSES:
         shared = folder / f"processes{count}"
         launch = [sys.executable, "-m", "accelerate.commands.launch"]
-        launch += ["--multi_gpu"] if count > 1 else ["--cpu"]
+        launch += ["--multi_gpu", "--main_process_port", str(free_port())] if count > 1 else ["--cpu"]
         launch += ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
         launch += ["--dynamo_backend", "no", __file__, "--worker", str(shared)]
         environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if count > 1 else {})
@@ -69,6 +70,12 @@ def processes(folder: Path) -> list[dict]:
         case = f"{count} process{'es' * (count > 1)}"
         found.append(row("Scaling: processes", case, f"s per step of {4 * count}", seconds, pairs_per_second=pairs))
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def worker(shared: Path) -> None:
@@ -97,11 +104,13 @@ def encoding(folder: Path) -> list[dict]:
     return found
 
 
-def neighbours(items: int, width: int, blocks: int = measure.BLOCKS) -> dict:
+def neighbours(items: int, width: int) -> dict:
     """Seconds and peak memory of HaRS's neighbour profiles."""
     vectors = torch.randn(items, width, generator=torch.Generator().manual_seed(0))
     before = measure.reset_peak()
-    seconds = measure.summary(measure.timed(lambda: hanorec_loss.neighbor_profiles(vectors)) for _ in range(blocks))
+    seconds = measure.summary(
+        measure.timed(lambda: hanorec_loss.neighbor_profiles(vectors)) for _ in range(measure.BLOCKS)
+    )
     memory = (measure.peak() - before) / 2**20
     return row("Scaling: neighbours", f"{items:,} items of width {width:,}", "s", seconds, more_mib=memory)
 

@@ -36,9 +36,9 @@ def test_medians_and_turns_leave_the_first_out(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(measure, "now", lambda device: next(clock))
     steps = []
-    turns = measure.Turns(lambda: steps.append(next(clock)), size=2, blocks=3)
+    turns = measure.Turns(lambda: steps.append(next(clock)), size=2)
     turns.run()
-    assert len(steps) == 8 and [found["runs"] for found in turns.summaries()] == [3, 3, 3]
+    assert len(steps) == 12 and [found["runs"] for found in turns.summaries()] == [5, 5, 5]
 
 
 def test_the_floor_is_what_pytorch_counts(tmp_path):
