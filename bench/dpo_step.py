@@ -67,7 +67,7 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, size=
         loader=loader,
         encode=work.encode_seconds,
         weights=measure.weights(core),
-        memory=turns.memory(core),
+        memory=turns.memory(core, ["ours", *others]),
         per_step=batch,
     )
 

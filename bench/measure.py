@@ -106,11 +106,10 @@ class Turns:
         """(ours, theirs, the matrix rate)"""
         return summary(self.ours[1:]), summary(self.theirs[1:]), summary(self.rates[1:])
 
-    def memory(self, core) -> dict | None:
+    def memory(self, core, systems: Iterable[str]) -> dict | None:
         """On a GPU: GiB of the frozen weights, and of what each system's steps took more at their peak."""
         held = sum(p.numel() * p.element_size() for p in core.parameters() if not p.requires_grad) / 2**30
-        grown = {name: summary(values[1:]) for name, values in self.grown.items() if values}
-        return {"weights": held, **grown} if grown else None
+        return {"weights": held} | {name: summary(self.grown[name][1:]) for name in systems} if self.cuda else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def compare(folder: Path, shape: str, side: int, case: str, device="cpu", dtype=
         flops=flops,
         rate=rate,
         floor=measure.percents(flops, {"ours": mine, **others}, rate),
-        memory=turns.memory(core),
+        memory=turns.memory(core, ["ours", *others]),
         per_step=rows,
     )
 

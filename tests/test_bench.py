@@ -96,8 +96,10 @@ def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
 def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
     monkeypatch.setattr(trl_side, "installed", lambda: False)
     rows = {name: gpu.part(name, "demo", 56, "cpu", torch.float32, False) for name in gpu.PARTS}
-    lines = gpu.table(rows | {"dpo": "out of memory"}).splitlines()
-    assert {line.count("|") for line in lines} == {len(gpu.HEAD) + 1} and len(lines) == 2 + 5
+    rows["dpo"]["memory"] = {"weights": 7.0, "ours": {"median": 3.0}, "TRL": {"median": 33.0}}
+    lines = gpu.table(rows | {"a part": "out of memory"}).splitlines()
+    assert {line.count("|") for line in lines} == {len(gpu.HEAD) + 1} and len(lines) == 2 + 6
+    assert lines[2].endswith("| 10.0 | 40.0 | 4.00 |") and "failed: out of memory" in lines[-1]
     if not torch.cuda.is_available():
         assert gpu.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
 
