@@ -28,9 +28,10 @@ def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
     inputs, reference, hardness = steps.micro(chosen)
     examples = trainer.data_collator([trainer.train_dataset[n] for n in chosen])
     assert trl_side.same_tokens(examples, [steps.pairs[n]() for n in chosen]), "the two systems read other tokens"
+    device = steps.accelerator.device
     with torch.no_grad():
-        logps = steps.packed(inputs).view(-1, 2)
-        losses, _ = hanorec_loss.hanorec_loss(*logps.T, *reference.T, hardness, ours.BETA, 1.0)
+        logps = steps.packed(inputs.to(device)).view(-1, 2)
+        losses, _ = hanorec_loss.hanorec_loss(*logps.T, *reference.to(device).T, hardness.to(device), ours.BETA, 1.0)
         theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(examples))
     return {"ours": float(losses.mean()), "TRL": float(theirs)}
 

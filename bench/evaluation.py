@@ -16,7 +16,6 @@ import workload
 
 import evaluate
 import mllm
-import packing
 import runs
 
 ROWS, BATCH = 8, 4
@@ -50,8 +49,11 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
     work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
     accelerator = runs.start_accelerator()
     packed = ours.trainable(core)
-    ours.randomize(packed)
-    plain = packing.PackedMLLM(packed.model, pack=False)
+    plain = ours.trainable(
+        workload.load(folder, device, dtype), pack=False
+    )  # packing installs its attention in a model
+    for model in (packed, plain):
+        ours.randomize(model)
     score = {
         name: lambda model=model: evaluate.score_rows(
             model, work, work.prompts, work.rows, OPTIONS, accelerator, BATCH
@@ -59,7 +61,7 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
         for name, model in (("ours", packed), ("plain forwards", plain))
     }
     difference = abs(score["ours"]() - score["plain forwards"]()).max()
-    answer = torch.inference_mode()(generator(work, packed.model, BATCH))
+    answer = torch.inference_mode()(generator(work, plain.model, BATCH))
     (mine, forwards, generated), rate = measure.alternating(
         score["ours"], score["plain forwards"], answer, device=device, dtype=dtype
     )

@@ -1,4 +1,4 @@
-"""This project's training steps, as the loops of dpo_hano.py and sft.py take them: collate, step, read the loss."""
+"""This project's training steps, as the loops of dpo_hano.py and sft.py take them: batches made ahead, then a step."""
 
 import itertools
 import time
@@ -42,10 +42,10 @@ class Steps:
         self.schedule = training.cosine(optimizer, 10_000)
         self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
         shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}
-        self.batches = training.micro_batches(len(work.rows), rows, batch, 1, **shape)
-        self.numbers = itertools.count(1)
+        batches = training.micro_batches(len(work.rows), rows, batch, 1, **shape)
+        self.loaded = training.ahead(map(self.load, itertools.count(1), batches))
 
-    def collate(self, trees) -> dict[str, torch.Tensor]:
+    def collate(self, trees) -> packing.Batch:
         return self.packed.collate(trees, self.work.catalogue)
 
 
@@ -66,17 +66,25 @@ class Dpo(Steps):
         self.reference_seconds = (time.perf_counter() - began) / len(self.pairs)
 
     def micro(self, chosen: list[int]) -> tuple:
-        device = self.accelerator.device
-        batch = {k: v.to(device) for k, v in self.collate([self.pairs[n]() for n in chosen]).items()}
-        return batch, self.reference[chosen].to(device), self.hardness[chosen].to(device)
+        return self.collate([self.pairs[n]() for n in chosen]), self.reference[chosen], self.hardness[chosen]
 
-    def step(self) -> float:
-        micro = [self.micro(chosen) for chosen in next(self.batches)]
+    def load(self, step: int, numbers: list[list[int]]) -> tuple[int, list[tuple]]:
+        return step, [self.micro(chosen) for chosen in numbers]
+
+    def step(self) -> torch.Tensor:
+        step, micro = next(self.loaded)
         metrics = dpo_hano.take_step(
-            next(self.numbers), micro, self.model, self.packed, self.optimizer, self.schedule, self.eta, self.options,
+            step,
+            micro,
+            self.model,
+            self.packed,
+            self.optimizer,
+            self.schedule,
+            self.eta,
+            self.options,
             self.accelerator,
-        )  # fmt: skip
-        return float(metrics["loss"])
+        )
+        return metrics["loss"]
 
 
 class Sft(Steps):
@@ -85,8 +93,10 @@ class Sft(Steps):
         builds = [partial(work.prompts.sft_tree, task=task) for task in tasks]
         self.answers = [partial(work.prompts.fitting, build, row, 100_000) for row in work.rows for build in builds]
 
-    def step(self) -> float:
+    def load(self, step: int, numbers: list[list[int]]) -> list[packing.Batch]:
+        return [self.collate([self.answers[n]() for n in chosen]) for chosen in numbers]
+
+    def step(self) -> torch.Tensor:
         self.model.train()
-        micro = [self.collate([self.answers[n]() for n in chosen]) for chosen in next(self.batches)]
-        loss, _ = sft.take_step(self.model, micro, self.parameters, self.optimizer, self.schedule, self.accelerator)
-        return float(loss)
+        micro = next(self.loaded)
+        return sft.take_step(self.model, micro, self.parameters, self.optimizer, self.schedule, self.accelerator)[0]

@@ -15,12 +15,13 @@ import dpo_step
 import evaluation
 import gpu
 import measure
-import ours
 import run
 import scaling
 import sft_step
 import trl_side
 import workload
+
+from prompts import Node
 
 RESULTS = ROOT / "bench" / "results.json"
 against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")
@@ -42,17 +43,19 @@ def test_medians_and_turns_leave_the_first_out(monkeypatch):
 
 
 def test_the_floor_is_what_pytorch_counts(tmp_path):
-    """But for attention, which PyTorch counts over all pairs of tokens, seen or not."""
-    work, core = workload.make(tmp_path, "demo", 56, rows=1)
-    (pair,) = (build() for build in work.pairs())
-    packed = ours.packing.PackedMLLM(core)
+    """Of a prompt and an answer by the model's own forward, but for attention, which it counts over all pairs of tokens
+    whether they see each other or not; a second answer then costs its own tokens alone."""
+    workload.build_backbone(tmp_path, "demo", ["a title"])
+    core, ids = workload.load(tmp_path), list(range(30))
+    tree = [Node(None, ids[:25]), Node(0, ids[25:], scored=range(5))]
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        packed(packed.collate([pair], work.catalogue))
-    length, prompt = sum(len(node.ids) for node in pair), len(pair[0].ids)
-    seen = prompt * (prompt + 1) / 2 + sum(len(n.ids) * prompt + len(n.ids) * (len(n.ids) + 1) / 2 for n in pair[1:])
-    text = core.config.get_text_config()
-    unseen = 4 * text.hidden_size * text.num_hidden_layers * (length**2 - seen)
-    assert counter.get_total_flops() == pytest.approx(measure.floor(core, [pair], training=False) + unseen, rel=1e-6)
+        core(torch.tensor([ids]), logits_to_keep=5, use_cache=False)
+    floor = measure.floor(core, [tree], training=False)
+    each = 4 * core.config.get_text_config().hidden_size * core.config.get_text_config().num_hidden_layers
+    assert counter.get_total_flops() == pytest.approx(floor + each * (30 * 30 - 30 * 31 / 2), rel=1e-6)
+    count = measure.weights(core)
+    answer = 5 * 2 * (count["language model"] + count["head"]) + each * (5 * 25 + 15)
+    assert measure.floor(core, [[*tree, tree[1]]], training=False) == floor + answer
 
 
 def test_full_size_is_qwen2_5_vl_3b(tmp_path):
