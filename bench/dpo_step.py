@@ -1,7 +1,9 @@
 """A DPO step against TRL's DPOTrainer: python bench/dpo_step.py [--json FILE]
 
-Both compute the ranking pairs of the same rows with the same LoRA, loaders included; first their losses are shown to be
-the same. Ours is HaNoRec as dpo_hano.py trains it (noise, hardness, responsiveness), which is more than DPO.
+Both train on the same pairs of the same rows with the same LoRA, loaders included; first their losses are shown to be
+the same. Ours is HaNoRec as dpo_hano.py trains it (noise, hardness, responsiveness), which is more than DPO. All kinds
+of pairs are what dpo_hano.py trains on, in its order: a row's two Yes/No pairs share their history. Ranking pairs alone
+share nothing.
 """
 
 import argparse
@@ -15,9 +17,12 @@ import trl_side
 import workload
 
 import hanorec_loss
+import packing
 
 BATCH, STEPS = 4, 3  # pairs in a step; steps in a turn
-CASES = [("scaled", 112), ("scaled", 224), ("demo", 112), ("demo", 224)]
+KINDS = {"all kinds of pairs": ("rank", "yes", "no"), "ranking pairs": ("rank",)}
+CASES = [("scaled", side, case) for case in KINDS for side in (112, 224)]
+CASES += [("demo", side, "all kinds of pairs") for side in (112, 224)]
 
 
 def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
@@ -27,7 +32,7 @@ def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
     chosen = list(range(batch))
     inputs, reference, hardness = steps.micro(chosen)
     examples = trainer.data_collator([trainer.train_dataset[n] for n in chosen])
-    assert trl_side.same_tokens(examples, [steps.pairs[n]() for n in chosen]), "the two systems read other tokens"
+    assert trl_side.same_tokens(examples, [steps.pairs[n]() for n in chosen], pairs=True), "not the same tokens"
     device = steps.accelerator.device
     with torch.no_grad():
         logps = steps.packed(inputs.to(device)).view(-1, 2)
@@ -36,16 +41,21 @@ def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
     return {"ours": float(losses.mean()), "TRL": float(theirs)}
 
 
-def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, size=STEPS, batch=BATCH, **trl) -> dict:
-    """The result row of one shape at one image size. size: steps in a turn. trl: further settings of TRL's."""
+def compare(
+    folder: Path, shape: str, side: int, case: str, device="cpu", dtype=None, size=STEPS, batch=BATCH, **trl
+) -> dict:
+    """The result row of one shape, image size and choice of pairs. size: steps in a turn. trl: further settings of
+    TRL's."""
+    kinds = KINDS[case]
     work, core = workload.make(folder, shape, side, 64, device=device, dtype=dtype)
-    flops = measure.floor(core, [pair() for pair in work.pairs()], training=True) * batch / len(work.rows)
-    steps = ours.Dpo(work, ours.trainable(core), batch)
+    trees = [tree for tree, _ in packing.merge_trees(pair() for pair in work.pairs(kinds))]
+    flops = measure.floor(core, trees, training=True) * batch / len(work.rows) / len(kinds)
+    steps = ours.Dpo(work, ours.trainable(core), batch, kinds)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
     trainer, losses, loader = None, None, {"ours": measure.timed(lambda: steps.micro([*range(batch)]))}
     if trl_side.installed():
         other = workload.load(folder, device, dtype)
-        trainer = trl_side.dpo_trainer(work, other, batch, turns.steps, device, **trl)
+        trainer = trl_side.dpo_trainer(work, other, batch, turns.steps, kinds, device, **trl)
         trainer.add_callback(trl_side.between(turns))
         losses = same_loss(steps, trainer, batch)
         loader["TRL"] = measure.timed(lambda: trainer.data_collator([trainer.train_dataset[n] for n in range(batch)]))
@@ -55,7 +65,7 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, size=
     once = mine["median"] + batch * steps.reference_seconds / 5  # the paper trains 5 epochs
     return measure.result(
         "DPO step",
-        f"{shape}, {side} px, batch {batch}",
+        f"{shape}, {side} px, {case}, batch {batch}",
         "s per step",
         mine,
         others,
@@ -84,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     measure.threads()
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        for shape, side in CASES:
-            rows.append(compare(Path(name) / shape, shape, side))
+        for shape, side, case in CASES:
+            rows.append(compare(Path(name) / shape, shape, side, case))
         answer = refusal(Path(name) / "demo")
     measure.save(options.json, {"rows": rows, "precomputed_reference": answer})
 

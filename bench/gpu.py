@@ -24,7 +24,13 @@ import trl_side
 
 SIDE = 512  # x 512 = 262,144 pixels, which Qwen rounds to 504 x 504: 324 tokens
 STEPS = 2  # in a turn
-PARTS = {"dpo": 4, "sft ranking": 4, "sft ranking and Yes/No": 4, "evaluation": None}  # goals against TRL
+PARTS = {
+    "dpo all kinds of pairs": 4,
+    "dpo ranking pairs": 4,
+    "sft ranking": 4,
+    "sft ranking and Yes/No": 4,
+    "evaluation": None,
+}  # goals against TRL
 HEAD = ("", "per s", "TRL's", "ratio", "goal", "% of matrix rate", "TRL's %", "peak GiB", "TRL's GiB", "ratio (goal 2)")
 
 
@@ -37,12 +43,12 @@ def part(name: str, shape: str, side: int, device: str, dtype, autocast: bool) -
             try:
                 if name == "evaluation":
                     return evaluation.compare(Path(folder), shape, side, **shared)
-                if name == "dpo":
-                    return dpo_step.compare(Path(folder), shape, side, **shared, size=STEPS, batch=batch, **trl)
-                case = name.removeprefix("sft ")
+                case = name.partition(" ")[2]
+                if name.startswith("dpo"):
+                    return dpo_step.compare(Path(folder), shape, side, case, **shared, size=STEPS, batch=batch, **trl)
                 return sft_step.compare(Path(folder), shape, side, case, **shared, size=STEPS, **trl)
             except torch.OutOfMemoryError:
-                if name != "dpo" or batch == 1:
+                if not name.startswith("dpo") or batch == 1:
                     raise
         torch.cuda.empty_cache()
     raise AssertionError("not reached")
@@ -98,10 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         row = part(options.part, "full", SIDE, "cuda", torch.bfloat16, options.autocast)
         measure.save(options.json, {"rows": [row]})
         return 0
-    found = {autocast: run_part("dpo", autocast) for autocast in ([True, False] if trl_side.installed() else [False])}
+    first = next(iter(PARTS))
+    found = {autocast: run_part(first, autocast) for autocast in ([True, False] if trl_side.installed() else [False])}
     rows = {autocast: row for autocast, row in found.items() if not isinstance(row, str)}
     autocast = min(rows, key=lambda value: rows[value]["others"]["TRL"]["median"]) if len(rows) > 1 else False
-    rows = {"dpo": found[autocast]} | {name: run_part(name, autocast) for name in PARTS if name != "dpo"}
+    rows = {first: found[autocast]} | {name: run_part(name, autocast) for name in PARTS if name != first}
     facts = measure.machine("cuda")
     print(f"{facts['machine']['gpu']}, {facts['versions']}, TRL with{'out' * (not autocast)} autocast\n\n{table(rows)}")
     if options.json:

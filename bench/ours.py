@@ -52,14 +52,14 @@ class Steps:
 class Dpo(Steps):
     """plain: DPO itself (no hardness, no responsiveness, no noise), as TRL computes it; else HaNoRec."""
 
-    def __init__(self, work, packed, batch: int, plain: bool = False):
-        super().__init__(work, packed, batch, 1)
-        self.pairs = work.pairs()
+    def __init__(self, work, packed, batch: int, kinds=("rank",), plain: bool = False):
+        super().__init__(work, packed, batch, len(kinds))
+        self.pairs = work.pairs(kinds)
         self.options = SimpleNamespace(beta=BETA, sigma=0.0 if plain else 0.05, noise="relative", seed=42)
         self.eta = 1.0 if plain else None
         self.hardness = torch.ones(len(self.pairs))
         everything, began = list(range(len(self.pairs))), time.perf_counter()
-        folder = work.folder / f"reference{work.max_pixels}"
+        folder = work.folder / f"reference{work.max_pixels}-{len(kinds)}"
         self.reference = dpo_hano.reference_logps(
             self.packed, work, self.pairs, everything, "key", folder, self.accelerator
         )

@@ -25,8 +25,9 @@ ABOUT = """# Against TRL
 over ours, both taken in turns in one process, so that the machine's drift hits both. {facts}
 
 **The backbone.** `scaled` is Qwen2.5-VL-3B an eighth as wide and a sixth as deep, so that language model, head and
-vision tower keep about their proportions: {weights}. It was fixed before anything was measured. `demo` is the demo's
-own tiny backbone ({demo_weights}). Weights are random: they cost as much as trained ones. 28 x 28 pixels are one token.
+vision tower keep about their proportions: {weights}. It was chosen for that, before the first comparison. `demo` is the
+demo's own tiny backbone ({demo_weights}). Weights are random: they cost as much as trained ones. 28 x 28 pixels are one
+token.
 
 **The work.** Rows have 5 history items with JPEG posters and ten candidate titles; LoRA of rank 8 on every linear layer
 of the language model, dropout 0, batch 4, float32, AdamW, clipping at 1, no gradient checkpointing on either side. Both
@@ -40,8 +41,9 @@ is computed once, {reference}.
 
 **The floor.** What a step cannot do without: 4 N operations a token with frozen weights (2 N forward, 2 N backward; N:
 the linear layers of the language model), the head where an answer is predicted, attention over the pairs of tokens that
-see each other; each prompt once, no vision tower, no reference, nothing recomputed. Its percentage is this over the
-time, of the rate of a square float32 product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
+see each other; each prompt once, no vision tower, no reference, nothing recomputed. (Ours computes a little less: in
+the last layer, of tokens that predict nothing, only keys and values.) Its percentage is this over the time, of the rate of
+a square float32 product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
 """
 
 
@@ -75,6 +77,9 @@ def table(rows: list[dict]) -> str:
 
 
 NOTES = {
+    "DPO step": "All kinds of pairs are what `dpo_hano.py` trains on, in its order: a ranking pair and two Yes/No pairs "
+    "a row, of which the latter share their history. Ranking pairs alone share nothing between pairs.",
+    "Scaling: live images": "`--images live`: the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL is given a row's three answers as three samples with a prompt each; here two of "
     "them share theirs. With ranking alone no prompt is shared, and what is saved is the vision tower.",
     "Evaluation": "Ours and the plain forwards are `evaluate.score_rows`, packed and with `--no-pack`, both on stored "

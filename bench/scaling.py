@@ -1,12 +1,14 @@
 """How a DPO step, encoding and HaRS's neighbours grow with their sizes: python bench/scaling.py [--json FILE]"""
 
 import argparse
+import copy
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import mllm
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)
 IMAGES = 16
+LIVE_SIDES = (112, 224)
 NEIGHBOURS = (41_081, 2_048)  # items of MicroLens, width of Qwen2.5-VL-3B
 
 
@@ -32,9 +35,9 @@ def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int]:
     """(seconds of a step, tokens of a packed row)."""
     work, core = workload.make(folder, SHAPE, SIDE, rows=32, history=history)
     steps = ours.Dpo(work, ours.trainable(core), batch)
-    (found,), _ = measure.alternating(lambda: [steps.step() for _ in range(STEPS)])
+    (found,), _ = measure.alternating(partial(several, steps.step))
     tokens = sum(len(node.ids) for node in steps.pairs[0]())
-    return {name: value / STEPS if name != "runs" else value for name, value in found.items()}, tokens
+    return each_step(found), tokens
 
 
 def histories(folder: Path) -> list[dict]:
@@ -43,6 +46,33 @@ def histories(folder: Path) -> list[dict]:
         seconds, tokens = dpo_seconds(folder / f"history{history}", history, 4)
         found.append(row("Scaling: history", f"{history} items, {tokens} tokens", "s per step of 4", seconds))
     return found
+
+
+def live(folder: Path) -> list[dict]:
+    """A step that reads its image tokens, and one that runs the vision tower for its distinct images."""
+    found = []
+    for side in LIVE_SIDES:
+        work, core = workload.make(folder / f"live{side}", SHAPE, side, rows=32)
+        steps = {"ours": ours.Dpo(work, ours.trainable(core), 4)}
+        live = copy.copy(work.catalogue)
+        live.paths, processor = work.paths, mllm.load_image_processor(work.folder, work.max_pixels)
+        live.live = Path("/"), processor
+        work = replace(work, catalogue=live)
+        steps["live"] = ours.Dpo(work, ours.trainable(workload.load(work.folder)), 4)
+        (stored, run), _ = measure.alternating(*[partial(several, each.step) for each in steps.values()])
+        ratio = f"{run['median'] / stored['median']:.2f} times the stored"
+        found.append(row("Scaling: live images", f"{side} px, stored", "s per step of 4", each_step(stored)))
+        found.append(row("Scaling: live images", f"{side} px, live: {ratio}", "s per step of 4", each_step(run)))
+    return found
+
+
+def several(step) -> None:
+    for _ in range(STEPS):
+        step()
+
+
+def each_step(found: dict) -> dict:
+    return {name: value / STEPS if name != "runs" else value for name, value in found.items()}
 
 
 def batches(folder: Path) -> list[dict]:
@@ -84,10 +114,9 @@ def worker(shared: Path) -> None:
     work, core = workload.make(folder, SHAPE, SIDE, rows=32)
     work.folder = shared
     steps = ours.Dpo(work, ours.trainable(core), 4)
-    (found,), _ = measure.alternating(lambda: [steps.step() for _ in range(STEPS)])
+    (found,), _ = measure.alternating(partial(several, steps.step))
     if steps.accelerator.is_main_process:
-        seconds = {name: value / STEPS if name != "runs" else value for name, value in found.items()}
-        (shared / "seconds.json").write_text(json.dumps(seconds))
+        (shared / "seconds.json").write_text(json.dumps(each_step(found)))
 
 
 def encoding(folder: Path) -> list[dict]:
@@ -125,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     measure.threads()
     rows = [neighbours(*NEIGHBOURS)]
     with tempfile.TemporaryDirectory() as name:
-        for part in (histories, batches, processes, encoding):
+        for part in (histories, batches, processes, encoding, live):
             rows += part(Path(name))
     return measure.save(options.json, {"rows": rows})
 

@@ -23,8 +23,10 @@ def same_loss(steps: ours.Sft, trainer, here: int, there: int) -> dict:
     """Both losses of the first rows, LoRA drawn alike in both: nats per answer token."""
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
-    batch = steps.collate([steps.answers[n]() for n in range(here)]).to(steps.accelerator.device)
+    trees = [steps.answers[n]() for n in range(here)]
+    batch = steps.collate(trees).to(steps.accelerator.device)
     examples = trainer.data_collator([trainer.train_dataset[n] for n in range(there)])
+    assert trl_side.same_tokens(examples, trees), "not the same tokens"
     with torch.no_grad():
         loss = -steps.packed(batch).sum() / batch.answers.sum()
         theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(examples))

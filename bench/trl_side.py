@@ -84,9 +84,9 @@ def between(turns):
     return Between()
 
 
-def dpo_examples(work) -> list[dict]:
-    """The rows' ranking pairs."""
-    found = [texts(work, pair()) for pair in work.pairs()]
+def dpo_examples(work, kinds) -> list[dict]:
+    """The rows' pairs of these kinds."""
+    found = [texts(work, pair()) for pair in work.pairs(kinds)]
     return [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
         for prompt, (chosen, rejected), images in found
@@ -111,12 +111,12 @@ def lora(core):
     return LoraConfig(r=ours.RANK, lora_alpha=ours.ALPHA, lora_dropout=0.0, target_modules=mllm.lora_targets(core))
 
 
-def dpo_trainer(work, core, batch: int, steps: int, device="cpu", **further):
+def dpo_trainer(work, core, batch: int, steps: int, kinds=("rank",), device="cpu", **further):
     """DPO; the reference is the policy with its LoRA switched off, computed in every step."""
     from trl import DPOConfig, DPOTrainer
 
     args = settings(DPOConfig, work.folder, batch, steps, device, beta=ours.BETA, **further)
-    data = dataset(dpo_examples(work))
+    data = dataset(dpo_examples(work, kinds))
     return DPOTrainer(core, args=args, train_dataset=data, processing_class=processor(work), peft_config=lora(core))
 
 
@@ -143,10 +143,10 @@ def refusal(work, core) -> str:
     return "accepted"
 
 
-def same_tokens(batch: dict, trees: list[list]) -> bool:
-    """Whether a collated batch of TRL has the tokens of these trees (their separate paths), row by row: chosen answers
-    first where there are two."""
-    paths = [packing.separate_paths(tree) for tree in trees]
-    order = [path[0] for column in zip(*paths, strict=True) for path in column]
+def same_tokens(batch: dict, trees: list[list], pairs: bool = False) -> bool:
+    """Whether a collated batch of TRL has the tokens of these trees (their separate paths), row by row; of pairs, first
+    the chosen answers, then the rejected."""
+    paths = [[path for (path,) in packing.separate_paths(tree)] for tree in trees]
+    order = [path for part in (zip(*paths, strict=True) if pairs else paths) for path in part]
     kept = [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     return kept == [path.ids for path in order]

@@ -54,10 +54,10 @@ class Workload:
     max_pixels: int
     encode_seconds: float  # per image
 
-    def pairs(self) -> list:
-        """A function for each row, which builds its ranking pair as dpo_hano.py does."""
-        build = partial(self.prompts.pair_tree, kind="rank")
-        return [partial(self.prompts.fitting, build, row, 100_000) for row in self.rows]
+    def pairs(self, kinds=("rank",)) -> list:
+        """Functions that build each row's pairs of these kinds, as dpo_hano.py does."""
+        builds = [partial(self.prompts.pair_tree, kind=kind) for kind in kinds]
+        return [partial(self.prompts.fitting, build, row, 100_000) for row in self.rows for build in builds]
 
 
 def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:

@@ -68,8 +68,9 @@ def test_full_size_is_qwen2_5_vl_3b(tmp_path):
 
 
 @against_trl
-def test_dpo_loss_is_trls(tmp_path, short):
-    row = dpo_step.compare(tmp_path, "demo", 56, size=1)
+@pytest.mark.parametrize("case", dpo_step.KINDS)
+def test_dpo_loss_is_trls(tmp_path, short, case):
+    row = dpo_step.compare(tmp_path, "demo", 56, case, size=1)
     assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], abs=1e-4) and row["ratios"]["TRL"] > 0
     assert abs(row["losses"]["ours"] - 0.6931) > 1e-3  # off the start, where every loss is log 2
     assert "not supported" in dpo_step.refusal(tmp_path)
@@ -93,16 +94,18 @@ def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
     monkeypatch.setattr(scaling, "SIDE", 56)
     seconds, tokens = scaling.dpo_seconds(tmp_path, history=2, batch=2)
     assert seconds["median"] > 0 and tokens > 2 * 4
+    monkeypatch.setattr(scaling, "LIVE_SIDES", (56,))
+    assert ["live" in row["case"] for row in scaling.live(tmp_path)] == [False, True]
     assert scaling.neighbours(2_000, 16)["more_mib"] > 0
 
 
 def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
     monkeypatch.setattr(trl_side, "installed", lambda: False)
     rows = {name: gpu.part(name, "demo", 56, "cpu", torch.float32, False) for name in gpu.PARTS}
-    rows["dpo"]["memory"] = {"weights": 7.0, "ours": {"median": 3.0}, "TRL": {"median": 33.0}}
+    rows["dpo ranking pairs"]["memory"] = {"weights": 7.0, "ours": {"median": 3.0}, "TRL": {"median": 33.0}}
     lines = gpu.table(rows | {"a part": "out of memory"}).splitlines()
-    assert {line.count("|") for line in lines} == {len(gpu.HEAD) + 1} and len(lines) == 2 + 6
-    assert lines[2].endswith("| 10.0 | 40.0 | 4.00 |") and "failed: out of memory" in lines[-1]
+    assert {line.count("|") for line in lines} == {len(gpu.HEAD) + 1} and len(lines) == 2 + 7
+    assert lines[3].endswith("| 10.0 | 40.0 | 4.00 |") and "failed: out of memory" in lines[-1]
     if not torch.cuda.is_available():
         assert gpu.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
 
