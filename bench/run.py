@@ -42,7 +42,8 @@ is computed once, {reference}.
 **The floor.** What a step cannot do without: 4 N operations a token with frozen weights (2 N forward, 2 N backward; N:
 the linear layers of the language model), the head where an answer is predicted, attention over the pairs of tokens that
 see each other; each prompt once, no vision tower, no reference, nothing recomputed. (Ours computes a little less: in
-the last layer, of tokens that predict nothing, only keys and values.) Its percentage is this over the time, of the rate of
+the last layer, of tokens that predict nothing, only keys and values.) Its
+percentage is this over the time, of the rate of
 a square float32 product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
 """
 
@@ -77,8 +78,8 @@ def table(rows: list[dict]) -> str:
 
 
 NOTES = {
-    "DPO step": "All kinds of pairs are what `dpo_hano.py` trains on, in its order: a ranking pair and two Yes/No pairs "
-    "a row, of which the latter share their history. Ranking pairs alone share nothing between pairs.",
+    "DPO step": "All kinds of pairs are what `dpo_hano.py` trains on, in its order: a ranking pair and two Yes/No "
+    "pairs a row, of which the latter share their history. Ranking pairs alone share nothing between pairs.",
     "Scaling: live images": "`--images live`: the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL is given a row's three answers as three samples with a prompt each; here two of "
     "them share theirs. With ranking alone no prompt is shared, and what is saved is the vision tower.",
