@@ -7,7 +7,7 @@
 Starts from the SFT result merged into the backbone and trains a fresh LoRA; with that LoRA off the model is the
 reference, whose log-probabilities are computed once and kept in the SFT run (reference/). Writes config.json,
 metrics.jsonl, adapter/ (PEFT's format, of the epoch that validated best), and with --export DIR the models in DIR/base,
-DIR/adapter and DIR/merged, which load without this project.
+DIR/adapter and DIR/merged, which load without this project. The same command continues a run that was interrupted.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoints
 import runs
 import training
 from runs import UserError
@@ -91,6 +92,14 @@ def pair_hardness(options, data, model, tokenizer, rows):
     return hanorec_loss.hardness_weight(distance, distance.mean())
 
 
+def batch_responsiveness(reward_gap):
+    """Equation (8), with a batch whose gaps are within rounding of 0, as all are before the first step, taken as 0: eta
+    would magnify the rounding, which another number of processes does otherwise. reward_gap: [B]. Returns a scalar."""
+    from hanorec_loss import responsiveness
+
+    return responsiveness(reward_gap * (reward_gap.abs().mean() > 1e-5))
+
+
 class MovingResponsiveness:
     """DAMA's eta (arXiv 2502.01943): sigmoid of the trimmed mean reward gap over sigmoid of its moving average."""
 
@@ -104,6 +113,14 @@ class MovingResponsiveness:
         mean = trimmed_mean(reward_gap.float())
         self.average = mean if self.average is None else self.decay * self.average + (1 - self.decay) * mean
         return mean.sigmoid() / self.average.sigmoid()
+
+    def state_dict(self) -> dict:
+        return {"average": None if self.average is None else float(self.average)}
+
+    def load_state_dict(self, state: dict) -> None:
+        import torch
+
+        self.average = None if state["average"] is None else torch.tensor(state["average"])
 
 
 def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Path, accelerator):
@@ -220,8 +237,8 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
 
 
 def load_policy(options, data, rows, accelerator):
-    """(policy, hardness [rows], hash of the SFT weights): the SFT result merged in float32 (on a quantized base kept as
-    a frozen adapter), then a fresh LoRA."""
+    """(policy, hardness [rows]): the SFT result merged in float32 (on a quantized base kept as a frozen adapter), then
+    a fresh LoRA."""
     import evaluate
     import mllm
     import packing
@@ -240,7 +257,7 @@ def load_policy(options, data, rows, accelerator):
     trained = sum(p.numel() for p in packed.parameters() if p.requires_grad)
     accelerator.print(f"{data.backbone}: {trained:,} trained weights, {dtype}")
     accelerator.print(f"lambda ({options.hardness}): mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
-    return packed, hardness, runs.weights_hash(options.sft)
+    return packed, hardness
 
 
 @runs.one_line_errors
@@ -268,9 +285,11 @@ def main(argv: list[str] | None = None) -> None:
     runs.set_defaults(options, **recipe, attn="sdpa")
     packing.check_attention(options.attn, not options.no_pack)
     accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
+    hashes = {"data": data.hash(), "sft_weights": runs.weights_hash(options.sft)}
+    checkpoints.check(options, accelerator, **hashes)
     prompts = data.prompts(options.candidate_images)
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
-    packed, hardness, sft_weights = load_policy(options, data, rows, accelerator)
+    packed, hardness = load_policy(options, data, rows, accelerator)
 
     # Pairs: pair r * kinds + k is kind k of row r
     kinds = [kind for task in options.tasks for kind in {"rank": ["rank"], "yesno": ["yes", "no"]}[task]]
@@ -285,14 +304,15 @@ def main(argv: list[str] | None = None) -> None:
     batches = training.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
     batches = itertools.islice(batches, steps)
     wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
-    made_of = [sft_weights, data.hash(), kinds, options.max_length, wanted, prompts.texts]
+    made_of = [hashes["sft_weights"], data.hash(), kinds, options.max_length, wanted, prompts.texts]
     made_of += [prompts.tokenizer.chat_template, str(next(packed.core.parameters()).dtype), options.quantize]
     key = runs.value_hash(made_of)
     reference = reference_logps(packed, data, pairs, wanted, key, options.sft / "reference", accelerator)
 
     optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
     schedule = training.cosine(optimizer, steps)
-    eta = {"batch": None, "ema": MovingResponsiveness(), "none": 1.0}[options.responsiveness]
+    moving = MovingResponsiveness() if options.responsiveness == "ema" else None
+    eta = {"batch": batch_responsiveness, "ema": moving, "none": 1.0}[options.responsiveness]
     model, optimizer = accelerator.prepare(packed, optimizer)
     torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
 
@@ -304,23 +324,26 @@ def main(argv: list[str] | None = None) -> None:
     def names(numbers: list[int]) -> str:
         return "users " + ", ".join(dict.fromkeys(rows[n // len(kinds)].user for n in numbers))
 
-    facts = {"data": data.hash(), "sft_weights": sft_weights}
-    with training.started(options, "dpo_hano", accelerator, steps, **facts) as log:
-        for step, numbers, micro in training.ahead(itertools.starmap(load, enumerate(batches, 1))):
+    with training.started(options, "dpo_hano", accelerator, steps, **hashes) as log:
+        done = log.resume(packed, optimizer, prompts.shortened, schedule=schedule, eta=moving)
+        left = itertools.islice(enumerate(batches, 1), done, None)
+        for step, numbers, micro in training.ahead(itertools.starmap(load, left)):
             if step == 1:
                 check_start(packed, *micro[0][:2], accelerator.device)
             metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)
             chosen = [n for batch in numbers for n in batch]
             log.step(step, metrics, len(chosen), f"--lr {options.lr}", partial(names, chosen))
-            if step % steps_per_epoch == 0 or step == steps:
+            validated = step % steps_per_epoch == 0 or step == steps
+            if validated:
                 log.flush()
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
                 if log.validation(step, step / steps_per_epoch, found):
                     with runs.replacing(options.out / "adapter") as beside:
                         packed.model.save_pretrained(beside, selected_adapters=[mllm.TRAINED])
+            log.end_step(step, save=validated)
         if options.export and accelerator.is_main_process:
             export(options, data, options.out / "adapter")
-        log.finish(prompts.shortened)
+        log.finish()
 
 
 if __name__ == "__main__":

@@ -153,16 +153,15 @@ def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, bat
     import mllm
 
     tasks, world = options["tasks"], accelerator.num_processes
-    mine = list(range(accelerator.process_index, len(rows), world))
     builds = [partial(prompts.evaluation_tree, task=task) for task in tasks]
-    trees = {i: [prompts.fitting(build, rows[i], options["max_length"]) for build in builds] for i in mine}
-    mine.sort(key=lambda i: len(trees[i][0][0].ids))  # little padding
     found = []
     model.eval()
     batch_size = batch_size or (16 if data.backbone == mllm.TINY else 2)
-    chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    for chunk in tqdm(chunks, desc="evaluate", unit="batch", leave=False):
-        batch = model.collate([tree for i in chunk for tree in trees[i]], data.catalogue)
+    numbers = range(len(rows))  # in batches that are the same however many processes share them: to the last bit
+    mine = [numbers[i : i + batch_size] for i in numbers[::batch_size]][accelerator.process_index :: world]
+    for chunk in tqdm(mine, desc="evaluate", unit="batch", leave=False):
+        trees = [prompts.fitting(build, rows[i], options["max_length"]) for i in chunk for build in builds]
+        batch = model.collate(trees, data.catalogue)
         with torch.inference_mode(), accelerator.autocast():
             logps = model(batch.to(accelerator.device))
         found += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))

@@ -74,24 +74,53 @@ def one_line_errors(main: Callable) -> Callable:
     return wrapped
 
 
+def beside_name(path: Path, kind: str) -> Path:
+    """A name beside `path` that nobody reads; `locked` clears away what a kill leaves under such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}.partial")
+
+
+def to_disk(path: Path) -> None:
+    """Wait until the disk holds a file, or a folder with all in it, so that no power cut can take it back."""
+    for each in [path, *path.rglob("*")]:
+        descriptor = os.open(each, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def clear(path: Path) -> None:
+    """Remove a file or a folder that may be there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that may be there; to a reader it is gone at once, whole."""
+    if folder.exists():
+        os.replace(folder, gone := beside_name(folder, "old"))
+        clear(gone)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder at; it takes the final name once the block has ended well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside, old = beside_name(path, "new"), beside_name(path, "old")
+    clear(beside)  # of a process of this number that was killed
     try:
         yield beside
+        to_disk(beside)
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(beside, path)
+        parent = os.open(path.parent, os.O_RDONLY)
+        os.fsync(parent)  # the new name too
+        os.close(parent)
     except Exception as error:
         error.add_note(str(path))
         raise
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        beside.unlink(missing_ok=True)
+        clear(beside)
+        clear(old)
 
 
 def write_json(path: Path, value) -> None:
@@ -177,6 +206,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
+        for left in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:  # by a writer that was killed
+            clear(left)
         yield
 
 
@@ -202,17 +233,23 @@ def check_out(out: Path, stage: str) -> None:
             raise UserError(f"{out} holds files but is no run folder of {stage}.py; choose another --out")
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that compute."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+
+
 def begin_run(out: Path, stage: str, options: dict, **facts) -> None:
     """Write out/config.json for a run that starts, and drop what an earlier run of that name left. Refuses a folder
     that holds something else."""
     check_out(out, stage)
-    for pattern in ("metrics.jsonl", "result.json", "*metrics.json", "*predictions.jsonl"):
+    (out / "result.json").unlink(missing_ok=True)  # first: from here on the run is unfinished
+    remove(out / "checkpoints")  # and has none, before the options are those of the new run
+    write_json(out / "config.json", {"stage": stage, "options": options, **facts, "versions": versions()})
+    for pattern in ("metrics.jsonl", "*metrics.json", "*predictions.jsonl"):
         for old in out.glob(pattern):
             old.unlink()
     for old in ("adapter", "model", "reference"):
-        shutil.rmtree(out / old, ignore_errors=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
-    write_json(out / "config.json", {"stage": stage, "options": options, **facts, "versions": versions})
+        remove(out / old)
 
 
 def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
@@ -308,15 +345,19 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
     return accelerator
 
 
+def launcher() -> list[str]:
+    """The command line of the `accelerate launch` that started this process; empty where there is none to be seen."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+    except OSError:
+        return []
+    return words if "launch" in words else []
+
+
 def launched_processes() -> int:
     """--num_processes of the `accelerate launch` that started this process, 1 where there is none to be seen."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return 1
-    if "launch" not in words:
-        return 1
-    for flag, value in zip(words, [*words[1:], ""], strict=True):
+    words = launcher()
+    for flag, value in zip(words, [*words[1:], ""], strict=False):
         name, _, inline = flag.replace("-", "_").partition("=")
         if name == "__num_processes":
             return int(inline or value or 1)

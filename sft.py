@@ -4,8 +4,9 @@
     accelerate launch sft.py --data data/ml-1m --out runs/ml-1m/sft     # LoRA on the backbone the data was encoded for
 
 Writes config.json, metrics.jsonl and the weights that validated best: adapter/ (LoRA, PEFT's format) or, with --tune
-full, model/. The loss is cross-entropy on the answer's tokens only, over their number in the whole optimizer step. The
-vision tower is never trained, so its image tokens are read from the data folder.
+full, model/. The same command continues a run that was interrupted. The loss is cross-entropy on the answer's tokens
+only, over their number in the whole optimizer step. The vision tower is never trained, so its image tokens are read
+from the data folder.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+import checkpoints
 import runs
 import training
 from runs import UserError
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available() and options.dtype == "auto"
     mixed = options.tune == "full" and (gpu or options.dtype == "bfloat16")
     accelerator = runs.start_accelerator("bf16" if mixed else "no", options.report_to, options.out)
+    checkpoints.check(options, accelerator, data=data.hash())
     say = accelerator.print
 
     # Data
@@ -200,7 +203,9 @@ def main(argv: list[str] | None = None) -> None:
         return "users " + ", ".join(dict.fromkeys(rows[n // len(options.tasks)].user for n in numbers))
 
     with training.started(options, "sft", accelerator, total, data=data.hash()) as log:
-        for step, numbers, micro in training.ahead(itertools.starmap(load, enumerate(batches, 1))):
+        done = log.resume(packed, optimizer, prompts.shortened, schedule=schedule)
+        left = itertools.islice(enumerate(batches, 1), done, None)
+        for step, numbers, micro in training.ahead(itertools.starmap(load, left)):
             model.train()
             in_warmup, rate = step <= options.warmup_steps, schedule.get_last_lr()[0]
             loss, norm = take_step(model, micro, parameters, optimizer, schedule, accelerator)
@@ -208,13 +213,15 @@ def main(argv: list[str] | None = None) -> None:
             chosen, due = [n for batch in numbers for n in batch], step % 10 == 0 or step in (1, total)
             option = f"--warmup-lr {options.warmup_lr}" if in_warmup else f"--lr {options.lr}"
             log.step(step, values, len(chosen), option, partial(names, in_warmup, chosen), due)
-            done = step - options.warmup_steps
-            if done > 0 and (done % steps_per_epoch == 0 or step == total):
+            answered = step - options.warmup_steps
+            validated = answered > 0 and (answered % steps_per_epoch == 0 or step == total)
+            if validated:
                 log.flush()
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
-                if log.validation(step, done / steps_per_epoch, found):
+                if log.validation(step, answered / steps_per_epoch, found):
                     save_weights(packed.model, data, options)
-        log.finish(prompts.shortened)
+            log.end_step(step, save=validated)
+        log.finish()
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ import argparse
 import contextlib
 import json
 import math
+import os
+import shlex
+import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
+import checkpoints
 import runs
 from runs import UserError, non_negative_int, positive_float, positive_int, probability
 
@@ -42,6 +46,14 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     runs.add_trust_option(train)
     train.add_argument("--report-to", metavar="NAME", help="a tracker that accelerate knows: tensorboard, wandb, ...")
     train.add_argument("--seed", type=non_negative_int, default=42, help="of order, new weights, dropout, noise [42]")
+    stop = parser.add_argument_group("stopping and going on (README: When a run is interrupted)")
+    resume = (
+        "auto: an unfinished run in --out continues, a finished one is trained anew; never: refuses an unfinished one"
+    )
+    stop.add_argument("--resume", choices=["auto", "never"], default="auto", help=f"{resume} [auto]")
+    every = "optimizer steps between checkpoints; each validation and each signal to stop makes one too [500]"
+    stop.add_argument("--save-every", type=positive_int, default=500, help=every)
+    stop.add_argument("--keep", type=positive_int, default=2, help="checkpoints kept, the last ones [2]")
 
 
 def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[int, int]:
@@ -107,21 +119,24 @@ def ahead(values: Iterable, depth: int = 2) -> Iterator:
 
 
 class Log:
-    """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end.
+    """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end; and its
+    checkpoints, which keep what it has said.
 
     A step's metrics stay tensors until the next step has been started, so that a GPU never waits for them to be read.
     """
 
-    def __init__(self, out: Path, stage: str, accelerator, options: dict, steps: int):
+    def __init__(self, stage: str, accelerator, options: argparse.Namespace, steps: int):
         from accelerate.utils import tqdm
 
-        self.out, self.stage, self.accelerator = out, stage, accelerator
-        self.file = open(out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
-        self.best, self.tracker = {"select": -1.0}, options["report_to"]
+        self.out, self.stage, self.accelerator, self.options = options.out, stage, accelerator, options
+        self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
+        self.best, self.shortened = {"select": -1.0}, set()
         self.bar, self.pending = tqdm(total=steps, desc=stage, unit="step"), None
         self.began, self.samples = time.perf_counter(), 0
-        if self.tracker:
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
+        self.signal, self.stop = 0, 0  # what this process was told, and what all know of
+        self.command = shlex.join(runs.launcher() or ["python", *sys.argv])  # a launcher may be gone before we are
+        if options.report_to:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in runs.plain(options).items()}
             accelerator.init_trackers("hanorec", config=flat)
 
     def write(self, step: int, values: dict) -> None:
@@ -130,22 +145,26 @@ class Log:
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
-        if self.tracker:
+        if self.options.report_to:
             self.accelerator.log(values, step=step)
 
     def step(self, step: int, values: dict, samples: int, rate: str, names: Callable, due: bool = True) -> None:
         """The metrics of an optimizer step, `loss` and `grad_norm` among them, over all processes. samples: how many of
         this process; rate: the option to lower where training diverges, and its value; names: says which samples these
         were; due: write them."""
+        import torch
+
         self.flush()
         self.samples += samples * self.accelerator.num_processes
-        self.pending = (step, values, rate, names, due)
+        told = torch.tensor(float(self.signal), device=self.accelerator.device)
+        self.pending = (step, values, rate, names, due, self.accelerator.gather(told).max())
 
     def flush(self) -> None:
         """Read and write the step that is pending; UserError where its loss or gradient is no number any more."""
         if self.pending is None:
             return
-        (step, values, rate, names, due), self.pending = self.pending, None
+        (step, values, rate, names, due, told), self.pending = self.pending, None
+        self.stop = int(told)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(value := float(values[name])):
                 kept = f"the weights of step {self.best['step']} stay" if "step" in self.best else "none were kept yet"
@@ -167,34 +186,105 @@ class Log:
         self.began, self.samples = time.perf_counter(), 0
         return better and self.accelerator.is_main_process
 
-    def finish(self, shortened: set) -> None:
-        """Declare the run whole. shortened: the rows whose prompts lost history items on this process."""
+    def resume(self, model, optimizer, shortened: set, **parts) -> int:
+        """Continue from the run's last checkpoint, where it has one. Returns the steps that are done.
+
+        model: whose trainable weights the optimizer trains; parts: `schedule`, and what else has a state (None: has
+        none); shortened: takes the rows whose prompts lost history items on this process, as they come.
+        """
+        self.shortened, parts = shortened, {name: part for name, part in parts.items() if part} | {"log": self}
+        self.trained, done = (model, optimizer, parts), 0
+        if folder := checkpoints.newest(self.out):
+            done = checkpoints.load(folder, *self.trained, self.accelerator)
+            self.accelerator.print(f"{self.out} continues after step {done} ({folder})")
+            before = runs.read_json(self.out / "config.json", f"delete {self.out}").get("machine", {})
+            now = checkpoints.machine(self.accelerator.device)
+            if other := [f"{n}: {before.get(n)}, now {v}" for n, v in now.items() if before.get(n) != v]:
+                self.accelerator.print(f"it began on another machine, so last digits may differ ({'; '.join(other)})")
+        self.bar.update(done)
+        return done
+
+    def end_step(self, step: int, save: bool) -> None:
+        """Save a checkpoint where one is due; SystemExit where the run was told to stop."""
+        alone = self.accelerator.num_processes == 1
+        if not (save or step % self.options.save_every == 0 or (self.signal if alone else self.stop)):
+            return
+        self.flush()
+        checkpoints.save(self.out, step, *self.trained, self.options.keep, self.accelerator)
+        self.began, self.samples = time.perf_counter(), 0
+        if told := self.signal if alone else self.stop:
+            self.accelerator.print(f"\nstopped; step {step} is saved. To continue: {self.command}", flush=True)
+            raise SystemExit(128 + told)
+
+    def state_dict(self) -> dict:
+        """For a checkpoint: what was said so far. A call for all processes."""
+        state = {"best": self.best, "shortened": self.all_shortened()}
+        if self.file:
+            os.fsync(self.file.fileno())
+            state["metrics_bytes"] = os.fstat(self.file.fileno()).st_size
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what was said after that."""
+        self.best = state["best"]
+        self.shortened.update(map(tuple, state["shortened"]))
+        if self.file:
+            if os.fstat(self.file.fileno()).st_size < state["metrics_bytes"]:
+                raise UserError(f"{self.file.name} has lost lines that the checkpoint knows of; delete {self.out}")
+            self.file.truncate(state["metrics_bytes"])
+
+    def all_shortened(self) -> list:
+        """The rows whose prompts lost history items on any process."""
         from accelerate.utils import gather_object
 
-        lost = len(set(gather_object(sorted(shortened)) if self.accelerator.num_processes > 1 else shortened))
+        return sorted(set(gather_object(list(self.shortened))))
+
+    def finish(self) -> None:
+        """Declare the run whole."""
+        lost = len(self.all_shortened())
         if self.accelerator.is_main_process:
             result = {"stage": self.stage, "best": self.best, "shortened_rows": lost}
             result["weights"] = runs.weights_hash(self.out)
             runs.write_json(self.out / "result.json", result)
+            runs.remove(self.out / "checkpoints")
         self.accelerator.print(f"{self.out}: weights of step {self.best['step']}")
         if lost:
             self.accelerator.print(f"{lost} rows lost their oldest history items to --max-length")
 
 
 @contextlib.contextmanager
-def started(options: argparse.Namespace, stage: str, accelerator, steps: int, **facts) -> Iterator[Log]:
-    """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped."""
+def signals(log: Log) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C wait for the end of an optimizer step (of two, with several processes)."""
+
+    def keep(number, frame):
+        if not log.signal:
+            os.write(2, b"\nstopping after this step; Ctrl-\\ stops at once, back to the last checkpoint\n")
+        log.signal = number
+
+    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def started(options: argparse.Namespace, stage: str, accelerator, steps: int, **hashes) -> Iterator[Log]:
+    """A run folder in --out, held and begun: config.json is written, and what an earlier run left is dropped, unless it
+    is unfinished and has a checkpoint to continue from."""
     with runs.locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process:
-            runs.begin_run(options.out, stage, runs.plain(options), **facts)
+        if accelerator.is_main_process and not checkpoints.newest(options.out):
+            runs.begin_run(options.out, stage, runs.plain(options), **checkpoints.facts(accelerator, **hashes))
         accelerator.wait_for_everyone()
-        log = Log(options.out, stage, accelerator, runs.plain(options), steps)
+        log = Log(stage, accelerator, options, steps)
         try:
-            yield log
+            with signals(log):
+                yield log
         finally:
             log.bar.close()
             if log.file:
                 log.file.close()
-        if log.tracker:
+        if options.report_to:
             accelerator.end_training()
     accelerator.wait_for_everyone()

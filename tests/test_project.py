@@ -20,15 +20,16 @@ IMPORTS = {
     "packing": {"attention", "backbones", "mllm", "prompts"},
     "prompts": set(),
     "runs": set(),
-    "training": {"runs"},
+    "checkpoints": {"runs"},
+    "training": {"checkpoints", "runs"},
     "demo": {"prompts", "readers"},
     "readers": {"runs"},
     "metrics": set(),
     "exchange": {"readers", "runs"},
     "prepare_data": {"mllm", "packing", "prompts", "runs", "demo", "readers"},
     "evaluate": {"metrics", "mllm", "packing", "prompts", "runs", "exchange"},
-    "sft": {"mllm", "packing", "runs", "training", "evaluate"},
-    "dpo_hano": {"mllm", "packing", "runs", "training", "evaluate", "hanorec_loss"},
+    "sft": {"checkpoints", "mllm", "packing", "runs", "training", "evaluate"},
+    "dpo_hano": {"checkpoints", "mllm", "packing", "runs", "training", "evaluate", "hanorec_loss"},
 }
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}

@@ -145,8 +145,9 @@ def test_ahead_gives_the_same_values_and_raises_in_place():
 
 
 def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
-    accelerator = SimpleNamespace(is_main_process=True, num_processes=1)
-    log = training.Log(tmp_path, "sft", accelerator, {"report_to": None}, 3)
+    device = torch.device("cpu")
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, device=device, gather=lambda tensor: tensor)
+    log = training.Log("sft", accelerator, SimpleNamespace(out=tmp_path, report_to=None), 3)
     good = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
     log.step(1, good, 4, "--lr 1", lambda: "users a, b")
     assert (tmp_path / "metrics.jsonl").read_text() == ""  # read when the next step has been started

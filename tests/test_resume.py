@@ -1,0 +1,129 @@
+"""Runs that are killed, stopped and refused: what they leave, and that they end as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from soak import left
+from test_scripts import refused, training
+
+import dpo_hano
+import runs
+import sft
+
+STEPS = "--batch-size 4 --grad-accum 2 --eval-limit 4 --save-every 3 --lr 1e-3".split()
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(out, *words, **more):
+    """A script in a process of its own; its output goes to <out>.log."""
+    with open(f"{out}.log", "w") as log:
+        command = [sys.executable, *map(str, words), "--out", str(out)]
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, **more)
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.args
+        time.sleep(0.0005)
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+
+
+def logged(out):
+    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+
+
+def test_sft_killed_in_mid_epoch_and_in_a_checkpoint_ends_as_if_it_had_not_been(prepared, tmp_path):
+    argv = ["--data", prepared, *STEPS, *"--max-steps 20 --warmup-steps 5 --warmup-items 8 --dropout 0.1".split()]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    sft.main([str(word) for word in [*argv, "--out", whole]])
+    process = start(cut, "sft.py", *argv)
+    wait_for(lambda: (cut / "checkpoints" / "step-6").exists(), process)
+    kill(process)
+    process = start(cut, "sft.py", *argv)
+    wait_for(lambda: any("step-12" in name or "step-15" in name for name in os.listdir(cut / "checkpoints")), process)
+    kill(process)  # while .step-12.<process>.new.partial is written
+    assert not (cut / "result.json").exists()
+    assert [path.name for path in (cut / "checkpoints").glob("step-*")] != []
+    sft.main([str(word) for word in [*argv, "--out", cut]])
+    assert left(cut) == left(whole)
+    assert {"result.json", "metrics.jsonl", "model/model.safetensors"} < left(whole).keys()
+    assert training(cut / "metrics.jsonl")[-1]["step"] == 25
+
+
+def test_dpo_killed_and_its_moving_average(sft_run, tmp_path):
+    argv = ["--sft", sft_run, *STEPS, *"--max-steps 15 --responsiveness ema".split()]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    dpo_hano.main([str(word) for word in [*argv, "--out", whole]])
+    process = start(cut, "dpo_hano.py", *argv)
+    wait_for(lambda: logged(cut) >= 7, process)
+    kill(process)
+    dpo_hano.main([str(word) for word in [*argv, "--out", cut]])
+    assert left(cut) == left(whole)
+    assert [line["step"] for line in training(cut / "metrics.jsonl")] == list(range(1, 16))
+
+
+@pytest.fixture
+def unfinished(prepared, tmp_path, monkeypatch, capsys):
+    """An SFT run that was told to stop after step 4 of 8: (its options, its folder, what it said)."""
+    argv = ["--data", str(prepared), "--out", str(tmp_path / "sft"), *STEPS, "--max-steps", "8", "--warmup-steps", "0"]
+    take_step = sft.take_step
+
+    def told(*args):
+        if args[4].last_epoch == 3:  # schedule: three steps are done
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "take_step", told)
+        with pytest.raises(SystemExit) as stop:
+            sft.main(argv)
+    assert stop.value.code == 128 + signal.SIGTERM
+    return argv, tmp_path / "sft", capsys.readouterr().out
+
+
+def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(unfinished, tmp_path, capsys):
+    argv, out, said = unfinished
+    assert "stopped; step 4 is saved. To continue: python " in said
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    sft.main(argv)
+    assert "continues after step 4" in capsys.readouterr().out
+    argv[3] = str(tmp_path / "whole")
+    sft.main(argv)
+    assert left(out) == left(tmp_path / "whole") and not (out / "checkpoints").exists()
+
+
+def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys):
+    argv, out, _ = unfinished
+    before = left(out)
+    for option, value in {"--seed": 7, "--batch-size": 2, "--lr": 0.01, "--max-steps": 9, "--dropout": 0.3}.items():
+        error = refused(capsys, sft.main, *argv, option, value)
+        assert f"{option} (was " in error and f"now {value})" in error and "choose another --out, or delete" in error
+    other = ["--data", json.loads((sft_run / "config.json").read_text())["options"]["data"]]
+    manifest = tmp_path / "data" / "manifest.json"
+    subprocess.run(["cp", "-r", other[1], tmp_path / "data"], check=True)
+    runs.write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
+    assert "--data (another than before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
+    assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")
+    with runs.locked(out):
+        assert "is in use by another process" in refused(capsys, sft.main, *argv)
+    assert left(out) == before
+    state = out / "checkpoints" / "step-4" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    assert f"delete {state.parent}: then the checkpoint before it" in refused(capsys, sft.main, *argv)
+    runs.remove(state.parent)
+    sft.main(
+        [*argv, "--save-every", "100", "--keep", "1", "--gradient-checkpointing"]
+    )  # none of them changes the result
+    assert "continues after step 3" in capsys.readouterr().out
+    sft.main([*argv, "--resume", "never", "--seed", "7"])  # it is finished: trained anew
+    assert json.loads((out / "config.json").read_text())["options"]["seed"] == 7
