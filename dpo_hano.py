@@ -136,11 +136,11 @@ def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Pa
     if not path.exists():
         size = 32 if data.backbone == mllm.TINY else 8
         chunks = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        mine, found = chunks[accelerator.process_index :: accelerator.num_processes], []
+        mine, found = runs.shared_out(chunks, accelerator), []
         packed.eval()
         for chunk in tqdm(mine, desc="reference", unit="batch"):
             batch = packed.collate([pairs[i]() for i in chunk], data.catalogue)
-            with mllm.reference(packed.model), torch.inference_mode():
+            with mllm.reference(packed.model), torch.no_grad():
                 logps = packed(batch.to(accelerator.device))
             found += list(zip(chunk, logps.view(-1, 2).tolist(), strict=True))
         found = gather_object(found) if accelerator.num_processes > 1 else found
@@ -168,7 +168,7 @@ def check_start(packed, batch, reference, device) -> None:
     import torch
 
     packed.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         gain = packed(batch.to(device)).view(-1, 2) - reference.to(device)
     worst = float((0.1 * (gain[:, 0] - gain[:, 1])).abs().max())  # at the paper's beta, whatever --beta is
     dtype = next(packed.core.parameters()).dtype
@@ -251,7 +251,7 @@ def load_policy(options, data, rows, accelerator):
     hardness = pair_hardness(options, data, base, mllm.load_tokenizer(data.source, data.trust), rows)
     low, high = (float(hardness.quantile(q)) for q in (0.01, 0.99))
     model = mllm.add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
-    packed = packing.load_packed(model, data, not options.no_pack, accelerator.device)
+    packed = packing.load_packed(model, data, not options.no_pack, training.first_device(model, accelerator))
     if options.gradient_checkpointing:
         packed.enable_checkpointing()
     trained = sum(p.numel() for p in packed.parameters() if p.requires_grad)
@@ -301,6 +301,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
+    optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
+    schedule = training.cosine(optimizer, steps)
+    model, optimizer = accelerator.prepare(packed, optimizer)
     batches = training.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)
     batches = itertools.islice(batches, steps)
     wanted = planned_pairs(len(rows), len(kinds), steps, steps_per_epoch, options, accelerator)
@@ -309,11 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     key = runs.value_hash(made_of)
     reference = reference_logps(packed, data, pairs, wanted, key, options.sft / "reference", accelerator)
 
-    optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
-    schedule = training.cosine(optimizer, steps)
     moving = MovingResponsiveness() if options.responsiveness == "ema" else None
     eta = {"batch": batch_responsiveness, "ema": moving, "none": 1.0}[options.responsiveness]
-    model, optimizer = accelerator.prepare(packed, optimizer)
     torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
 
     def load(step: int, numbers: list[list[int]]) -> tuple[int, list[list[int]], list[tuple]]:
@@ -338,8 +338,10 @@ def main(argv: list[str] | None = None) -> None:
                 log.flush()
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
                 if log.validation(step, step / steps_per_epoch, found):
-                    with runs.replacing(options.out / "adapter") as beside:
-                        packed.model.save_pretrained(beside, selected_adapters=[mllm.TRAINED])
+                    weights = training.whole_weights(model, accelerator)
+                    if accelerator.is_main_process:
+                        with runs.replacing(options.out / "adapter") as beside:
+                            packed.model.save_pretrained(beside, selected_adapters=[mllm.TRAINED], state_dict=weights)
             log.end_step(step, save=validated)
         if options.export and accelerator.is_main_process:
             export(options, data, options.out / "adapter")

@@ -158,15 +158,15 @@ def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, bat
     model.eval()
     batch_size = batch_size or (16 if data.backbone == mllm.TINY else 2)
     numbers = range(len(rows))  # in batches that are the same however many processes share them: to the last bit
-    mine = [numbers[i : i + batch_size] for i in numbers[::batch_size]][accelerator.process_index :: world]
-    for chunk in tqdm(mine, desc="evaluate", unit="batch", leave=False):
+    chunks = [numbers[i : i + batch_size] for i in numbers[::batch_size]]
+    for chunk in tqdm(runs.shared_out(chunks, accelerator), desc="evaluate", unit="batch", leave=False):
         trees = [prompts.fitting(build, rows[i], options["max_length"]) for i in chunk for build in builds]
         batch = model.collate(trees, data.catalogue)
-        with torch.inference_mode(), accelerator.autocast():
+        with torch.no_grad(), accelerator.autocast():  # inference mode would spoil what sharded weights are gathered in
             logps = model(batch.to(accelerator.device))
         found += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))
     found = gather_object(found) if world > 1 else found
-    logps = np.array([values for _, values in sorted(found)])
+    logps = np.array([values for _, values in sorted(dict(found).items())])
     if not np.isfinite(logps).all():
         raise UserError("the model's scores are no numbers: its weights diverged; train with a lower --lr")
     count = len(rows[0].candidates)

@@ -170,15 +170,18 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
 
     Keep it open until backward() has ended: with activation checkpointing the forward runs again there, and must see
     the same noise. Leave it before optimizer.step(), which would be undone: RuntimeError. Weights come back bit for
-    bit, also after an error; a backward() after that raises, because autograd sees that the weights changed. Raises
-    ValueError for a model without trainable LoRA weights, or whose LoRA weights are sharded over processes.
+    bit, also after an error; a backward() after that raises, because autograd sees that the weights changed. Of weights
+    sharded by fully_shard (DTensor) each process draws the whole noise and takes its part, so give a generator. Raises
+    ValueError for a model without trainable LoRA weights, or with flattened ones (FSDP's first version, ZeRO-3).
     """
     matrix = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
     weights = [p for name, p in model.named_parameters() if p.requires_grad and matrix.search(name)]
     if not weights:
         raise ValueError("the model has no trainable LoRA weights (no lora_A or lora_B that requires a gradient)")
-    if any(p.numel() == 0 or hasattr(p, "device_mesh") for p in weights):
-        raise ValueError("LoRA weights are sharded over processes; NoDO needs them whole (exclude them from sharding)")
+    if any(p.dim() < 2 for p in weights):
+        raise ValueError(
+            "LoRA weights are sharded flat over processes; NoDO needs them whole, or sharded by fully_shard"
+        )
     if sigma == 0:
         yield torch.zeros(())
         return
@@ -190,13 +193,17 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
                 place = generator.device if generator is not None else weight.device
                 noise = torch.randn(weight.shape, generator=generator, device=place, dtype=torch.float32) * sigma
                 noise = noise.to(weight.device)
+                if hasattr(weight, "device_mesh"):  # each process takes its part
+                    lies = weight.device_mesh, weight.placements
+                    noise = torch.distributed.tensor.distribute_tensor(noise, *lies, src_data_rank=None)
                 if relative:
                     noise *= weight.float().square().mean().sqrt()
                 noise_square += noise.square().sum()
                 weight_square += weight.float().square().sum()
                 weight.add_(noise.to(weight.dtype))
         versions = [weight._version for weight in weights]
-        yield (noise_square / weight_square).sqrt()
+        ratio = (noise_square / weight_square).sqrt()
+        yield ratio.full_tensor() if hasattr(ratio, "full_tensor") else ratio
         if versions != [weight._version for weight in weights]:
             raise RuntimeError("LoRA weights changed under the noise; call optimizer.step() after leaving noisy_lora")
     finally:

@@ -362,3 +362,10 @@ def launched_processes() -> int:
         if name == "__num_processes":
             return int(inline or value or 1)
     return 1
+
+
+def shared_out(chunks: list, accelerator) -> list:
+    """This process's of the chunks: as many on every process, which sharded weights need, so that some come twice."""
+    world = accelerator.num_processes
+    rounds = -(-len(chunks) // world)
+    return [chunks[(i * world + accelerator.process_index) % len(chunks)] for i in range(rounds)]

@@ -79,7 +79,6 @@ def training_samples(prompts, rows, sequences, options) -> tuple[list, list]:
 def trainable_model(options, data, accelerator):
     """The backbone with what --tune says made trainable, in a PackedMLLM."""
     import torch
-    from accelerate import DistributedType
 
     import mllm
     import packing
@@ -92,9 +91,7 @@ def trainable_model(options, data, accelerator):
         dtype = mllm.pick_dtype(options.dtype, accelerator)
         model = mllm.load_model(data.source, dtype, options.attn, options.quantize, data.trust)
         model = mllm.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    device = model.device if sharded else accelerator.device  # whole, a model to be sharded may not fit one
-    packed = packing.load_packed(model, data, not options.no_pack, device)
+    packed = packing.load_packed(model, data, not options.no_pack, training.first_device(model, accelerator))
     if options.tune == "full":
         packed.set_dropout(options.dropout)
     if options.gradient_checkpointing:
@@ -102,13 +99,13 @@ def trainable_model(options, data, accelerator):
     return packed
 
 
-def save_weights(model, data, options) -> None:
-    """Write what was trained: adapter/, or model/ with its tokenizer."""
+def save_weights(model, weights: dict, data, options) -> None:
+    """Write what was trained: adapter/, or model/ with its tokenizer. weights: the model's, whole."""
     import mllm
 
     name = "model" if options.tune == "full" else "adapter"
     with runs.replacing(options.out / name) as beside:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=weights)
         if options.tune == "full":
             mllm.load_tokenizer(data.source, data.trust).save_pretrained(beside)
             mllm.load_image_processor(data.source, data.encoding["max_pixels"], data.trust).save_pretrained(beside)
@@ -192,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     schedule = training.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
+    parameters = [p for p in packed.parameters() if p.requires_grad]  # others, where they are sharded now
 
     def load(step: int, numbers: list[list[int]]) -> tuple[int, list[list[int]], list]:
         source = warmup if step <= options.warmup_steps else answers
@@ -219,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
                 log.flush()
                 found = evaluate.validate(packed, data, prompts, val_rows, options, accelerator)
                 if log.validation(step, answered / steps_per_epoch, found):
-                    save_weights(packed.model, data, options)
+                    weights = training.whole_weights(model, accelerator)
+                    if accelerator.is_main_process:
+                        save_weights(packed.model, weights, data, options)
             log.end_step(step, save=validated)
         log.finish()
 

@@ -118,6 +118,21 @@ def ahead(values: Iterable, depth: int = 2) -> Iterator:
             yield value
 
 
+def first_device(model, accelerator):
+    """Where a model waits for accelerator.prepare: one that is to be sharded may fit no device whole."""
+    from accelerate import DistributedType
+
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return model.device if sharded else accelerator.device
+
+
+def whole_weights(model, accelerator) -> dict:
+    """The state dict of the PackedMLLM's model, as that names it, on the main process put together where it is sharded.
+    A call for all processes."""
+    weights = accelerator.get_state_dict(model)
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
 class Log:
     """What a training run says: metrics.jsonl, the screen, the trackers of --report-to, result.json at the end; and its
     checkpoints, which keep what it has said.
@@ -178,13 +193,13 @@ class Log:
         self.bar.update()
 
     def validation(self, step: int, epoch: float, values: dict) -> bool:
-        """Whether these are the weights to keep (best `select` so far) and this is the process that writes them."""
+        """Whether these are the weights to keep: the best `select` so far."""
         self.write(step, {f"val_{name}": value for name, value in values.items()})
         self.accelerator.print(f"\nepoch {epoch:.2f}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
         better = values["select"] > self.best["select"]
         self.best = {"step": step, **values} if better else self.best
         self.began, self.samples = time.perf_counter(), 0
-        return better and self.accelerator.is_main_process
+        return better
 
     def resume(self, model, optimizer, shortened: set, **parts) -> int:
         """Continue from the run's last checkpoint, where it has one. Returns the steps that are done.

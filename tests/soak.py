@@ -8,29 +8,47 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from conftest import ROOT, draw_posters, movielens
 
 SMALL = "--eval-limit 20 --batch-size 4 --grad-accum 2 --save-every 7 --epochs 99 --lr 1e-3".split()
 WARM = "--warmup-steps 30 --warmup-items 8 --dropout 0.1 --max-steps 90".split()
+TWO = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 0".split()
 CASES = {  # what each writes is compared
     "prepare": "prepare_data.py --dataset movielens --source {raw} --out {out} --max-pixels 3136".split(),
     "full": ["sft.py", "--data", "{data}", "--out", "{out}", *SMALL, *WARM],
     "lora": ["sft.py", "--data", "{data}", "--out", "{out}", *SMALL, *"--tune lora --max-steps 90".split()],
     "dpo": ["dpo_hano.py", "--sft", "{sft}", "--out", "{out}", *SMALL, *"--max-steps 60 --responsiveness ema".split()],
+    "two": [
+        *TWO,
+        "dpo_hano.py",
+        "--sft",
+        "{sft}",
+        "--out",
+        "{out}",
+        *SMALL,
+        *"--max-steps 60 --noise absolute".split(),
+    ],
 }
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
 
 
 def start(words: list[str], log) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL, also to what a launcher started."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.wait()
 
 
 def left(folder: Path) -> dict[str, bytes]:
@@ -59,36 +77,32 @@ def position(out: Path) -> str:
 
 def case(name: str, kills: int, places: dict, folder: Path, draw: random.Random) -> int:
     """Run a case without and with kills, and compare. Returns how often it was killed."""
-    log = open(folder / f"{name}.log", "w")
+    log, out = open(folder / f"{name}.log", "w"), folder / name / "cut"
     words = {
         kind: [word.format(out=folder / name / kind, **places) for word in CASES[name]] for kind in ("whole", "cut")
     }
-    began = time.monotonic()
+    began, done = time.monotonic(), 0
     assert start(words["whole"], log).wait() == 0, f"see {log.name}"
     lasted = time.monotonic() - began
     print(f"{name}: the run that is never stopped took {lasted:.1f} s", flush=True)
-    done = 0
-    while True:
-        began, process = time.monotonic(), start(words["cut"], log)
-        try:
-            wait = draw.uniform(0.3 * lasted, lasted) if done < kills else None
-            code = process.wait(wait)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            done += 1
-            print(f"{name}: kill {done} after {wait:.2f} s: {position(folder / name / 'cut')}", flush=True)
-            continue
+    while done < kills:  # a run that ends before it was killed often enough is compared, and made again
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(places["sft"] / "reference", ignore_errors=True)
+        code = None
+        while code is None:
+            process, wait = start(words["cut"], log), draw.uniform(0.3 * lasted, lasted) if done < kills else None
+            try:
+                code = process.wait(wait)
+            except subprocess.TimeoutExpired:
+                kill(process)
+                done += 1
+                print(f"{name}: kill {done} after {wait:.2f} s: {position(out)}", flush=True)
         assert code == 0, f"exit code {code}, see {log.name}"
-        if done >= kills or name == "prepare" or (folder / name / "cut" / "result.json").exists():
-            break
-    whole, cut = left(folder / name / "whole"), left(folder / name / "cut")
-    wrong = [file for file in whole.keys() | cut.keys() if whole.get(file) != cut.get(file)]
-    assert not wrong, f"{name}: these differ: {wrong}"
-    print(
-        f"{name}: {done} kills; all {len(whole)} files are the same, {sum(map(len, whole.values())):,} bytes",
-        flush=True,
-    )
+        whole, cut = left(folder / name / "whole"), left(out)
+        wrong = [file for file in whole.keys() | cut.keys() if whole.get(file) != cut.get(file)]
+        assert not wrong, f"{name}: these differ: {wrong}"
+        size = sum(map(len, whole.values()))
+        print(f"{name}: after {done} kills all {len(whole)} files are the same, {size:,} bytes", flush=True)
     return done
 
 
@@ -99,14 +113,8 @@ def main() -> None:
     movielens(folder / "raw", users=60)
     draw_posters(folder / "raw" / "posters")
     places = {"raw": folder / "raw", "data": folder / "prepare/whole", "sft": folder / "full/whole"}
-    done, draw = 0, random.Random(seed)
-    while done < kills:
-        for name in CASES:
-            share = max(1, kills // len(CASES)) if name != "prepare" else max(1, kills // len(CASES) // 2)
-            done += case(name, share, places, folder, draw)
-        for name in ("prepare", "full", "lora", "dpo"):
-            if done < kills:
-                shutil.rmtree(folder / name / "cut")
+    draw, names = random.Random(seed), list(CASES)
+    done = sum(case(name, len(range(kills)[i :: len(names)]), places, folder, draw) for i, name in enumerate(names))
     print(f"{done} kills in all; every run ended with the bytes of the run that was never stopped")
 
 

@@ -358,29 +358,6 @@ def launch(processes, *argv):
     return result.stdout
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo_hano"])
-def test_two_processes_give_the_single_process_losses(prepared, sft_run, tmp_path, stage):
-    common = ["--max-steps", 3, "--eval-limit", 6, "--lr", 1e-3, "--epochs", 9, "--batch-size", 6]
-    if stage == "sft":
-        common += ["--data", prepared, "--warmup-steps", 0, "--dropout", 0]
-    else:
-        common += ["--sft", sft_run, "--lora-dropout", 0, "--sigma", 0.1]
-        # equation (8) is over the micro-batch of all processes, which accumulation would split
-        common += ["--responsiveness", "none"]
-    one = launch(1, f"{stage}.py", *common, "--out", tmp_path / "one", "--grad-accum", 2)
-    two = launch(2, f"{stage}.py", *common, "--out", tmp_path / "two", "--grad-accum", 1)
-    assert "x 1 processes = 12" in one and "x 2 processes = 12" in two
-    one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    losses = [[line["loss"] for line in log if "loss" in line] for log in (one, two)]
-    assert len(losses[0]) >= 2
-    if stage == "sft":  # noise is drawn for each micro-step, of which one process has more
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-        values = [[line["val_NDCG@3"] for line in log if "val_NDCG@3" in line] for log in (one, two)]
-        assert values[0] == pytest.approx(values[1], abs=0.05)
-    else:
-        assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-
-
 def test_gradients_are_averaged_over_processes(tmp_path, prepared):
     launch(2, ROOT / "tests" / "average_gradients.py", prepared, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

@@ -1,0 +1,84 @@
+"""Launched with two processes: NoDO and checkpoints on weights that torch's fully_shard has shared out."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+
+import checkpoints
+from hanorec_loss import noisy_lora
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.lora_A, self.lora_B = (torch.nn.Linear(*s, bias=False) for s in ((6, 5), (6, 3), (3, 5)))
+        self.base.requires_grad_(False)
+
+    def forward(self, x):
+        return (self.base(x) + self.lora_B(self.lora_A(x))).tanh()
+
+
+def fresh(sharded: bool):
+    torch.manual_seed(0)
+    model = Layer()
+    model = fully_shard(model) if sharded else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+
+
+def take_step(number: int, model, optimizer, schedule, relative: bool):
+    """Returns the gradients, and the size of the noise; the batch is the same on both processes."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(number))
+    with noisy_lora(model, 0.3, relative, torch.Generator().manual_seed(number)) as size:
+        model(x).square().mean().backward()
+    gradients = [whole(p.grad) for p in model.parameters() if p.requires_grad]
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return [*gradients, size]
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def weights(model):
+    return [whole(p) for p in model.parameters()]
+
+
+accelerator = Accelerator()
+assert accelerator.num_processes == 2, accelerator.num_processes
+for relative in (True, False):
+    alone, shared = fresh(sharded=False), fresh(sharded=True)
+    assert hasattr(shared[0].lora_A.weight, "device_mesh")
+    for number in range(3):
+        expected = take_step(number, *alone, relative)
+        torch.testing.assert_close(take_step(number, *shared, relative), expected)
+        assert 0.2 < float(expected[-1]) < 0.4 or not relative
+    torch.testing.assert_close(weights(shared[0]), weights(alone[0]))
+
+before = weights(shared[0])
+with noisy_lora(shared[0], 0.3, True, torch.Generator().manual_seed(9)):
+    changed = weights(shared[0])
+assert all(torch.equal(a, b) for a, b in zip(before, weights(shared[0]), strict=True))  # bit for bit
+assert [torch.equal(a, b) for a, b in zip(before, changed, strict=True)] == [True, False, False]
+
+out = Path(sys.argv[1])
+checkpoints.save(out, 3, *shared[:2], {"schedule": shared[2]}, 2, accelerator)
+continued, elsewhere = fresh(sharded=True), fresh(sharded=False)
+for model, optimizer, schedule in (continued, elsewhere):
+    folder = checkpoints.newest(out)
+    assert checkpoints.load(folder, model, optimizer, {"schedule": schedule}, accelerator) == 3
+expected = take_step(3, *shared, True)
+for one, other in zip(take_step(3, *continued, True), expected, strict=True):
+    assert torch.equal(one, other)  # bit for bit
+assert all(torch.equal(a, b) for a, b in zip(weights(continued[0]), weights(shared[0]), strict=True))
+torch.testing.assert_close(take_step(3, *elsewhere, True), expected)
+torch.testing.assert_close(weights(elsewhere[0]), weights(shared[0]))
+(out / str(accelerator.process_index)).touch()
+accelerator.wait_for_everyone()
+os._exit(0)  # now and then gloo's threads abort in an ordinary end
