@@ -77,6 +77,12 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
         )
 
 
+def possible(accelerator) -> bool:
+    """Whether a run can have checkpoints: DeepSpeed and FSDP's first version keep AdamW's state in their own layout."""
+    kind = accelerator.distributed_type.value
+    return kind != "DEEPSPEED" and (kind != "FSDP" or accelerator.is_fsdp2)
+
+
 def trained(model) -> Iterator[tuple]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 

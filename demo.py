@@ -9,6 +9,7 @@ import numpy as np
 
 import prompts
 import readers
+import runs
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -115,9 +116,10 @@ def make_demo(folder: Path, seed: int, users: int = 400) -> tuple[list[tuple], d
         rows += [(f"user{user:03d}", f"film{item:03d}", time) for time, item in enumerate(seen)]
     ids = [f"film{item:03d}" for item in range(count)]
     images = {ids[item]: folder / "images" / f"{ids[item]}.png" for item in range(count)}
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for item, path in enumerate(images.values()):
-        draw_poster(path, COLOURS[colour[item]], rng)
+    with runs.replacing(folder / "images") as beside:
+        beside.mkdir()
+        for item, path in enumerate(images.values()):
+            draw_poster(beside / path.name, COLOURS[colour[item]], rng)
     titles = {ids[item]: f"{GENRES[genre[item]]} in {PLACES[item % len(PLACES)]}" for item in range(count)}
     return rows, titles, images
 

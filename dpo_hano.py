@@ -11,7 +11,6 @@ DIR/adapter and DIR/merged, which load without this project. The same command co
 """
 
 import argparse
-import contextlib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -216,7 +215,7 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
         draw = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(draw))
         with (
-            accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext(),
+            training.micro_step(model, accelerator, last=number == len(micro)),
             noisy_lora(packed, options.sigma, options.noise == "relative", generator) as noise,
         ):
             reference, hardness = reference.to(accelerator.device), hardness.to(accelerator.device)
@@ -287,6 +286,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = runs.start_accelerator(report_to=options.report_to, out=options.out)
     hashes = {"data": data.hash(), "sft_weights": runs.weights_hash(options.sft)}
     checkpoints.check(options, accelerator, **hashes)
+    if options.sigma and accelerator.distributed_type.value == "DEEPSPEED":
+        raise UserError("DeepSpeed steps before NoDO's noise is out of the weights: configs/fsdp2.yaml, or --sigma 0")
     prompts = data.prompts(options.candidate_images)
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
     packed, hardness = load_policy(options, data, rows, accelerator)

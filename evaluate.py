@@ -68,7 +68,7 @@ class Data:
         if not encoded:
             self.catalogue = mllm.Catalogue(items)
             return
-        paths = [path.parent for path in sorted(self.folder.glob("encoded/*/manifest.json"))]
+        paths = [path.parent for path in sorted(self.folder.glob("encoded/[!.]*/manifest.json"))]
         manifests = [(path, runs.read_json(path / "manifest.json", ENCODING, self.again)) for path in paths]
         encodings = {runs.printable(manifest["backbone"]): (path, manifest) for path, manifest in manifests}
         names = ", ".join(encodings) or "no backbone"

@@ -172,19 +172,17 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
     the same noise. Leave it before optimizer.step(), which would be undone: RuntimeError. Weights come back bit for
     bit, also after an error; a backward() after that raises, because autograd sees that the weights changed. Of weights
     sharded by fully_shard (DTensor) each process draws the whole noise and takes its part, so give a generator. Raises
-    ValueError for a model without trainable LoRA weights, or with flattened ones (FSDP's first version, ZeRO-3).
+    ValueError for a model without trainable LoRA weights, or with ones that are elsewhere (ZeRO-3).
     """
     matrix = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
     weights = [p for name, p in model.named_parameters() if p.requires_grad and matrix.search(name)]
     if not weights:
         raise ValueError("the model has no trainable LoRA weights (no lora_A or lora_B that requires a gradient)")
-    if any(p.dim() < 2 for p in weights):
-        raise ValueError(
-            "LoRA weights are sharded flat over processes; NoDO needs them whole, or sharded by fully_shard"
-        )
     if sigma == 0:
         yield torch.zeros(())
         return
+    if any(p.numel() == 0 for p in weights):
+        raise ValueError("LoRA weights are sharded away; NoDO needs them whole, or sharded by torch's fully_shard")
     saved = [p.detach().clone() for p in weights]
     try:
         noise_square = weight_square = 0.0

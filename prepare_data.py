@@ -353,7 +353,7 @@ def show(options: argparse.Namespace) -> None:
     import prompts
 
     items = runs.read_jsonl(options.out / "items.jsonl", runs.ITEM, "run prepare_data.py")
-    folders = [options.encoded, *sorted((options.out / "encoded").glob("*"))]  # of --model, else of any
+    folders = [options.encoded, *sorted((options.out / "encoded").glob("[!.]*"))]  # of --model, else of any
     folder = next(path for path in folders if (path / "manifest.json").exists())
     catalogue = mllm.Catalogue(items, folder)
     model = runs.read_json(folder / "manifest.json", {"backbone": str}, "encode the data again")["backbone"]

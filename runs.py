@@ -332,7 +332,14 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
 
     if report_to and report_to not in [str(t.value) for t in get_available_trackers()]:
         raise UserError(f"--report-to {report_to}: accelerate knows no such tracker, or its package is not installed")
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=out)
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # which has the precision of its config file
+    precision = None if deepspeed else mixed_precision
+    accelerator = Accelerator(mixed_precision=precision, log_with=report_to, project_dir=out)
+    if deepspeed:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # weights are loaded whole and checked, then shared out
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # any number will do
     asked = launched_processes()
     if asked > accelerator.num_processes:
         raise UserError(

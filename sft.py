@@ -10,7 +10,6 @@ from the data folder.
 """
 
 import argparse
-import contextlib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -120,7 +119,7 @@ def take_step(model, micro: list, parameters, optimizer, schedule, accelerator):
     tokens = accelerator.reduce(tokens)
     loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro, 1):
-        with accelerator.no_sync(model) if number < len(micro) else contextlib.nullcontext():
+        with training.micro_step(model, accelerator, last=number == len(micro)):
             with accelerator.autocast():
                 nll = -model(batch.to(accelerator.device)).sum() / tokens
             accelerator.backward(nll * accelerator.num_processes)  # gradients are averaged over processes

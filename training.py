@@ -118,6 +118,14 @@ def ahead(values: Iterable, depth: int = 2) -> Iterator:
             yield value
 
 
+@contextlib.contextmanager
+def micro_step(model, accelerator, last: bool) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: with the last of a step, gradients are averaged over processes."""
+    accelerator.sync_gradients = last  # where DeepSpeed's backward steps
+    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        yield
+
+
 def first_device(model, accelerator):
     """Where a model waits for accelerator.prepare: one that is to be sharded may fit no device whole."""
     from accelerate import DistributedType
@@ -225,10 +233,12 @@ class Log:
         if not (save or step % self.options.save_every == 0 or (self.signal if alone else self.stop)):
             return
         self.flush()
-        checkpoints.save(self.out, step, *self.trained, self.options.keep, self.accelerator)
+        if saved := checkpoints.possible(self.accelerator):
+            checkpoints.save(self.out, step, *self.trained, self.options.keep, self.accelerator)
         self.began, self.samples = time.perf_counter(), 0
         if told := self.signal if alone else self.stop:
-            self.accelerator.print(f"\nstopped; step {step} is saved. To continue: {self.command}", flush=True)
+            stopped = f"step {step} is saved. To continue" if saved else "DeepSpeed saves none. To begin anew"
+            self.accelerator.print(f"\nstopped; {stopped}: {self.command}", flush=True)
             raise SystemExit(128 + told)
 
     def state_dict(self) -> dict:

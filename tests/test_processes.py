@@ -72,6 +72,22 @@ def test_noise_and_checkpoints_of_sharded_weights(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "checkpoints"]
 
 
+def test_configurations_are_what_accelerate_reads(prepared, tmp_path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {p.stem: load_config_from_file(str(p)).distributed_type.value for p in (ROOT / "configs").glob("*.yaml")}
+    assert kinds == {
+        "ddp": "MULTI_GPU", "ddp_cpu": "MULTI_GPU", "multi_node": "MULTI_GPU",
+        "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    command += ["configs/ddp_cpu.yaml", "sft.py", "--data", str(prepared), "--out", str(tmp_path / "sft")]
+    command += "--max-steps 1 --batch-size 2 --eval-limit 2 --warmup-steps 0".split()
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "x 2 processes = 4" in result.stdout, result.stderr[-3000:]
+
+
 def start(processes, prepared, out, log):
     """A launched run in a process group of its own, as a shell makes one."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]

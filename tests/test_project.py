@@ -22,7 +22,7 @@ IMPORTS = {
     "runs": set(),
     "checkpoints": {"runs"},
     "training": {"checkpoints", "runs"},
-    "demo": {"prompts", "readers"},
+    "demo": {"prompts", "readers", "runs"},
     "readers": {"runs"},
     "metrics": set(),
     "exchange": {"readers", "runs"},
@@ -110,7 +110,7 @@ def test_every_option_named_in_the_readme_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     scripts = [ROOT / f"{name}.py" for name in ("prepare_data", "sft", "dpo_hano", "evaluate", "runs", "training")]
     known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in scripts)))
-    launcher = {"--multi_gpu", "--num_processes", "--cpu"}
+    launcher = {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}
     assert set(re.findall(r"--[a-z][\w-]*", text)) - known - launcher == set()
 
 

@@ -13,6 +13,7 @@ from soak import left
 from test_scripts import refused, training
 
 import dpo_hano
+import prepare_data
 import runs
 import sft
 
@@ -70,6 +71,19 @@ def test_dpo_killed_and_its_moving_average(sft_run, tmp_path):
     dpo_hano.main([str(word) for word in [*argv, "--out", cut]])
     assert left(cut) == left(whole)
     assert [line["step"] for line in training(cut / "metrics.jsonl")] == list(range(1, 16))
+
+
+def test_a_data_folder_that_was_not_finished_is_not_taken_and_is_made_again(prepared, capsys):
+    out = prepared.parent / "again"
+    argv = ["--dataset", "movielens", "--source", prepared.parent / "raw", "--max-pixels", 3136]
+    process = start(out, "prepare_data.py", *argv)
+    wait_for(lambda: (out / "encoded").exists() and os.listdir(out / "encoded"), process)
+    kill(process)  # while encoded/.tiny.<process>.new.partial is written
+    assert (out / "manifest.json").exists() and not (out / "encoded" / "tiny").exists()
+    error = refused(capsys, sft.main, "--data", out, "--out", out.parent / "sft")
+    assert "is encoded for no backbone, not for tiny; run prepare_data.py" in error
+    prepare_data.main([str(word) for word in [*argv, "--out", out]])
+    assert left(out) == left(prepared)
 
 
 @pytest.fixture
