@@ -60,7 +60,7 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
     anew = f"choose another --out, or delete {out}"
     if options.resume == "never":
         raise UserError(f"{out} holds an unfinished run: leave --resume never away to continue it, {anew}")
-    config = runs.read_json(config, anew)
+    config = runs.read_json(config, {"options": dict}, anew)
     before, now = config["options"], runs.plain(options)
     changed = [
         f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})"
@@ -142,7 +142,7 @@ def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
     from safetensors.torch import load_file
 
     remedy = f"delete {folder}: then the checkpoint before it is taken"
-    small = runs.read_json(folder / "state.json", remedy)
+    small = runs.read_json(folder / "state.json", {"step": int, **dict.fromkeys(parts, dict)}, remedy)
     try:
         tensors = load_file(folder / "state.safetensors")
     except (OSError, SafetensorError) as error:

@@ -334,6 +334,8 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         raise UserError(f"--report-to {report_to}: accelerate knows no such tracker, or its package is not installed")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # which has the precision of its config file
     precision = None if deepspeed else mixed_precision
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would run by itself
     accelerator = Accelerator(mixed_precision=precision, log_with=report_to, project_dir=out)
     if deepspeed:
         from transformers.integrations import unset_hf_deepspeed_config

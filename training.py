@@ -220,7 +220,7 @@ class Log:
         if folder := checkpoints.newest(self.out):
             done = checkpoints.load(folder, *self.trained, self.accelerator)
             self.accelerator.print(f"{self.out} continues after step {done} ({folder})")
-            before = runs.read_json(self.out / "config.json", f"delete {self.out}").get("machine", {})
+            before = runs.read_json(self.out / "config.json", {"machine": dict}, f"delete {self.out}")["machine"]
             now = checkpoints.machine(self.accelerator.device)
             if other := [f"{n}: {before.get(n)}, now {v}" for n, v in now.items() if before.get(n) != v]:
                 self.accelerator.print(f"it began on another machine, so last digits may differ ({'; '.join(other)})")
