@@ -17,6 +17,7 @@ from runs import UserError
 # Options that do not change what comes out; the data and the SFT run are compared by their hashes
 FREE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}
 FACTS = {"data": "--data", "sft_weights": "--sft", "processes": "the launcher's --num_processes"}
+FACTS |= {"lessons": "--descriptions or --prompts"}
 
 
 def folders(out: Path) -> list[Path]:

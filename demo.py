@@ -86,6 +86,7 @@ PLACES = """
 GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy", "Thriller", "Musical"]
 COLOURS = [(200, 30, 40), (240, 140, 20), (240, 220, 40), (40, 160, 60), (40, 200, 220), (40, 60, 200), (130, 40, 170)]
 COLOURS += [(240, 130, 190)]
+COLOUR_NAMES = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
 
 
 def read_demo(options: argparse.Namespace) -> readers.Raw:
@@ -118,14 +119,25 @@ def make_demo(folder: Path, seed: int, users: int = 400) -> tuple[list[tuple], d
     images = {ids[item]: folder / "images" / f"{ids[item]}.png" for item in range(count)}
     with runs.replacing(folder / "images") as beside:
         beside.mkdir()
-        for item, path in enumerate(images.values()):
-            draw_poster(beside / path.name, COLOURS[colour[item]], rng)
+        named = enumerate(images.values())
+        shapes = [draw_poster(beside / path.name, COLOURS[colour[item]], rng) for item, path in named]
     titles = {ids[item]: f"{GENRES[genre[item]]} in {PLACES[item % len(PLACES)]}" for item in range(count)}
+    facts = ((GENRES[genre[item]], COLOUR_NAMES[colour[item]], shapes[item]) for item in range(count))
+    runs.write_jsonl(folder / "descriptions.jsonl", (describe(ids[n], *known) for n, known in enumerate(facts)))
     return rows, titles, images
 
 
-def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> None:
-    """A poster of 84 x 112 pixels: the colour, a shape and a bar of lettering that mean nothing."""
+def describe(item: str, genre: str, colour: str, shape: str) -> dict:
+    """The truth about a film and its poster: what teach.py teaches, and measures summaries by."""
+    return {
+        "item": item,
+        "text": f"{genre} film, its poster {colour} with a {shape}.",
+        "facts": {"genre": genre, "colour": colour, "shape": shape},
+    }
+
+
+def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> str:
+    """A poster of 84 x 112 pixels: the colour, a shape and a bar of lettering that mean nothing. Returns the shape."""
     from PIL import Image, ImageDraw
 
     image = Image.new(
@@ -146,3 +158,4 @@ def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generat
         left, right = (int(v) for v in (rng.integers(8, 25), rng.integers(50, 76)))
         draw.rectangle((left, 94 + 8 * line, right, 96 + 8 * line), fill=(255 - shade,) * 3)
     image.save(path)
+    return ("circle", "square", "triangle")[kind]

@@ -24,7 +24,7 @@ from runs import UserError
 
 TINY_RECIPE = {"lr": 1e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 4, "grad_accum": 8, "eval_limit": 0}  # the paper
-INHERITED = ("data", "model", "tasks", "candidate_images", "blank_images", "images", "max_length")
+INHERITED = ("data", "model", "tasks", "summaries", "candidate_images", "blank_images", "images", "max_length")
 INHERITED += ("no_pack", "attn", "quantize")
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")
 
@@ -272,7 +272,12 @@ def main(argv: list[str] | None = None) -> None:
     import packing
 
     data = evaluate.Data(
-        Path(options.data), options.model, options.blank_images, options.images, trust=options.trust_remote_code
+        Path(options.data),
+        options.model,
+        options.blank_images,
+        options.images,
+        options.summaries,
+        trust=options.trust_remote_code,
     )
     if data.hash() != sft["data"]:
         raise UserError(f"{options.sft} was trained on an earlier {options.data}; run sft.py again")

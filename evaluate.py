@@ -18,8 +18,9 @@ import numpy as np
 
 import exchange
 import runs
-from metrics import METRICS, Result, measure
-from prompts import Row, item_rows
+import srec
+from metrics import Result, measure, tables
+from prompts import Prompts, Row, item_rows
 from runs import UserError
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
@@ -55,14 +56,23 @@ def target_columns(rows) -> np.ndarray:
 
 class Data:
     """A data folder with one backbone's encoding. images: `stored` or `live`, where its image tokens come from; None:
-    stored where they are."""
+    stored where they are. story: the name of what summarize.py wrote there ("": the backbone's), which prompts then
+    tell; None: plain prompts."""
 
     def __init__(
-        self, folder: Path, model: str | None, blank_images=False, images=None, encoded=True, trust: bool = False
+        self,
+        folder: Path,
+        model: str | None,
+        blank_images=False,
+        images=None,
+        story: str | None = None,
+        encoded=True,
+        trust: bool = False,
     ):
         import mllm
 
         self.folder, self.again, self.trust = Path(folder), "prepare it with prepare_data.py", trust
+        self.story = None
         self.manifest = runs.read_json(self.folder / "manifest.json", MANIFEST, self.again)
         items = self.lines("items", runs.ITEM)
         if not encoded:
@@ -88,6 +98,7 @@ class Data:
         live = images == "live" or encoding["tokens"] is None
         processor = mllm.load_image_processor(self.source, encoding["max_pixels"], trust) if live else None
         self.catalogue = mllm.Catalogue(items, path, blank_images, (self.folder, processor) if live else None)
+        self.story = None if story is None else self.folder / "summaries" / (story or path.name)
 
     def lines(self, name: str, fields: dict) -> list[dict]:
         """The lines of a file of the data folder that is as it was prepared."""
@@ -109,13 +120,20 @@ class Data:
         lines = self.lines("sequences", {"user": str, "items": list})
         return {line["user"]: item_rows(line["items"], self.catalogue.row_of, line["user"]) for line in lines}
 
+    def timelines(self) -> dict[str, list[int]]:
+        """All that each user is known to have chosen before the test row's target, in order of time, as rows."""
+        return srec.timelines(self.sequences(), [*self.rows("val"), *self.rows("test")])
+
     def prompts(self, candidate_images: bool = False):
         import packing
 
-        return packing.load_prompts(self.source, self.catalogue, candidate_images, self.trust)
+        kind = Prompts
+        if self.story:
+            kind = partial(srec.SRecPrompts, srec.load_story(self.story, self.catalogue, self.timelines()))
+        return packing.load_prompts(self.source, self.catalogue, candidate_images, self.trust, kind)
 
     def hash(self) -> str:
-        return runs.value_hash([self.manifest, self.encoding])
+        return runs.value_hash([self.manifest, self.encoding, *([srec.story_hash(self.story)] if self.story else [])])
 
 
 def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
@@ -124,8 +142,8 @@ def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
     quantized base all of them stay adapters. attn: its attention [the run's]."""
     import mllm
 
-    config = runs.read_run(run)
-    options, sft = config["options"], config["stage"] == "sft"
+    config = runs.read_run(run, ("teach", "sft", "dpo_hano"))
+    options, sft = config["options"], config["stage"] != "dpo_hano"
     attn, quantize = attn or options.get("attn", "sdpa"), options.get("quantize")
     ended = runs.read_json(run / "result.json", {"weights": str}, f"run {config['stage']}.py --out {run} again")
     if runs.weights_hash(run) != ended["weights"]:
@@ -180,20 +198,6 @@ def validate(model, data: Data, prompts, rows, options: argparse.Namespace, acce
     scores, yes = score_rows(model, data, prompts, rows, vars(options), accelerator)
     values = measure(scores if scores is not None else yes, yes, target_columns(rows), resamples=1).values
     return values | {"select": values["NDCG@3"] if scores is not None else values["AUC"]}
-
-
-def table(results: dict[str, Result]) -> str:
-    """Markdown: a row per system, each value over its 95% interval."""
-    width = max(map(len, results))
-    lines = [f"| {'':{width}} | " + " | ".join(f"{name:^19}" for name in METRICS) + " |"]
-    lines.append(f"|{'-' * (width + 2)}|" + ("-" * 21 + "|") * len(METRICS))
-    for name, result in results.items():
-        cells = dict.fromkeys(METRICS, "-")
-        for metric, value in result.values.items():
-            low, high = result.interval(metric)
-            cells[metric] = f"{value:.3f} [{low:.3f}, {high:.3f}]".replace("-0.000", "0.000").replace("0.", ".")
-        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^19}" for cell in cells.values()) + " |")
-    return "\n".join(lines)
 
 
 def recommend(name: str, data: Data, row, scores: np.ndarray, top_k: int, unit: str) -> None:
@@ -277,9 +281,9 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     results, split = {}, "" if options.split == "test" else f"{options.split}_"
     prefix = split + "blank_" * options.blank_images + (f"first{options.limit}_" if options.limit else "")
     for run, config in configs.items():
-        blank = options.blank_images or config["options"]["blank_images"]
-        images = options.images or config["options"].get("images")
-        data = Data(folder, config["options"]["model"], blank, images, trust=options.trust_remote_code)
+        made, blank = config["options"], options.blank_images or config["options"]["blank_images"]
+        images, trust = options.images or made.get("images"), options.trust_remote_code
+        data = Data(folder, made["model"], blank, images, made.get("summaries"), trust=trust)
         if config["data"] != data.hash():
             raise UserError(f"{run} was trained on an earlier {folder}; train it again, or prepare that data again")
         rows = data.rows(options.split, 0 if options.user else options.limit)
@@ -318,7 +322,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     made = data.manifest["options"]
     protocol = f"{folder}: {options.split} ({made['split']}), {len(rows)} rows, {len(rows[0].candidates)} candidates, "
     protocol += f"{made['negative_sampling']} negatives, seed {made['seed']}" + ", blank images" * options.blank_images
-    print(f"\n{runs.printable(protocol)}; each value with its 95% bootstrap interval\n\n{table(results)}")
+    print(f"\n{runs.printable(protocol)}; each value with its 95% bootstrap interval\n\n{tables(results)}")
     for run in configs:
         result = results[str(run)]
         found = {"values": result.values, "intervals": {name: result.interval(name) for name in result.values}}

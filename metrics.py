@@ -1,17 +1,19 @@
-"""AUC, GAUC, HR@K, NDCG@K and MRR of scored candidates, with bootstrap replicates."""
+"""Metrics of ranked candidates, on arrays: values, bootstrap replicates, intervals, and the table they are shown in."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
+LONG = ("Recall@5", "Recall@10", "Recall@20", "NDCG@10", "NDCG@20")  # of more than 20 candidates
 
 
 def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
     """HR@1,3,5, NDCG@3,5 and MRR of each row: their mean over every order of the candidates that tie with the target.
+    With more than 20 candidates also Recall@5,10,20 and NDCG@10,20.
 
-    scores: [R, C]; target: [R], the target's column. Returns arrays [R]. With one relevant item, NDCG@K is
-    1 / log2(1 + rank) up to rank K.
+    scores: [R, C]; target: [R], the target's column. Returns arrays [R]. With one relevant item, Recall@K is HR@K, and
+    NDCG@K is 1 / log2(1 + rank) up to rank K.
 
     >>> ranking_metrics(np.array([[0.5, 0.5, 0.1]]), np.array([0]))["HR@1"]
     array([0.5])
@@ -22,6 +24,9 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     rank = np.arange(1, scores.shape[1] + 1)
     gains = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 3, 5)}
     gains |= {f"NDCG@{k}": (rank <= k) / np.log2(1 + rank) for k in (3, 5)}
+    if scores.shape[1] > 20:
+        gains |= {f"Recall@{k}": (rank <= k).astype(float) for k in (5, 10, 20)}
+        gains |= {f"NDCG@{k}": (rank <= k) / np.log2(1 + rank) for k in (10, 20)}
     gains["MRR"] = 1 / rank
     cumulative = {name: np.append(0, gain.cumsum()) for name, gain in gains.items()}
     return {name: (total[above + tied] - total[above]) / tied for name, total in cumulative.items()}
@@ -81,4 +86,25 @@ def measure(scores, yes_scores, target: np.ndarray, seed: int = 0, resamples: in
         values["AUC"] = float(values["AUC"][0])
     for name, value in per_row.items():
         values[name], replicates[name] = float(value.mean()), weights @ value / rows
-    return Result({n: values[n] for n in METRICS if n in values}, replicates)
+    return Result({n: values[n] for n in (*METRICS, *LONG) if n in values}, replicates)
+
+
+def tables(results: dict[str, Result]) -> str:
+    """The results as Markdown, and below them a second table of those lists that are long enough for it."""
+    long = any(name in result.values for result in results.values() for name in LONG)
+    second = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20")
+    return "\n\n".join(table(results, columns) for columns in (METRICS, second)[: 1 + long])
+
+
+def table(results: dict[str, Result], columns: tuple[str, ...]) -> str:
+    """Markdown: a row per system, each value over its 95% interval."""
+    width = max(map(len, results))
+    lines = [f"| {'':{width}} | " + " | ".join(f"{name:^19}" for name in columns) + " |"]
+    lines.append(f"|{'-' * (width + 2)}|" + ("-" * 21 + "|") * len(columns))
+    for name, result in results.items():
+        cells = dict.fromkeys(columns, "-")
+        for metric in [name for name in columns if name in result.values]:
+            value, (low, high) = result.values[metric], result.interval(metric)
+            cells[metric] = f"{value:.3f} [{low:.3f}, {high:.3f}]".replace("-0.000", "0.000").replace("0.", ".")
+        lines.append(f"| {name:{width}} | " + " | ".join(f"{cell:^19}" for cell in cells.values()) + " |")
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ wraps, because calling parts of it by hand would train every process for itself.
 """
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,11 +24,15 @@ from prompts import Node, Prompts, Row
 
 
 def load_prompts(
-    source: str | Path, catalogue: mllm.Catalogue, candidate_images: bool = False, trust: bool = False
+    source: str | Path,
+    catalogue: mllm.Catalogue,
+    candidate_images: bool = False,
+    trust: bool = False,
+    kind: Callable[..., Prompts] = Prompts,
 ) -> Prompts:
-    """The prompts of a catalogue, as the backbone `source` (a hub name or a folder) reads them."""
+    """The prompts of a catalogue, of this kind, as the backbone `source` (a hub name or a folder) reads them."""
     token, image_text = backbones.image_placeholder(mllm.load_config(source, trust))
-    return Prompts(mllm.load_tokenizer(source, trust), token, catalogue, candidate_images, image_text)
+    return kind(mllm.load_tokenizer(source, trust), token, catalogue, candidate_images, image_text)
 
 
 def merge_trees(trees: Iterable[list]) -> list[tuple[list, list[int]]]:

@@ -263,7 +263,7 @@ def encode(options: argparse.Namespace) -> None:
 
 
 FILES = ("items", "train", "val", "test", "sequences")
-OWN = {"images", "tiny", "encoded", *(f"{name}.jsonl" for name in FILES)}
+OWN = {"images", "tiny", "encoded", "summaries", "descriptions.jsonl", *(f"{name}.jsonl" for name in FILES)}
 # Options that do not shape the data files
 NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
 COLUMNS = {  # of --dataset csv and recbole, with their usual names

@@ -5,6 +5,7 @@ continue a question, so that packing (see mllm.py) computes the history once for
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ class Prompts:
     the model's processor puts in its place, {} for the image tokens; None where it writes the image token alone.
     """
 
-    texts = TEXTS
+    texts, yes, no = TEXTS, YES, NO
 
     def __init__(
         self,
@@ -148,12 +149,30 @@ class Prompts:
         start = len(node.ids)
         node.ids.extend(self.text(self.catalogue.titles[row] + "\n"))
         end = len(node.ids)
-        length = self.catalogue.image_length(row) if image else 0
-        if length:
-            at = self.image_wrapper.index(self.image_token)
-            node.ids += [*self.image_wrapper[:at], *[self.image_token] * length, *self.image_wrapper[at + 1 :]]
-            node.images.append(row)
+        if image and self.catalogue.image_length(row):
+            self.image(node, row)
         return range(start, end)
+
+    def image(self, node: Node, row: int) -> None:
+        """Append the image of an item that has one."""
+        at, length = self.image_wrapper.index(self.image_token), self.catalogue.image_length(row)
+        node.ids += [*self.image_wrapper[:at], *[self.image_token] * length, *self.image_wrapper[at + 1 :]]
+        node.images.append(row)
+
+    def append(self, node: Node, parts: Sequence[str | int]) -> Node:
+        """The node with texts, and images of item rows that have one, behind what it holds."""
+        for part in parts:
+            if isinstance(part, str):
+                node.ids += self.text(part)
+            elif self.catalogue.image_length(part):
+                self.image(node, part)
+        return node
+
+    def whole(self, parts: Sequence[str | int]) -> Node:
+        """A whole prompt of these parts, that waits for its answer."""
+        node = self.append(Node(None, list(self.before)), parts)
+        node.ids += self.after
+        return node
 
     def _history(self, node: Node, rows: Sequence[int]) -> list[range]:
         node.ids += self.text(HISTORY)
@@ -211,7 +230,11 @@ class Prompts:
         both behind one history, so that the history alone tells neither."""
         if task == "rank":
             return [*self.rank_question(row), self.answer(self.catalogue.titles[row.target], 0)]
-        return [*self.yesno_questions(row, [row.target, row.rejected]), self.answer(YES, 1), self.answer(NO, 2)]
+        return [
+            *self.yesno_questions(row, [row.target, row.rejected]),
+            self.answer(self.yes, 1),
+            self.answer(self.no, 2),
+        ]
 
     def pair_tree(self, row: Row, kind: str) -> list[Node]:
         """One preference pair: a question, the chosen and the rejected answer. kind: `rank` (the target's title over
@@ -219,7 +242,9 @@ class Prompts:
         if kind == "rank":
             chosen, rejected = (self.catalogue.titles[item] for item in (row.target, row.rejected))
             return [*self.rank_question(row), self.answer(chosen, 0), self.answer(rejected, 0)]
-        asked, chosen, rejected = (row.target, YES, NO) if kind == "yes" else (row.rejected, NO, YES)
+        asked, chosen, rejected = (row.target, self.yes, self.no)
+        if kind == "no":
+            asked, chosen, rejected = row.rejected, self.no, self.yes
         return [*self.yesno_questions(row, [asked]), self.answer(chosen, 1), self.answer(rejected, 1)]
 
     def evaluation_tree(self, row: Row, task: str) -> list[Node]:
@@ -230,7 +255,7 @@ class Prompts:
             return [*self.rank_question(row), *(self.answer(title, 0) for title in titles)]
         tree = self.yesno_questions(row, row.candidates)
         questions = range(1, len(tree))
-        return tree + [self.answer(text, question) for question in questions for text in (YES, NO)]
+        return tree + [self.answer(text, question) for question in questions for text in (self.yes, self.no)]
 
     def fitting(self, build: Callable[[Row], list[Node]], row: Row, max_length: int) -> list[Node]:
         """build(row), its oldest history items dropped until no path is longer than max_length tokens."""
@@ -257,20 +282,18 @@ class Prompts:
                     self.fitting(build, replace(row, history=row.history[-1:]), max_length)
 
     def show(self, tree: list[Node]) -> str:
-        """The tree as a person reads it, image tokens folded to their count."""
+        """The tree as a person reads it, image tokens folded to their count, >>> before what is scored."""
         parts = []
         for node in tree:
-            ids, runs = iter(node.ids), []
-            for token in ids:
-                if token == self.image_token:
-                    runs.append(runs.pop() + 1 if runs and isinstance(runs[-1], int) else 1)
-                else:
-                    runs.append([*runs.pop(), token] if runs and isinstance(runs[-1], list) else [token])
-            text = "".join(
-                f"[{run} image tokens]" if isinstance(run, int) else self.tokenizer.decode(run) for run in runs
-            )
-            parts.append(f">>> {text}" if node.scored and node.parent is not None else text)
+            start = node.scored[0] if node.scored and node.parent is not None else len(node.ids)
+            before, scored = self.readable(node.ids[:start]), self.readable(node.ids[start:])
+            parts.append(before + (f">>> {scored}" if scored else ""))
         return "\n".join(parts)
+
+    def readable(self, ids: list[int]) -> str:
+        """The text of tokens, image tokens folded to their count."""
+        groups = ((image, list(run)) for image, run in itertools.groupby(ids, lambda token: token == self.image_token))
+        return "".join(f"[{len(run)} image tokens]" if image else self.tokenizer.decode(run) for image, run in groups)
 
 
 def tree_length(tree: list[Node]) -> int:
@@ -279,3 +302,10 @@ def tree_length(tree: list[Node]) -> int:
     for node in tree:
         ends.append((ends[node.parent] if node.parent is not None else 0) + len(node.ids))
     return max(ends)
+
+
+def common_length(prompts: Sequence[list[int]], image_token: int) -> int:
+    """How many tokens these prompts all begin with, none of them an image's; each has at least one more."""
+    first, count = prompts[0], min(map(len, prompts)) - 1
+    differing = (i for i in range(count) if first[i] == image_token or any(ids[i] != first[i] for ids in prompts))
+    return next(differing, count)

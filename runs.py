@@ -140,7 +140,8 @@ ROW = {"user": str, "history": list, "target": str, "candidates": list, "rejecte
 RUN = {"stage": str, "options": dict, "data": str}
 RUN_OPTIONS = {"data": str, "model": str, "tasks": list, "max_length": int, "candidate_images": bool}
 RUN_OPTIONS |= {"blank_images": bool, "lora_rank": int, "lora_alpha": int, "lora_dropout": (int, float)}
-STAGES = {"sft": {"tune": str}, "dpo_hano": {"sft": str}}  # and of each stage alone
+STAGES = {"sft": RUN_OPTIONS | {"tune": str}, "dpo_hano": RUN_OPTIONS | {"sft": str}}
+STAGES["teach"] = {"data": str, "model": str, "tune": str, "share": (int, float), "seed": int}
 
 
 def require(value, fields: dict, where: str, remedy: str) -> dict:
@@ -264,8 +265,8 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     if not (run / "result.json").exists():
         raise UserError(f"{run} is not finished (no result.json); run {config['stage']}.py --out {run} again")
     require(config, RUN, f"{run}/config.json", remedy)
-    require(config["options"], RUN_OPTIONS | STAGES[config["stage"]], f"{run}/config.json", remedy)
-    if config["options"]["tasks"] not in (["rank"], ["yesno"], ["rank", "yesno"]):
+    require(config["options"], STAGES[config["stage"]], f"{run}/config.json", remedy)
+    if config["options"].get("tasks", ["rank"]) not in (["rank"], ["yesno"], ["rank", "yesno"]):
         raise UserError(f"{run}/config.json: unknown tasks; {remedy}")
     return config
 

@@ -20,9 +20,9 @@ import training
 from runs import UserError
 
 TINY_RECIPE = {"lr": 1e-3, "epochs": 3, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
-TINY_RECIPE |= {"warmup_steps": 1200, "dropout": 0.05}
+TINY_RECIPE |= {"warmup_steps": 1200, "dropout": 0.05, "steps_share": 0.1}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 2, "grad_accum": 8, "max_length": 4096, "eval_limit": 0}  # the paper
-RECIPE |= {"warmup_steps": 0, "dropout": 0.0}
+RECIPE |= {"warmup_steps": 0, "dropout": 0.0, "steps_share": 1.0}
 LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
 
 
@@ -31,8 +31,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder [data/demo]")
     parser.add_argument("--model", help="which of the data's encodings, where there are several")
     parser.add_argument("--out", type=Path, help="run folder to write [runs/<data>/sft]")
+    share = "of the rows whose steps are trained beside the answers, --prompt cot [1; tiny: 0.1]"
+    parser.add_argument("--steps-share", type=runs.bounded(float, 0, 1.01), help=share)
+    start = "a finished run to go on from, with --tune full: teach.py's [the backbone]"
+    parser.add_argument("--start", type=Path, metavar="RUN", help=start)
     parser.add_argument("--tune", choices=["lora", "full"], help="what is trained [full for tiny, else lora]")
-    parser.add_argument("--tasks", nargs="+", choices=["rank", "yesno"], default=["rank", "yesno"], help="[both]")
+    parser.add_argument("--tasks", nargs="+", choices=["rank", "yesno"], help="[both; --prompt cot: yesno]")
+    parser.add_argument(
+        "--prompt", choices=["plain", "cot"], default="plain", help="cot: MLLM-SRec's, see README [plain]"
+    )
+    parser.add_argument(
+        "--summaries", metavar="NAME", help="what summarize.py wrote, for --prompt cot [the backbone's]"
+    )
     parser.add_argument("--candidate-images", action="store_true", help="candidates carry images, not only titles")
     parser.add_argument("--blank-images", action="store_true", help="a neutral image everywhere: the titles-only model")
     warmup = parser.add_argument_group(
@@ -50,7 +60,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=runs.non_negative_float, default=0.01, help="AdamW's [0.01]")
     training.add_training_options(parser, batch_size=2, grad_accum=8)
     options = parser.parse_args(argv)
-    options.tasks = [task for task in ("rank", "yesno") if task in options.tasks]
+    cot = options.prompt == "cot"
+    options.tasks = [task for task in ("rank", "yesno") if task in (options.tasks or ("yesno", "rank")[: 2 - cot])]
+    if cot and (options.tasks != ["yesno"] or options.candidate_images):
+        parser.error(
+            "--prompt cot asks Yes or No about candidates with images: it has no rank task, nor --candidate-images"
+        )
+    if options.summaries and not cot:
+        parser.error("--summaries is for --prompt cot")
+    options.summaries = options.summaries or ("" if cot else None)
     options.out = options.out or Path("runs") / options.data.resolve().name / "sft"
     return options
 
@@ -79,11 +97,15 @@ def trainable_model(options, data, accelerator):
     """The backbone with what --tune says made trainable, in a PackedMLLM."""
     import torch
 
+    import evaluate
     import mllm
     import packing
 
     if options.tune == "full":
-        model = mllm.load_model(data.source, torch.float32, options.attn, trust=data.trust)  # master weights
+        if options.start:
+            model = evaluate.load_result(options.start, data, torch.float32, options.attn)
+        else:
+            model = mllm.load_model(data.source, torch.float32, options.attn, trust=data.trust)  # master weights
         for part in (model.get_decoder(), model.get_output_embeddings()):
             part.requires_grad_(True)
     else:
@@ -141,12 +163,15 @@ def main(argv: list[str] | None = None) -> None:
     import mllm
     import packing
 
-    trust = options.trust_remote_code
-    data = evaluate.Data(options.data, options.model, options.blank_images, options.images, trust=trust)
+    trust, story = options.trust_remote_code, options.summaries
+    data = evaluate.Data(options.data, options.model, options.blank_images, options.images, story, trust=trust)
+    options.summaries = data.story and data.story.name
     tiny = data.backbone == mllm.TINY
     options.model, options.tune = data.backbone, options.tune or ("full" if tiny else "lora")
     if options.quantize and options.tune == "full":
         raise UserError("--quantize is for --tune lora; rounded weights cannot be trained")
+    if options.start and options.tune == "lora":
+        raise UserError("--start is for --tune full; LoRA starts from the backbone")
     if options.dropout and options.tune == "lora":
         raise UserError("--dropout is for --tune full; LoRA has --lora-dropout")
     if options.tune == "lora":
@@ -162,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     # Data
     rows, val_rows = data.rows("train"), data.rows("val", options.eval_limit)
     prompts = data.prompts(options.candidate_images)
+    prompts.steps_share = options.steps_share
     warmup, answers = training_samples(prompts, rows, data.sequences(), options)
     say(f"{data.folder}: {len(rows)} training rows x {len(options.tasks)} tasks = {len(answers)} samples")
     steps, steps_per_epoch = training.plan_steps(len(answers), options, accelerator)

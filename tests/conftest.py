@@ -1,5 +1,6 @@
 """Shared by the tests: the repository on the path, offline, and tiny backbones of several families."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -77,3 +78,18 @@ def sft_run(prepared, tmp_path_factory):
         ]
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def taught(prepared, tmp_path_factory):
+    """A run of teach.py that has learned to say of most items that they are a film."""
+    import teach
+
+    folder = tmp_path_factory.mktemp("taught")
+    items = map(json.loads, (prepared / "items.jsonl").read_text().splitlines())
+    facts = {"kind": "film"}
+    texts = ({"item": line["item"], "text": "A film.", "facts": facts} for line in items)
+    (folder / "films.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+    argv = ["--data", prepared, "--out", folder / "teach", "--descriptions", folder / "films.jsonl", "--share", 1]
+    teach.main([str(word) for word in [*argv, "--max-steps", 80, "--batch-size", 6]])
+    return folder / "teach"

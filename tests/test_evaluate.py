@@ -47,6 +47,20 @@ def test_ranking_metrics_equal_brute_force():
     assert found == pytest.approx(brute_force(scores, target))
 
 
+def test_long_lists_have_recall_too():
+    """Of one target Recall@K is HR@K; NDCG at 10 and 20 by the definition."""
+    scores = np.random.default_rng(0).permuted(np.tile(np.arange(30.0), (50, 1)), axis=1)
+    target = np.zeros(50, dtype=int)
+    rank = 1 + (scores > scores[:, :1]).sum(1)
+    found = metrics.ranking_metrics(scores, target)
+    for k in (5, 10, 20):
+        assert (found[f"Recall@{k}"] == (rank <= k)).all()
+        assert found[f"NDCG@{k}"] == pytest.approx([1 / math.log2(1 + r) if r <= k else 0 for r in rank])
+    result = {"it": metrics.measure(scores, scores, target, resamples=10)}
+    assert len(metrics.tables(result).split("\n\n")) == 2 and " - " not in metrics.tables(result)
+    assert not set(metrics.LONG) & set(metrics.measure(scores[:, :20], None, target, resamples=10).values)
+
+
 def test_auc_and_gauc_equal_brute_force():
     scores, target = random_scores()
     assert metrics.pooled_auc(scores, target)[0] == pytest.approx(brute_force_auc(scores, target))
@@ -65,7 +79,7 @@ def test_weighted_auc_is_the_auc_of_the_resample():
 
 
 def test_chance_is_exact():
-    result = evaluate.measure(np.zeros((7, 10)), np.zeros((7, 10)), np.arange(7))
+    result = metrics.measure(np.zeros((7, 10)), np.zeros((7, 10)), np.arange(7))
     expected = {
         "AUC": 0.5,
         "GAUC": 0.5,
@@ -81,7 +95,7 @@ def test_chance_is_exact():
 def test_bootstrap_interval_has_the_textbook_width():
     rng = np.random.default_rng(0)
     scores, target = rng.random((1000, 10)), rng.integers(10, size=1000)
-    result = evaluate.measure(scores, scores, target)
+    result = metrics.measure(scores, scores, target)
     value = result.values["HR@1"]
     low, high = result.interval("HR@1")
     assert low < value < high
@@ -91,8 +105,8 @@ def test_bootstrap_interval_has_the_textbook_width():
 def test_paired_difference_is_narrower_than_unpaired():
     rng = np.random.default_rng(0)
     scores, target = rng.random((500, 10)), rng.integers(10, size=500)
-    one = evaluate.measure(scores, None, target)
-    other = evaluate.measure(scores + 0.01 * rng.random((500, 10)), None, target)
+    one = metrics.measure(scores, None, target)
+    other = metrics.measure(scores + 0.01 * rng.random((500, 10)), None, target)
     width = np.diff(one.minus(other).interval("NDCG@3"))
     assert width < 0.3 * np.diff(one.interval("NDCG@3"))
     assert one.minus(one).interval("MRR") == [0, 0]

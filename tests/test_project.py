@@ -19,6 +19,7 @@ IMPORTS = {
     "attention": set(),
     "packing": {"attention", "backbones", "mllm", "prompts"},
     "prompts": set(),
+    "generation": {"backbones", "mllm", "prompts"},
     "runs": set(),
     "checkpoints": {"runs"},
     "training": {"checkpoints", "runs"},
@@ -27,10 +28,17 @@ IMPORTS = {
     "metrics": set(),
     "exchange": {"readers", "runs"},
     "prepare_data": {"mllm", "packing", "prompts", "runs", "demo", "readers"},
-    "evaluate": {"metrics", "mllm", "packing", "prompts", "runs", "exchange"},
+    "evaluate": {"metrics", "mllm", "packing", "prompts", "runs", "exchange", "srec"},
+    "records": {"runs"},
+    "writers": {"generation"},
+    "server": {"mllm", "runs", "writers"},
+    "srec": {"prompts", "runs"},
+    "summarize": {"evaluate", "mllm", "packing", "records", "runs", "server", "srec", "writers"},
+    "teach": {"checkpoints", "evaluate", "mllm", "packing", "prompts", "runs", "sft", "srec", "training"},
     "sft": {"checkpoints", "mllm", "packing", "runs", "training", "evaluate"},
     "dpo_hano": {"checkpoints", "mllm", "packing", "runs", "training", "evaluate", "hanorec_loss"},
 }
+SCRIPTS = {"prepare_data", "summarize", "teach", "sft", "dpo_hano", "evaluate"}
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
 OPTIONAL = {"pyarrow"}  # where it is installed
@@ -101,14 +109,14 @@ def commands():
 
 def test_every_command_in_the_documents_is_parsed_by_its_script():
     found = list(commands())
-    assert len(found) > 20 and {script for script, _ in found} == {"prepare_data", "sft", "dpo_hano", "evaluate"}
+    assert len(found) > 20 and {script for script, _ in found} == SCRIPTS
     for script, words in found:
         importlib.import_module(script).parse(words)
 
 
 def test_every_option_named_in_the_readme_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = [ROOT / f"{name}.py" for name in ("prepare_data", "sft", "dpo_hano", "evaluate", "runs", "training")]
+    scripts = [ROOT / f"{name}.py" for name in (*SCRIPTS, "runs", "training")]
     known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in scripts)))
     launcher = {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}
     assert set(re.findall(r"--[a-z][\w-]*", text)) - known - launcher == set()
@@ -128,7 +136,7 @@ def test_the_readmes_example_of_the_loss_runs_beside_a_copy(tmp_path):
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("script", ["prepare_data", "sft", "dpo_hano", "evaluate"])
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_help_and_mistakes_answer_without_the_heavy_libraries(script):
     code = f"import sys, {script}\ntry:\n    {script}.main(['--help'])\n"
     code += "except SystemExit as stop:\n    assert stop.code == 0\n"

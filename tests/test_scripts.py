@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import dpo_hano
 import evaluate
 import exchange
+import metrics
 import mllm
 import packing
 import prepare_data
@@ -70,7 +71,7 @@ def test_sft_lora_trains_adapters_of_the_language_model_alone(prepared, tmp_path
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert any(name.endswith("lora_B.weight") and value.abs().max() > 0 for name, value in weights.items())
     results = evaluate.main(["--run", str(tmp_path / "sft"), "--limit", "6"])  # ranked by Yes/No, its only task
-    assert set(results[str(tmp_path / "sft")].values) == set(evaluate.METRICS)
+    assert set(results[str(tmp_path / "sft")].values) == set(metrics.METRICS)
 
 
 def test_sft_warm_up_and_blank_images(prepared, tmp_path):

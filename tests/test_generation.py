@@ -1,0 +1,70 @@
+"""Greedy generation on stored image tokens against the model's own `generate` on pixels, on every family."""
+
+import families
+import torch
+from test_mllm import backbone  # noqa: F401
+
+import generation
+import prompts as prompt_trees
+
+ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
+
+
+def prompt_of(backbone, items) -> prompt_trees.Node:  # noqa: F811
+    prompts = backbone.prompts
+    node = prompt_trees.Node(None, [*prompts.before, *prompts.text("Describe these, and say what is alike in them:\n")])
+    for item in items:
+        prompts.item(node, item, image=True)
+    node.ids += prompts.after
+    return node
+
+
+def own_inputs(backbone, node, ids) -> dict:  # noqa: F811
+    """What the model's own forward takes for a prompt and what was added to it, pixels and all."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kinds = (ids == backbone.packed.core.config.image_token_id).int()
+    if node.images:
+        images = [backbone.images[row] for row in node.images]
+        inputs |= families.processor_inputs(backbone.family, backbone.processor, images)
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = kinds
+    if backbone.family == "gemma3":
+        inputs["token_type_ids"] = kinds
+    return inputs
+
+
+def test_a_batch_equals_the_models_own_generation(backbone):  # noqa: F811
+    """Also where texts end at different times, and leave the batch."""
+    core, nodes, expected = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS], []
+    for node in nodes:
+        inputs = own_inputs(backbone, node, torch.tensor([node.ids]))
+        ids = core.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected.append(ids[0, len(node.ids) :].tolist())
+    assert generation.generate(core, nodes, backbone.catalogue, [], 12) == [(text, False) for text in expected]
+    stop = [expected[0][5], expected[1][2]]
+    found = generation.generate(core, nodes, backbone.catalogue, stop, 12)
+    for (text, ended), whole in zip(found, expected, strict=True):
+        at = next((place for place, token in enumerate(whole) if token in stop), 12)
+        assert (text, ended) == (whole[:at], at < 12)
+
+
+def test_every_step_equals_the_models_own_forward(backbone):  # noqa: F811
+    """The logits behind given tokens, rows leaving on the way; an untrained model's own texts tell little."""
+    core, nodes = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS]
+    if backbone.family in families.WINDOWS:
+        assert min(len(node.ids) for node in nodes) > families.WINDOWS[backbone.family]
+    given = torch.randint(100, 400, (len(nodes), 6), generator=torch.Generator().manual_seed(0))
+    steps, rows = generation.Steps(core, nodes, backbone.catalogue), list(range(len(nodes)))
+    with torch.no_grad():
+        found = steps.prefill()
+        for length in range(given.shape[1] + 1):
+            for row, logits in zip(rows, found, strict=True):
+                ids = torch.tensor([[*nodes[row].ids, *given[row, :length].tolist()]])
+                own = core(**own_inputs(backbone, nodes[row], ids)).logits[0, -1]
+                torch.testing.assert_close(logits, own, atol=2e-4, rtol=1e-4)
+            if length == 2:
+                rows = [0, 2, 3]
+                steps.select(torch.tensor(rows))
+            if length < given.shape[1]:
+                found = steps.step(given[rows, length])
+    assert given.unique().numel() > 20

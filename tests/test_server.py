@@ -1,0 +1,165 @@
+"""Texts from a server: `transformers serve` itself, where it is installed, and one that answers by a script."""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from transformers.utils import import_utils
+
+import evaluate
+import packing
+import records
+import server
+import srec
+import summarize
+import writers
+from runs import UserError
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(model, pixels: int, port: int) -> subprocess.Popen:
+    """`transformers serve`, once it answers."""
+    command = [sys.executable, str(ROOT / "tests" / "serve.py"), str(model), str(port), str(pixels)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            return process
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.2)
+    raise TimeoutError
+
+
+@pytest.mark.skipif(
+    not getattr(import_utils, "is_serve_available", lambda: False)(), reason="transformers serve is not installed here"
+)
+def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, taught, monkeypatch, capsys):
+    data, model = prepared, str(taught / "model")
+    common = ["--data", str(data), "--max-tokens", "48", "--batch-size", "16"]
+    summarize.main([*common, "--name", "local", "--run", str(taught)])
+    local = data / "summaries" / "local"
+    assert sum(line["summary"] == "A film." for line in lines(local / "items.jsonl")) > 20
+
+    port, served = free_port(), data / "summaries" / "served"
+    process, add, batches = start(model, 3136, port), records.Record.add, []
+
+    def add_then_die(record, found):
+        add(record, found)
+        batches.append(len(found))
+        if len(batches) == 2:
+            process.kill()
+            process.wait()
+
+    monkeypatch.setattr(records.Record, "add", add_then_die)
+    argv = [*common, "--name", "served", "--server", f"http://127.0.0.1:{port}/v1", "--server-model", model]
+    with pytest.raises(SystemExit) as stop:
+        summarize.main([*argv, "--retries", "1"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "does not answer" in error and "run the same again to go on" in error
+    process = start(model, 3136, port)
+    try:
+        summarize.main(argv)
+    finally:
+        process.kill()
+        process.wait()
+    assert batches[:2] == [16, 16] and sum(batches) == sum(len(lines(local / name)) for name in NAMES)  # none twice
+    for name in NAMES:
+        assert lines(served / name) == lines(local / name)
+
+
+NAMES = ("items.jsonl", "preferences.jsonl")
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers with the next of `script`: (status, body)."""
+
+    script, asked = [], []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        status, answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def says(text, reason="stop"):
+    return 200, {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
+
+
+@pytest.fixture
+def asked(prepared, monkeypatch):
+    """A function: replies of a server.Server to prompts, by a script of answers."""
+    monkeypatch.setattr(server, "LONGEST_WAIT", 0.01)
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    options = SimpleNamespace(batch_size=4, parallel=1, retries=2, seed=7, max_tokens=9)
+
+    def ask(prompts, *script, parallel=1):
+        Scripted.script, Scripted.asked, options.parallel = list(script), [], parallel
+        url = f"http://127.0.0.1:{made.server_port}/v1/"
+        return server.Server(url, "m", evaluate.Data(prepared, None), options)(prompts)
+
+    yield ask
+    made.shutdown()
+
+
+def test_answers_that_are_no_texts(asked):
+    answers = [says("Fine."), says("cut", "length"), says(None), says("I'm sorry, I cannot."), says("a <|im_end|>")]
+    answers += [says(["x"]), (200, {"error": "?"}), (200, b"<html>"), (200, []), (200, {"choices": []})]
+    faults = [reply.fault for reply in asked([["?"]] * len(answers), *answers, says("unused"))]
+    assert faults == [None, "limit", "empty", "refused", "control", *["nonsense"] * 5]
+
+
+def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(asked):
+    busy = [(503, b"busy"), (429, b"slow down"), says("Done.")]
+    assert asked([["?"]], *busy) == [writers.Reply("Done.")]
+    with pytest.raises(UserError, match=r"does not answer .503: busy.*run the same again"):
+        asked([["?"]] * 9, (503, b"busy"), parallel=4)
+    assert len(Scripted.asked) <= 4 * 3  # the others do not go on knocking
+    with pytest.raises(UserError, match=r"refuses a request .400: no such model"):
+        asked([["?"]], (400, b"no such model"))
+    assert len(Scripted.asked) == 1
+
+
+def test_what_a_server_is_sent(asked, prepared):
+    """Greedy, the picture as it is, and no control tokens that a title spells."""
+    data = evaluate.Data(prepared, None)
+    row = next(row for row in range(9) if data.catalogue.image_length(row))
+    bare = next(row for row in range(len(data.catalogue.ids)) if not data.catalogue.image_length(row))
+    asked([["Heat <|im_end|>\n", row, " and ", bare]], says("Fine."))
+    (body,) = Scripted.asked
+    assert (body["temperature"], body["seed"], body["max_tokens"], body["model"]) == (0, 7, 9, "m")
+    first, picture, last = body["messages"][0]["content"]
+    assert first == {"type": "text", "text": "Heat < |im_end|>\n"} and last["text"] == " and "
+    prompts = packing.load_prompts(data.source, data.catalogue)
+    assert not set(prompts.tokenizer.encode(first["text"])) & set(prompts.tokenizer.all_special_ids)
+    with urllib.request.urlopen(picture["image_url"]["url"]) as file:
+        from PIL import Image
+
+        assert Image.open(file).size in ((40, 60), (60, 40), (56, 56))
+    assert srec.fill("{a}", a=1) == [1]

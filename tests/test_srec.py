@@ -1,0 +1,313 @@
+"""MLLM-SRec's texts: what a row may know, what its steps come from, and that a crash or a bad reply leaves no trace."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+import dpo_hano
+import evaluate
+import packing
+import records
+import runs
+import sft
+import srec
+import summarize
+import teach
+import writers
+from prompts import PromptError
+from runs import UserError
+
+
+class Echo:
+    """Writes texts that depend on every word of the prompt; `break_after` replies it falls over."""
+
+    batch_size, asked, break_after = 4, 0, None
+
+    def length(self, parts):
+        return len(str(parts))
+
+    def __call__(self, many):
+        self.asked += len(many)
+        if self.break_after is not None and self.asked > self.break_after:
+            raise KeyboardInterrupt
+        return [writers.Reply(f"Summary: w{runs.value_hash(parts)[:8]} Film") for parts in many]
+
+
+def write(data, name, writer, monkeypatch, *options):
+    """summarize.py with this writer into the folder of this name."""
+    writer = writer or Echo()
+    monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, {"by": type(writer).__name__}))
+    summarize.main(["--data", str(data), "--name", name, *map(str, options)])
+    return data / "summaries" / name
+
+
+@pytest.fixture
+def data(prepared, tmp_path):
+    """The prepared data, in a folder that may be changed."""
+    shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("summaries", ".lock"))
+    return tmp_path / "data"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def story_of(data):
+    """A story that is written by Echo, in memory: for folders whose files are changed at will."""
+    writer, options = Echo(), SimpleNamespace(window=3, step=3, before=0)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    catalogue, timelines = data.catalogue, data.timelines()
+    record = SimpleNamespace(done=[], written=[], finish=lambda order: None)
+    record.add = record.written.extend
+    texts = srec.read_texts(srec.TEXTS)
+    summarize.write_items(writer, texts, "both", catalogue, record, accelerator)
+    summaries = {line["item"]: line["summary"] for line in record.written}
+    story = srec.Story(texts, catalogue, timelines, [summaries[item] for item in catalogue.ids], {})
+    record.written.clear()
+    summarize.write_preferences(writer, story, summarize.chains_of(data, story, options), record, accelerator)
+    for line in sorted(record.written, key=lambda line: line["end"]):
+        story.users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
+    return story
+
+
+@pytest.mark.parametrize("position", range(-1, -7, -1))
+def test_nothing_at_or_behind_the_target_enters_a_rows_prompt(data, position):
+    """All that a user chose from the target on is exchanged: the row's prompt stays, word for word."""
+    loaded = evaluate.Data(data, None)
+    user = max(loaded.sequences(), key=lambda user: len(loaded.sequences()[user]))
+    row = [row for row in [*loaded.rows("train"), *loaded.rows("val")] if row.user == user][position]
+    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
+    before = told.show(told.yesno_questions(row, row.candidates))
+    line, ids = loaded.timelines()[user], loaded.catalogue.ids
+    later, other = line[line.index(row.target) :], [item for item in range(len(ids)) if item not in line]
+    exchange = {ids[one]: ids[two] for one, two in zip(later, other, strict=False)}
+    assert len(exchange) == len(later) >= 1
+    for name in ("sequences", "train", "val", "test"):
+        changed = []
+        for entry in lines(data / f"{name}.jsonl"):
+            for key in ("items", "history") if entry["user"] == user else ():
+                entry[key] = [exchange.get(item, item) for item in entry.get(key, [])]
+            changed.append(json.dumps(entry))
+        (data / f"{name}.jsonl").write_text("\n".join(changed) + "\n")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["files"] = {name: runs.file_hash(data / name) for name in manifest["files"]}
+    runs.write_json(data / "manifest.json", manifest)
+    loaded = evaluate.Data(data, None)
+    assert not set(later) & set(loaded.timelines()[user])
+    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
+    assert told.show(told.yesno_questions(row, row.candidates)) == before
+
+
+def test_a_row_has_the_last_paragraph_before_its_cut(data):
+    loaded = evaluate.Data(data, None)
+    story, ids = story_of(loaded), loaded.catalogue.ids
+    seen = set()
+    for row in [*loaded.rows("train"), *loaded.rows("val"), *loaded.rows("test")]:
+        line, cut, values = story.lines[row.user], story.cut(row), story.at(row)
+        assert line[:cut][-len(row.history) :] == row.history and row.target not in line[:cut]
+        ends = [end for end, *_ in story.users.get(row.user, []) if end <= cut]
+        assert ends == list(range(3, cut + 1, 3))  # each once, at any cut
+        since = [story.line(item) for item in row.history if item in line[len(ends) * 3 : cut]]
+        assert values["since"] == ("\n".join(since) or story.texts["nothing"])
+        assert (values["profile"] == story.texts["nothing"]) == (not ends)  # every point that a row reads has one
+        seen.add(cut % 3)
+    assert seen == {0, 1, 2} and len(ids) > 10
+
+
+def test_the_steps_do_not_know_the_label(data):
+    """Target and rejected item change places: the same candidate, the same steps, and only the answer differs."""
+    loaded = evaluate.Data(data, None)
+    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
+    for row in loaded.rows("train", 20):
+        root, yes, no, *answers = told.sft_tree(row, "yesno")
+        swapped = told.sft_tree(replace(row, target=row.rejected, rejected=row.target), "yesno")
+        assert [swapped[2], swapped[1]] == [yes, no] and swapped[0] == root and swapped[3:] == answers
+        steps = told.tokenizer.decode([yes.ids[offset] for offset in yes.scored])
+        assert steps.startswith("1. The user: ") and steps.endswith("Answer:\n")
+        assert loaded.catalogue.titles[row.rejected] not in steps
+        assert [told.tokenizer.decode(answer.ids) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+        asked = told.evaluation_tree(row, "yesno")
+        assert [node.ids for node in asked[1:11] if node.ids == yes.ids] == [
+            yes.ids
+        ]  # what is scored is what was taught
+        assert not any(node.scored for node in asked[:11]) and len(asked) == 31
+        told.steps_share = 0.0
+        assert [node.ids for node in told.sft_tree(row, "yesno")] == [node.ids for node in (root, yes, no, *answers)]
+        assert not any(node.scored for node in told.sft_tree(row, "yesno")[:3])
+        told.steps_share = 1.0
+        pair = told.pair_tree(row, "no")
+        assert pair[1].ids == no.ids and told.tokenizer.decode(pair[2].ids) == "No.<|im_end|>"
+
+
+@pytest.mark.parametrize("broken", [0, 9, 70, 130])
+def test_a_run_that_was_cut_off_goes_on(data, monkeypatch, broken):
+    whole = write(data, "whole", None, monkeypatch)
+    first, second = Echo(), Echo()
+    first.break_after = broken
+    with pytest.raises(KeyboardInterrupt):
+        write(data, "cut", first, monkeypatch)
+    folder = data / "summaries" / "cut"
+    (part,) = folder.glob(".*.part")
+    with open(part, "a") as file:
+        file.write('{"item": "torn')
+    with pytest.raises(UserError, match=r"is not finished|does not exist"):
+        srec.load_story(folder, evaluate.Data(data, None).catalogue, evaluate.Data(data, None).timelines())
+    write(data, "cut", second, monkeypatch)
+    for name in ("items.jsonl", "preferences.jsonl"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(folder.glob(".*.part"))
+    assert first.asked + second.asked <= sum(len(lines(whole / n)) for n in ("items.jsonl", "preferences.jsonl")) * 2
+    again = Echo()
+    write(data, "cut", again, monkeypatch)
+    assert again.asked == 0
+
+
+def test_other_options_start_anew(data, monkeypatch, capsys):
+    folder = write(data, "a", None, monkeypatch)
+    first, counts = (folder / "items.jsonl").read_bytes(), Echo()
+    write(data, "a", counts, monkeypatch, "--step", 1)  # the items stand
+    assert (folder / "items.jsonl").read_bytes() == first and counts.asked > 0
+    out = capsys.readouterr().out
+    assert "items.jsonl stands" in out and "preferences.jsonl is not of this model, these prompts and options" in out
+    text = srec.TEXTS.read_text().replace("Answer in a few words each", "Answer in one word each")
+    (data / "mine.txt").write_text(text)
+    write(data, "a", None, monkeypatch, "--prompts", data / "mine.txt")
+    assert (folder / "items.jsonl").read_bytes() != first
+    assert "one word each" in (folder / "prompts.txt").read_text()
+
+
+def test_files_that_were_changed_are_refused(data, monkeypatch):
+    folder = write(data, "a", None, monkeypatch)
+    loaded = evaluate.Data(data, None, story="a")
+    loaded.prompts()
+    (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("Film", "Movie"))
+    with pytest.raises(UserError, match=r"items.jsonl is not what manifest.json lists; delete it and run summarize.py"):
+        loaded.prompts()
+    write(data, "a", None, monkeypatch)
+    assert "Movie" not in (folder / "items.jsonl").read_text()
+    with pytest.raises(UserError, match=r"nothing/manifest.json does not exist; run summarize.py --name nothing"):
+        evaluate.Data(data, None, story="nothing").prompts()
+
+
+def test_parts_of_several_processes_and_of_other_keys(tmp_path):
+    """Lines of every process count, those of another key do not."""
+    path, made = tmp_path / "items.jsonl", []
+    for rank, key in ((0, "k"), (1, "k"), (2, "other")):
+        record = records.Record(path, key, SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None))
+        record.add([{"n": rank}])
+        made.append(record)
+    one = SimpleNamespace(process_index=0, wait_for_everyone=lambda: None, is_main_process=True)
+    again = records.Record(path, "k", one)
+    assert sorted(line["n"] for line in again.done) == [0, 1]
+    again.add([{"n": 7}])
+    assert [line["n"] for line in again.finish(lambda line: -line["n"])] == [7, 1, 0]
+    assert [line["n"] for line in lines(path)] == [7, 1, 0] and not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "summary"),
+    [
+        ("1. A film.\nSummary: A red  poster.\nIt is old.", None, "A red poster. It is old."),
+        ("**Summary:** A red poster.", None, "A red poster."),
+        ("", "empty", None),
+        ("Summary: ...", "empty", None),
+        ("I'm sorry, but I cannot describe people.", "refused", None),
+        ("Summary: I cannot see a picture.", "refused", None),
+        ("A red poster.", "no_summary", None),
+    ],
+)
+def test_what_is_no_summary(text, fault, summary):
+    reply = writers.Reply(text).checked().summary()
+    assert (reply.fault, reply.line()) == (fault, summary)
+    assert writers.Reply(text, "limit").checked().summary().line() is None
+
+
+class Moody(Echo):
+    """Every third text is at fault."""
+
+    def __call__(self, many):
+        replies = super().__call__(many)
+        for number in range(0, len(many), 3):
+            replies[number] = writers.Reply("Summary: cut off in the mid", "limit")
+        return replies
+
+
+def test_what_is_at_fault_is_counted_and_never_told(data, monkeypatch, capsys):
+    folder = write(data, "moody", Moody(), monkeypatch)
+    assert re.search(r"items.jsonl: \d+ lines, \d+ limit, \d+ usable", capsys.readouterr().out)
+    bad = {line["item"] for line in lines(folder / "items.jsonl") if line["fault"]}
+    assert bad and all(line["summary"] is None for line in lines(folder / "items.jsonl") if line["item"] in bad)
+    loaded = evaluate.Data(data, None, story="moody")
+    told = loaded.prompts()
+    text = "".join(told.show(told.sft_tree(row, "yesno")) for row in loaded.rows("train"))
+    assert "in the mid" not in text and "not known" in text
+    monkeypatch.setattr(Moody, "__call__", lambda self, many: [writers.Reply("", "limit") for _ in many])
+    with pytest.raises(SystemExit):
+        write(data, "bad", Moody(), monkeypatch)
+    assert "summaries is usable" in capsys.readouterr().err
+
+
+def test_a_prompts_file_that_cannot_be_used(tmp_path):
+    good, path = srec.TEXTS.read_text(), tmp_path / "mine.txt"
+    for text, message in (
+        (good.replace("[profile]", "[profil]"), r"line \d+: \[profil\] stands there twice, or is not among"),
+        (good.replace("{title}: {summary}", "{title}: {label}"), r"\[line\]: {label} cannot stand there, only"),
+        (good.replace("[no]\nNo.", ""), r"has no \[no\]"),
+        ("hello\n" + good, "text before the first"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            srec.read_texts(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        srec.read_texts(tmp_path / "none.txt")
+    assert srec.fill("{a} and {b}", a="{b}", b=3) == ["{b} and ", 3]  # what is filled in is not read again
+
+
+def test_titles_that_spell_control_tokens_are_counted(data, monkeypatch, capsys):
+    tokenizer = evaluate.Data(data, None).prompts().tokenizer
+    assert {"<|im_end|>", "<|image_pad|>", "<|endoftext|>"} <= set(writers.control_tokens(tokenizer))
+    assert writers.spelling_control(["Heat", "<|image_pad|>", "a <|im_end|> b"], tokenizer) == 2
+    write(data, "echo", None, monkeypatch)
+    assert "spell control tokens" not in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_fit_is_found(data):
+    loaded = evaluate.Data(data, None)
+    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
+    build = partial(told.sft_tree, task="yesno")
+    told.check_fit([build], loaded.rows("train"), 4096)
+    with pytest.raises(PromptError, match="raise --max-length"):
+        told.check_fit([build], loaded.rows("train"), 100)
+
+
+def test_paragraphs_are_taught_by_a_rule():
+    items = [{"text": "A.", "facts": {"genre": g, "colour": c, "shape": "x"}} for g, c in ("ab", "cd", "ef", "gh")]
+    first = teach.retell(items[:2], None)
+    assert first == "Lately a b, c d." and teach.retell(items[2:], first) == "Lately e f, g h; before a b, c d."
+    assert teach.retell(items[:1], teach.retell(items[2:], first)) == "Lately a b; before e f, g h."
+    assert teach.profile("Lately Horror red, Comedy red; before Comedy blue.") == "Likes red and Comedy."
+
+
+def test_chain_of_thought_from_training_to_ranking(data, tmp_path, monkeypatch):
+    """sft.py, dpo_hano.py and evaluate.py on these prompts; other summaries stop what was trained on the first."""
+    write(data, "echo", None, monkeypatch)
+    small = "--max-steps 3 --batch-size 6 --eval-limit 6".split()
+    cot = ["--prompt", "cot", "--summaries", "echo", "--warmup-steps", "1"]
+    sft.main(["--data", str(data), "--out", str(tmp_path / "sft"), *cot, *small])
+    dpo_hano.main(["--sft", str(tmp_path / "sft"), "--out", str(tmp_path / "dpo"), *small])
+    write(data, "echo", None, monkeypatch, "--batch-size", 2)  # the same texts: what was trained on them stays good
+    results = evaluate.main(["--run", str(tmp_path / "dpo"), str(tmp_path / "sft"), "--limit", "8"])
+    assert {"AUC", "HR@3", "MRR"} <= set(results[str(tmp_path / "dpo")].values)
+    (first, *_) = lines(tmp_path / "sft" / "first8_predictions.jsonl")
+    assert first["scores"] == first["yes_scores"] and len(set(first["scores"])) > 5
+    evaluate.main(["--run", str(tmp_path / "sft"), "--limit", "8", "--no-pack"])
+    (plain, *_) = lines(tmp_path / "sft" / "first8_predictions.jsonl")
+    assert plain["scores"] == pytest.approx(first["scores"], abs=1e-4)
+    write(data, "echo", None, monkeypatch, "--step", 1)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--run", str(tmp_path / "sft")])

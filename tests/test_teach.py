@@ -1,0 +1,72 @@
+"""teach.py: what is taught, what is measured of it, and what the taught backbone is good for afterwards."""
+
+import json
+
+import pytest
+from test_scripts import launch, lines, refused, training
+
+import evaluate
+import mllm
+import packing
+import sft
+import srec
+import summarize
+import teach
+
+
+def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):
+    """Shares against a count by hand, of summaries made up for it."""
+    catalogue = evaluate.Data(prepared, None).catalogue
+    half = set(teach.taught_items(60, 0.5, 1))
+    assert len(half) == 30 and half != set(teach.taught_items(60, 0.5, 2))
+    colours = ["red", "blue"] * 30
+    truth = {row: {"text": "?", "facts": {"colour": colours[row]}} for row in range(60)}
+    said = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing"}  # right, both named, none, right
+    items = [{"item": catalogue.ids[row], "summary": said.get(row, "a green one"), "fault": None} for row in range(60)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in items))
+    found = teach.measure(tmp_path, truth, half, catalogue)
+    assert found["colour"] == pytest.approx(sum(row not in half for row in (0, 3)) / 30)
+    assert "colour: " in capsys.readouterr().out
+    error = refused(capsys, teach.main, "--data", prepared, "--score", tmp_path, "--out", tmp_path)
+    assert "descriptions.jsonl does not exist; give a file of lines with item and text" in error
+
+
+def test_lessons_are_summarizes_own_prompts(prepared, taught):
+    """Each path of a batch's trees is a whole prompt of summarize.py, followed by its reply."""
+    data, texts = evaluate.Data(prepared, None), srec.read_texts(srec.TEXTS)
+    prompts = packing.load_prompts(data.source, data.catalogue)
+    truth = {row: {"text": f"Thing {row}.", "facts": {"kind": f"k{row}", "colour": "red"}} for row in range(10)}
+    lessons = teach.Lessons(teach.parse(["--window", "2"]), data, prompts, texts, truth)
+    trees = lessons.trees(list(range(30)), step=1)
+    paths = [path for tree in trees for (path,) in packing.separate_paths(tree)]
+    expected = []
+    for _, parts, reply in (lessons.sample(number, 1) for number in range(30)):
+        expected.append([*prompts.whole(parts).ids, *prompts.answer(reply, 0).ids])
+    assert sorted(path.ids for path in paths) == sorted(expected)
+    assert len(packing.merge_trees(trees)) <= 4  # what one kind of prompt begins with is there once
+    items = [srec.item_prompt(texts, "both", data.catalogue, row) for row in range(10)]
+    assert [lessons.sample(3 * row, 1)[1] for row in range(10)] == items
+
+
+def test_the_taught_backbone_writes_and_is_trained_further(prepared, taught, tmp_path):
+    log = training(taught / "metrics.jsonl")
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    common = ["--data", str(prepared), "--run", str(taught), "--max-tokens", "48"]
+    summarize.main([*common, "--name", "one", "--batch-size", "7"])
+    launch(2, "summarize.py", *common, "--name", "two")
+    for name in ("items.jsonl", "preferences.jsonl"):  # two processes, other batches: the same texts
+        found = lines(prepared / "summaries" / "one" / name)
+        assert found == lines(prepared / "summaries" / "two" / name) and found
+    argv = "--prompt cot --summaries one --max-steps 1 --warmup-steps 0 --batch-size 4 --eval-limit 4".split()
+    argv += ["--lr", "1e-9"]
+    sft.main(["--data", str(prepared), "--start", str(taught), "--out", str(tmp_path / "sft"), *argv])
+    one, other = (mllm.load_model(run / "model").state_dict() for run in (taught, tmp_path / "sft"))
+    assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
+
+
+def test_showing_writes_nothing(prepared, taught, capsys):
+    before = sorted(path.name for path in prepared.rglob("*"))
+    summarize.main(["--data", str(prepared), "--name", "nowhere", "--show", "1"])
+    out = capsys.readouterr().out
+    assert "chain of thought" in out and "is not finished" not in out and ">>> 1. The user: ..." in out
+    assert sorted(path.name for path in prepared.rglob("*")) == before
