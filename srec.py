@@ -201,6 +201,9 @@ def load_story(folder: Path, catalogue, lines: dict[str, list[int]]) -> Story:
         raise UserError(f"{folder} is not finished; {again}")
     if made["data"] != data_hash(catalogue, lines):
         raise UserError(f"{folder} was written for another state of its data; {again}")
+    texts = read_texts(folder / "prompts.txt")
+    if made["prompts"] != runs.value_hash(texts):
+        raise UserError(f"{folder}/prompts.txt is not what manifest.json lists; {again}")
     for name in ("items", "preferences"):
         if made[name]["hash"] != runs.file_hash(folder / f"{name}.jsonl"):
             raise UserError(f"{folder / name}.jsonl is not what manifest.json lists; delete it and {again}")
@@ -210,7 +213,7 @@ def load_story(folder: Path, catalogue, lines: dict[str, list[int]]) -> Story:
     users: dict[str, list] = {}
     for line in runs.read_jsonl(folder / "preferences.jsonl", POINT, again):
         users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
-    return Story(read_texts(folder / "prompts.txt"), catalogue, lines, items, users)
+    return Story(texts, catalogue, lines, items, users)
 
 
 class SRecPrompts(Prompts):

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 import generation
 
-REFUSAL = re.compile(r"\W*(i'?m |i am )?(sorry|afraid|unable)\b|\W*i (can'?t|cannot)\b|\W*as an ai\b", re.I)
+REFUSAL = re.compile(
+    r"\W*((i['\u2019]?m|i am) (sorry|afraid|unable)|sorry,? (but )?i|i (can['\u2019]?t|cannot|can not) (\w+ )?"
+    r"(answer|assist|describe|do|help|identify|provide|see|view)|as an ai)\b",
+    re.I,
+)
 SUMMARY = re.compile(r"^\W*summary\W*:", re.I | re.M)
 
 

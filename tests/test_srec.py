@@ -188,6 +188,9 @@ def test_files_that_were_changed_are_refused(data, monkeypatch):
     (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("Film", "Movie"))
     with pytest.raises(UserError, match=r"items.jsonl is not what manifest.json lists; delete it and run summarize.py"):
         loaded.prompts()
+    (folder / "prompts.txt").write_text((folder / "prompts.txt").read_text().replace("No.", "Never."))
+    with pytest.raises(UserError, match=r"prompts.txt is not what manifest.json lists; run summarize.py --name a"):
+        loaded.prompts()
     write(data, "a", None, monkeypatch)
     assert "Movie" not in (folder / "items.jsonl").read_text()
     with pytest.raises(UserError, match=r"nothing/manifest.json does not exist; run summarize.py --name nothing"):
@@ -218,6 +221,9 @@ def test_parts_of_several_processes_and_of_other_keys(tmp_path):
         ("Summary: ...", "empty", None),
         ("I'm sorry, but I cannot describe people.", "refused", None),
         ("Summary: I cannot see a picture.", "refused", None),
+        ("Summary: Sorry, but I can\u2019t help with that.", "refused", None),
+        ("Summary: Sorry, Wrong Number, a film of 1948.", None, "Sorry, Wrong Number, a film of 1948."),
+        ("Summary: I Can't Sleep, a drama.", None, "I Can't Sleep, a drama."),
         ("A red poster.", "no_summary", None),
     ],
 )
