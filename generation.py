@@ -5,6 +5,8 @@ left and computed together; then every step adds one token to each. Texts that h
 half of it.
 """
 
+import functools
+
 import torch
 
 import backbones
@@ -59,6 +61,7 @@ class Steps:
         from transformers import DynamicCache
 
         self.cache = DynamicCache()  # without a config: windows are in the mask, and no layer forgets
+        self.cache.layer_class_to_replicate = roomy_layer()
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=self.core.device)
         self.depth = self.valid.long()
 
@@ -152,3 +155,26 @@ class Steps:
             window = length
         near = full & (self.depth[:, None, -asking:, None] - self.depth[:, None, None] < window)
         return near if kinds is None else {"full_attention": full, "sliding_attention": near}
+
+
+@functools.cache
+def roomy_layer() -> type:
+    """A layer of a DynamicCache that has room for more tokens than it holds, so that a step does not copy them all."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Roomy(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            held, room = (self.keys.shape[-2], self.room) if self.is_initialized else (0, 0)
+            total = held + key_states.shape[-2]
+            if total > room or self.keys.data_ptr() != self.whole[0].data_ptr():  # other rows were chosen
+                self.room = total + 64
+                whole = [new.new_empty(*new.shape[:2], self.room, new.shape[3]) for new in (key_states, value_states)]
+                if held:
+                    whole[0][:, :, :held], whole[1][:, :, :held] = self.keys, self.values
+                self.whole, self.is_initialized = whole, True
+                self.dtype, self.device = key_states.dtype, key_states.device
+            self.whole[0][:, :, held:total], self.whole[1][:, :, held:total] = key_states, value_states
+            self.keys, self.values = (whole[:, :, :total] for whole in self.whole)
+            return self.keys, self.values
+
+    return Roomy
