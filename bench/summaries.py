@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder with summaries")
     parser.add_argument("--run", type=Path, default=Path("runs/demo/teach"), help="run of teach.py that writes")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--texts", type=int, default=192, help="batched; one by one, an eighth of them")
+    parser.add_argument("--texts", type=int, default=64, help="batched; one by one, an eighth of them")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
