@@ -347,7 +347,7 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
     if asked > accelerator.num_processes:
         raise UserError(
             f"the launcher was asked for {asked} processes but started {accelerator.num_processes}; several CPU "
-            f"processes are ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ..."
+            f"processes are accelerate launch --multi_gpu --num_processes {asked} ..."
         )
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
