@@ -107,7 +107,7 @@ def install(core) -> None:
         zeros = out.new_zeros(1, len(layer.forest.node), out.shape[-1])
         return zeros.index_copy(1, layer.forest.wanted, out)
 
-    layer.register_forward_pre_hook(take_forest, with_kwargs=True)  # under checkpointing, in backward once more
+    layer.self_attn.register_forward_pre_hook(take_forest, with_kwargs=True)  # checkpointing may call a layer's forward
     for name, part in layer.named_modules():
         if name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
             part.register_forward_pre_hook(shorten)

@@ -170,9 +170,10 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
 
     Keep it open until backward() has ended: with activation checkpointing the forward runs again there, and must see
     the same noise. Leave it before optimizer.step(), which would be undone: RuntimeError. Weights come back bit for
-    bit, also after an error; a backward() after that raises, because autograd sees that the weights changed. Of weights
-    sharded by fully_shard (DTensor) each process draws the whole noise and takes its part, so give a generator. Raises
-    ValueError for a model without trainable LoRA weights, or with ones that are elsewhere (ZeRO-3).
+    bit, also after an error; a backward() after that raises, because autograd sees that the weights changed (but not
+    with activation checkpointing, which then computes without the noise). Of weights sharded by fully_shard (DTensor)
+    each process draws the whole noise and takes its part, so give a generator. Raises ValueError for a model without
+    trainable LoRA weights, or with ones that are elsewhere (ZeRO-3).
     """
     matrix = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
     weights = [p for name, p in model.named_parameters() if p.requires_grad and matrix.search(name)]

@@ -55,11 +55,14 @@ class LeanLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = type(self.base_layer) is nn.Linear and len(active) == 1 and not (args or kwargs or self.lora_variant)
-        if not plain or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+        other = self.disable_adapters or self.merged or self.lora_variant or torch.is_autocast_enabled(x.device.type)
+        frozen = type(self.base_layer) is nn.Linear and not any(p.requires_grad for p in self.base_layer.parameters())
+        if other or not frozen or len(active) != 1 or args or kwargs:
             return super().forward(x, *args, **kwargs)
         A, B, dropout = (part[active[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
         probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if B.bias is not None or probability > 0.99 or not x.numel():
+            return super().forward(x, *args, **kwargs)
         flat, scaling = x.flatten(0, -2), self.scaling[active[0]] / (1 - round(probability * 65536) / 65536)
         base = self.base_layer
         out = LoRASum.apply(flat, base.weight, base.bias, A.weight, B.weight, scaling, keep_mask(flat, probability))

@@ -72,11 +72,22 @@ def load_model(
         raise BackboneError("--quantize 4bit needs bitsandbytes, which is not installed")
     if quantize:
         further = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        further["llm_int8_skip_modules"] = outside_decoder(name, trust)
         further = {"quantization_config": BitsAndBytesConfig(**further)}
     further |= {"trust_remote_code": trust, "use_safetensors": True}  # never a pickle
     with loading(name, "cannot be loaded as an image-text model"):
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn, **further)
     return model.requires_grad_(False).eval()
+
+
+def outside_decoder(name: str | Path, trust: bool) -> list[str]:
+    """The linear layers that are not quantized: head and vision tower, whose image tokens stay what they were."""
+    from transformers import AutoModelForImageTextToText
+
+    with loading(name, "cannot be built"), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(load_config(name, trust), trust_remote_code=trust)
+    inside = f"{backbones.decoder_name(model)}."
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(inside)]
 
 
 def pick_dtype(name: str, accelerator) -> torch.dtype:
@@ -275,10 +286,8 @@ def open_image(path: Path):
     try:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=IMAGE_FORMATS)
-        with image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > 150 * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} is too narrow")
             image = ImageOps.exif_transpose(image)

@@ -77,8 +77,9 @@ class Batch:
     rows: (tokens of its root, tokens in all) of each row, T in all. input_ids, node, depth [T] and visible [nodes,
     nodes]: see attention.Forest; position_ids [P, 1, T]. image_tokens [all, d] and grids [images, 3] of the images in
     order; images: how many each row has. Where images are encoded live, pixels are those of the distinct images in
-    place of image_tokens, and seen says which of them each image is. Of each scored token: predicted_from (the token
-    before it), target, answer (its answer's number). answers [A]: scored tokens of each.
+    place of image_tokens, sizes their (item, tokens) as prepared, and seen says which of them each image is. Of each
+    scored token: predicted_from (the token before it), target, answer (its answer's number). answers [A]: scored tokens
+    of each.
     """
 
     rows: list[tuple[int, int]]
@@ -95,6 +96,7 @@ class Batch:
     answer: torch.Tensor
     answers: torch.Tensor
     pixels: dict | None = None
+    sizes: list[tuple[str, int]] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
 
     def to(self, device) -> "Batch":
@@ -108,7 +110,7 @@ class Batch:
 class PackedMLLM(nn.Module):
     """A batch of prompt trees in, the log-probabilities of their answers out.
 
-    model: an image-text model of transformers (or its PeftModel); the vision tower is not used.
+    model: an image-text model of transformers (or its PeftModel); its vision tower runs for live images alone.
     pack: False runs the model's own forward once for each answer, slower, with the same numbers. Packing needs `sdpa`
     attention, and BackboneError says so. Whether it holds for a model is for `check` to say.
     """
@@ -192,6 +194,7 @@ class PackedMLLM(nn.Module):
             answer=answer,
             answers=answer.bincount(),
             pixels=catalogue.pixels(distinct) if distinct else None,
+            sizes=[(catalogue.ids[item], catalogue.image_length(item)) for item in distinct],
             seen=[distinct.index(item) for item in items] if distinct else [],
         )
 
@@ -217,6 +220,11 @@ class PackedMLLM(nn.Module):
         if batch.pixels:
             with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
                 images = backbones.image_tokens(self.core, batch.pixels)
+            for (item, size), tokens in zip(batch.sizes, images, strict=True):
+                if len(tokens) != size:  # they would move into the next image's place
+                    raise BackboneError(
+                        f"the image of item {item} is another than when it was prepared; encode it again"
+                    )
             batch = replace(batch, image_tokens=torch.cat([images[number] for number in batch.seen]))
         logits = (self._packed_logits(batch) if self.pack else self._plain_logits(batch)).float()
         logps = -F.cross_entropy(logits, batch.target, reduction="none")

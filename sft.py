@@ -6,7 +6,7 @@
 Writes config.json, metrics.jsonl and the weights that validated best: adapter/ (LoRA, PEFT's format) or, with --tune
 full, model/. The same command continues a run that was interrupted. The loss is cross-entropy on the answer's tokens
 only, over their number in the whole optimizer step. The vision tower is never trained, so its image tokens are read
-from the data folder.
+from the data folder, unless they are to be made live.
 """
 
 import argparse

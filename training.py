@@ -178,7 +178,11 @@ class Log:
         import torch
 
         self.flush()
-        self.samples += samples * self.accelerator.num_processes
+        now, self.samples = time.perf_counter(), self.samples + samples * self.accelerator.num_processes
+        unit = "pairs" if self.stage == "dpo_hano" else "samples"
+        if due:
+            values = values | {f"{unit}_per_second": self.samples / (now - self.began)}
+            self.began, self.samples = now, 0
         told = torch.tensor(float(self.signal), device=self.accelerator.device)
         self.pending = (step, values, rate, names, due, self.accelerator.gather(told).max())
 
@@ -193,10 +197,7 @@ class Log:
                 kept = f"the weights of step {self.best['step']} stay" if "step" in self.best else "none were kept yet"
                 raise UserError(f"{name} is {value} at step {step} ({names()}); lower {rate}; {kept}")
         if due:
-            unit = "pairs" if self.stage == "dpo_hano" else "samples"
-            speed = {f"{unit}_per_second": self.samples / (time.perf_counter() - self.began)}
-            self.write(step, values | speed)
-            self.began, self.samples = time.perf_counter(), 0
+            self.write(step, values)
             self.bar.set_postfix({n: f"{float(values[n]):.3f}" for n in ("loss", "accuracy") if n in values})
         self.bar.update()
 

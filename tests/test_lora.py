@@ -67,6 +67,19 @@ def test_dropout_is_of_its_probability_and_its_gradient_is_right():
     assert abs(float(mask.float().mean()) - 0.95) < 0.003  # four standard errors
 
 
+def test_what_it_does_not_know_is_pefts():
+    """Biases of LoRA's own, and a base that is trained."""
+    x, outcomes = torch.randn(5, 24), []
+    for wrap in (lambda model: model, lora.lean):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["0"], lora_bias=True, bias="all")
+        model = wrap(get_peft_model(nn.Sequential(nn.Linear(24, 16)), config))
+        nn.init.ones_(model.base_model.model[0].lora_B["default"].bias)
+        outcomes.append(outcome(model, x, torch.ones(5, 16)))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_adapters_off_merged_or_saved_are_pefts(tmp_path):
     model, x = lora.lean(layer()), torch.randn(3, 24)
     base = model.base_model.model[0].base_layer(x)

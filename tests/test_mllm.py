@@ -155,6 +155,34 @@ def test_images_encoded_in_the_step_give_the_stored_numbers(backbone, pack):
         torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())), rtol=1e-4)
 
 
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl", "llava_next"], indirect=True)
+def test_an_image_that_was_exchanged_is_refused(backbone):
+    """Else its tokens, more or fewer, would move those of the images after it."""
+    live = copy.copy(backbone.catalogue)
+    live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
+    live.paths[0] = "4.png"
+    batch = backbone.packed.collate([backbone.prompts.pair_tree(rows()[0], "rank")], live)
+    with pytest.raises(mllm.BackboneError, match="image of item 0 is another than when it was prepared"):
+        backbone.packed(batch)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_batches_before_one_backward(backbone, reentrant):
+    """Checkpointing computes the first one again after the second: by its own forest."""
+    batches = [backbone.packed.collate([backbone.prompts.pair_tree(row, "rank")], backbone.catalogue) for row in rows()]
+    gradients = []
+    for checkpointing in (False, True):
+        model = packing.PackedMLLM(mllm.load_model(backbone.folder))
+        weights = [p.requires_grad_(True) for p in model.core.get_decoder().parameters()]
+        if checkpointing:
+            model.enable_checkpointing(reentrant)
+        model.train()
+        sum(model(batch)[0] for batch in batches).backward()
+        gradients.append([p.grad for p in weights])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=1e-4)
+
+
 def test_prompts_are_what_the_processor_makes(backbone, monkeypatch):
     """The model's own processor over the same chat, two images in it, gives the same tokens."""
     processor = families.build_processor(backbone.family, backbone.folder, backbone.processor, monkeypatch)

@@ -54,6 +54,14 @@ def test_the_sft_adapter_stays_a_frozen_adapter(prepared, quantized):
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def test_the_vision_tower_is_not_quantized(prepared):
+    """Its image tokens are those that were stored."""
+    model = mllm.load_model(prepared / "tiny", quantize="4bit")
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
+    quantized = {name for name, kind in kinds.items() if kind == "Linear4bit"}
+    assert quantized == {name for name in kinds if name.startswith("model.language_model.")}
+
+
 def test_dpo_moves_its_own_adapter_alone(quantized):
     with safe_open(quantized / "dpo" / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert any(file.get_tensor(name).abs().max() > 0 for name in file.keys() if "lora_B" in name)  # noqa: SIM118

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,10 +145,25 @@ def test_ahead_gives_the_same_values_and_raises_in_place():
     assert taken == [0, 1, 2]
 
 
-def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
+def one_process():
     device = torch.device("cpu")
-    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, device=device, gather=lambda tensor: tensor)
-    log = training.Log("sft", accelerator, SimpleNamespace(out=tmp_path, report_to=None), 3)
+    return SimpleNamespace(is_main_process=True, num_processes=1, device=device, gather=lambda tensor: tensor)
+
+
+def test_speed_is_of_the_steps_not_of_when_they_are_read(tmp_path):
+    options = SimpleNamespace(report_to=None, out=tmp_path)
+    log = training.Log("sft", one_process(), options, 3)
+    for step in (1, 2):
+        time.sleep(0.1)
+        log.step(step, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}, 4, "--lr 1", lambda: "")
+    log.flush()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(5 < line["samples_per_second"] <= 40 for line in lines)
+
+
+def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
+    log = training.Log("sft", one_process(), SimpleNamespace(out=tmp_path, report_to=None), 3)
     good = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
     log.step(1, good, 4, "--lr 1", lambda: "users a, b")
     assert (tmp_path / "metrics.jsonl").read_text() == ""  # read when the next step has been started
