@@ -61,6 +61,8 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
     anew = f"choose another --out, or delete {out}"
     if options.resume == "never":
         raise UserError(f"{out} holds an unfinished run: leave --resume never away to continue it, {anew}")
+    if not folders(out):  # nothing was saved, so nothing is lost: it begins anew
+        return
     config = runs.read_json(config, {"options": dict}, anew)
     before, now = config["options"], runs.plain(options)
     changed = [

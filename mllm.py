@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 import backbones
-import lora
 from backbones import BackboneError
 
 TINY = "tiny"
@@ -139,6 +138,8 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
     """`model` with a fresh, trainable LoRA on every linear layer of its language model; the draw depends on seed. An
     adapter that the model has already stays as it is, frozen and active."""
     from peft import LoraConfig, PeftModel, get_peft_model
+
+    import lora
 
     first = model.peft_config.get(FROZEN) if isinstance(model, PeftModel) else None
     targets = first.target_modules if first else lora_targets(model)
@@ -299,7 +300,7 @@ def open_image(path: Path):
             return image.convert("RGB")
     except Exception as error:  # of a decoder that was given anything at all
         raise BackboneError(
-            f"image {path} cannot be read ({error}); mend it, or delete it: then its item has none"
+            f"image {path} cannot be read ({error}); mend or restore it, or prepare the data again without it"
         ) from error
 
 

@@ -259,7 +259,8 @@ def encode(options: argparse.Namespace) -> None:
         manifest["items"] = runs.file_hash(options.out / "items.jsonl")
         manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors") if keep else None
         runs.write_json(beside / "manifest.json", manifest)
-    print(f"{options.encoded}: {len(items)} items, {sum(path is not None for path in paths)} images")
+    told = sum(map(bool, paths)) or "no"
+    print(f"{options.encoded}: {len(items)} items, {told} images")
 
 
 FILES = ("items", "train", "val", "test", "sequences")

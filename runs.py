@@ -263,7 +263,7 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     if config.get("stage") not in stages:
         raise UserError(f"{run} is no run of {makers}; give a run folder that it wrote")
     if not (run / "result.json").exists():
-        raise UserError(f"{run} is not finished (no result.json); run {config['stage']}.py --out {run} again")
+        raise UserError(f"{run} is not finished (no result.json); give its own command again, which continues it")
     require(config, RUN, f"{run}/config.json", remedy)
     require(config["options"], STAGES[config["stage"]], f"{run}/config.json", remedy)
     if config["options"].get("tasks", ["rank"]) not in (["rank"], ["yesno"], ["rank", "yesno"]):
@@ -278,6 +278,7 @@ def inherit(options: argparse.Namespace, config: dict, names: Iterable[str], sou
         if getattr(options, name, None) is None and name in config["options"]:
             taken[name] = config["options"][name]
             setattr(options, name, taken[name])
+    taken = {name: value for name, value in taken.items() if value is not None}
     if taken and int(os.environ.get("RANK", 0)) == 0:
         shown = {name.replace("_", "-"): " ".join(v) if isinstance(v, list) else v for name, v in taken.items()}
         print(printable(f"from {source}: " + ", ".join(f"{name} {value}" for name, value in shown.items())))

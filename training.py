@@ -29,11 +29,17 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_
     lora.add_argument("--lora-dropout", type=probability, help="dropout before LoRA [0.05]")
     lora.add_argument("--quantize", choices=["4bit"], help="the frozen base in 4 bits (needs bitsandbytes)")
     train = parser.add_argument_group("training")
-    train.add_argument("--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [the paper: 1e-4]")
-    train.add_argument("--epochs", type=positive_int, help="passes over the training rows [the paper: 5]")
-    train.add_argument("--max-steps", type=positive_int, help="at most so many optimizer steps, warm-up apart")
-    train.add_argument("--batch-size", type=positive_int, help=f"samples a micro-batch [the paper: {batch_size}]")
-    train.add_argument("--grad-accum", type=positive_int, help=f"micro-batches per step [the paper: {grad_accum}]")
+    train.add_argument(
+        "--lr", type=positive_float, help="peak learning rate of AdamW, cosine to 0 [1e-4; tiny SFT: 1e-3]"
+    )
+    train.add_argument("--epochs", type=positive_int, help="passes over the training rows [5; tiny: 3, DPO 1]")
+    train.add_argument(
+        "--max-steps", type=positive_int, help="at most so many optimizer steps, warm-up apart [tiny DPO: 120]"
+    )
+    train.add_argument(
+        "--batch-size", type=positive_int, help=f"samples a micro-batch [{batch_size}; tiny: 16, DPO 24]"
+    )
+    train.add_argument("--grad-accum", type=positive_int, help=f"micro-batches per step [{grad_accum}; tiny: 1]")
     train.add_argument("--max-length", type=positive_int, help="most tokens a prompt with its answer may have [4096]")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     attentions = ["sdpa", "flash_attention_2", "flex_attention"]

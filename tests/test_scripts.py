@@ -132,7 +132,7 @@ def test_dpo_ablations_run(sft_run, tmp_path, capsys, switches):
 
 
 def test_dpo_refuses_a_reference_that_is_not_its_start(sft_run, tmp_path, capsys):
-    shutil.copytree(sft_run, tmp_path / "sft")
+    shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
     dpo(tmp_path / "sft", tmp_path / "dpo")
     (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
     from safetensors.torch import save_file
@@ -144,13 +144,16 @@ def test_dpo_refuses_a_reference_that_is_not_its_start(sft_run, tmp_path, capsys
     assert "reward gap is 5.00e-02, not 0" in capsys.readouterr().err
 
 
-def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, dpo_run):
+def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
     """The cached reference against the SFT model loaded by itself, pair by pair."""
+    shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
+    dpo(tmp_path / "sft", tmp_path / "dpo")
     config = json.loads((sft_run / "config.json").read_text())
     data = evaluate.Data(config["options"]["data"], None)
     prompts, rows = data.prompts(), data.rows("train")
     packed = packing.PackedMLLM(evaluate.load_result(sft_run, data))
-    cached = load_file(next((sft_run / "reference").glob("*.safetensors")))["logps"]
+    (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
+    cached = load_file(cache)["logps"]
     trees = [prompts.pair_tree(row, kind) for row in rows for kind in ("rank", "yes", "no")]
     with torch.no_grad():
         found = packed(packed.collate(trees, data.catalogue)).view(-1, 2)
