@@ -43,7 +43,7 @@ class Steps:
         self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
         shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}
         batches = training.micro_batches(len(work.rows), rows, batch, 1, **shape)
-        self.loaded = training.ahead(map(self.load, itertools.count(1), batches))
+        self.loaded = training.ahead(map(self.load, itertools.count(1), batches), self.accelerator.device)
 
     def collate(self, trees) -> packing.Batch:
         return self.packed.collate(trees, self.work.catalogue)

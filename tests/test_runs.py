@@ -137,8 +137,10 @@ def test_ahead_gives_the_same_values_and_raises_in_place():
         yield from range(3)
         raise ValueError("after three")
 
-    assert list(training.ahead(range(7))) == list(range(7)) and list(training.ahead([])) == []
-    taken, made = [], training.ahead(values())
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")  # names of devices alone
+    assert list(training.ahead(range(7), gpu)) == list(training.ahead(range(7), cpu)) == list(range(7))
+    assert list(training.ahead([], gpu)) == []
+    taken, made = [], training.ahead(values(), gpu)
     with pytest.raises(ValueError, match="after three"):
         while True:
             taken.append(next(made))
