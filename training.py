@@ -115,8 +115,8 @@ def cosine(optimizer, steps: int, before: int = 0, before_scale: float = 1.0):
 
 
 def ahead(values: Iterable, device, depth: int = 2) -> Iterator:
-    """The same values, made in a thread up to `depth` before they are asked for. On a CPU without it: OpenMP in a second
-    thread, for a hundredth of a step's work, has the threads of the first sleep after each product."""
+    """The same values, made in a thread up to `depth` before they are asked for. On a CPU without one: OpenMP in a
+    second thread, for a hundredth of a step's work, has those of the first sleep after each product."""
     if device.type == "cpu":
         yield from values
         return
