@@ -73,7 +73,6 @@ def compare(
         losses=losses,
         flops=flops,
         rate=rate,
-        floor=measure.percents(flops, {"ours": mine, **others}, rate),
         with_reference=once,
         loader=loader,
         encode=work.encode_seconds,

@@ -4,8 +4,6 @@ The first two are evaluate.score_rows, packed and not, on stored image tokens. T
 decoding from the image files, a batch of rows at a time, up to the longest title: it gives one answer a row, no ranks.
 """
 
-import argparse
-import tempfile
 from pathlib import Path
 
 import measure
@@ -79,18 +77,11 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
         flops=flops,
         per_step=rows,
         rate=rate,
-        floor=measure.percents(flops, {"ours": mine, **others}, rate),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    measure.threads()
-    with tempfile.TemporaryDirectory() as name:
-        rows = [compare(Path(name), "scaled", side) for side in (112, 224)]
-    measure.save(options.json, {"rows": rows})
+    measure.script(argv, __doc__, lambda folder: [compare(folder, "scaled", side) for side in (112, 224)])
 
 
 if __name__ == "__main__":

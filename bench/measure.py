@@ -1,5 +1,6 @@
 """How it is measured: clock, medians, the machine and its matrix rate, peak memory, and the floor of operations."""
 
+import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -9,6 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -190,9 +192,22 @@ def status(name: str) -> int:
 
 
 def result(table: str, case: str, unit: str, ours: dict, others: dict[str, dict], **further) -> dict:
-    """A row of RESULTS.md. others: summaries by system; ratio: how many times ours goes into the first of them."""
+    """A row of RESULTS.md. others: summaries by system; ratios: how many times ours goes into each. With the operations
+    that must be done (flops) and the matrix rate, also each system's percentage of it (floor)."""
     ratios = {name: other["median"] / ours["median"] for name, other in others.items()}
+    if "flops" in further:
+        further["floor"] = percents(further["flops"], {"ours": ours, **others}, further["rate"])
     return {"table": table, "case": case, "unit": unit, "ours": ours, "others": others, "ratios": ratios, **further}
+
+
+def script(argv: list[str] | None, doc: str, rows: Callable[[Path], list[dict]]) -> None:
+    """What a script of one table does: its rows, made in a folder that goes again, into --json."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    threads()
+    with tempfile.TemporaryDirectory() as folder:
+        save(options.json, {"rows": rows(Path(folder))})
 
 
 def percents(flops: float, summaries: dict[str, dict], rate: dict) -> dict[str, float]:

@@ -4,8 +4,6 @@ Both train on the same answers of the same rows with the same LoRA, loaders incl
 be the same. With both tasks a row is two samples here (its Yes and its No share a prompt) and three there.
 """
 
-import argparse
-import tempfile
 from pathlib import Path
 
 import measure
@@ -60,20 +58,15 @@ def compare(folder: Path, shape: str, side: int, case: str, device="cpu", dtype=
         losses=losses,
         flops=flops,
         rate=rate,
-        floor=measure.percents(flops, {"ours": mine, **others}, rate),
         memory=turns.memory(core, ["ours", *others]),
         per_step=rows,
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    measure.threads()
-    with tempfile.TemporaryDirectory() as name:
-        rows = [compare(Path(name), "scaled", side, case) for side in (112, 224) for case in CASES]
-    measure.save(options.json, {"rows": rows})
+    measure.script(
+        argv, __doc__, lambda folder: [compare(folder, "scaled", side, case) for side in (112, 224) for case in CASES]
+    )
 
 
 if __name__ == "__main__":
