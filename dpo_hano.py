@@ -332,8 +332,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with training.started(options, "dpo_hano", accelerator, steps, **hashes) as log:
         done = log.resume(packed, optimizer, prompts.shortened, schedule=schedule, eta=moving)
-        left = itertools.islice(enumerate(batches, 1), done, None)
-        for step, numbers, micro in training.ahead(itertools.starmap(load, left), accelerator.device):
+        for step, numbers, micro in training.loaded(load, batches, done, accelerator.device):
             if step == 1:
                 check_start(packed, *micro[0][:2], accelerator.device)
             metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)

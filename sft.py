@@ -227,8 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with training.started(options, "sft", accelerator, total, data=data.hash()) as log:
         done = log.resume(packed, optimizer, prompts.shortened, schedule=schedule)
-        left = itertools.islice(enumerate(batches, 1), done, None)
-        for step, numbers, micro in training.ahead(itertools.starmap(load, left), accelerator.device):
+        for step, numbers, micro in training.loaded(load, batches, done, accelerator.device):
             model.train()
             in_warmup, rate = step <= options.warmup_steps, schedule.get_last_lr()[0]
             loss, norm = take_step(model, micro, parameters, optimizer, schedule, accelerator)

@@ -195,8 +195,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     checkpoints.check(options, accelerator, **hashes)
     with training.started(options, "teach", accelerator, steps, **hashes) as log:
         done = log.resume(packed, optimizer, prompts.shortened, schedule=schedule)
-        left = itertools.islice(enumerate(batches, 1), done, None)
-        for step, numbers, micro in training.ahead(itertools.starmap(load, left), accelerator.device):
+        for step, numbers, micro in training.loaded(load, batches, done, accelerator.device):
             model.train()
             rate = schedule.get_last_lr()[0]
             loss, norm = sft.take_step(model, micro, parameters, optimizer, schedule, accelerator)

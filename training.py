@@ -3,6 +3,7 @@ run while it lasts: metrics, validation, which weights to keep."""
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -126,6 +127,11 @@ def ahead(values: Iterable, device, depth: int = 2) -> Iterator:
         while (value := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, values, end))
             yield value
+
+
+def loaded(load: Callable, batches: Iterable, done: int, device) -> Iterator:
+    """load(step, numbers) for each step after the first `done`, made ahead."""
+    return ahead(itertools.starmap(load, itertools.islice(enumerate(batches, 1), done, None)), device)
 
 
 @contextlib.contextmanager
