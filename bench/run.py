@@ -18,7 +18,7 @@ import workload
 import runs
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling")
+SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling", "summaries")
 ABOUT = """# Against TRL
 
 `make bench` wrote this file and `results.json`. Medians of the runs (min to max); a ratio is the other system's median
@@ -88,6 +88,8 @@ NOTES = {
     "gives one answer a row and no ranks.",
     "Memory": "Peak of a process over two steps, less what it held before them. The whole processes, Python and its "
     "libraries included: {}.",
+    "Summaries": "The texts of `summarize.py` for the demo's films and users, by its own writer, after 400 steps of "
+    "`teach.py`; one by one, an eighth of them.",
     "Scaling: neighbours": "`neighbor_profiles`, at MicroLens's size; the vectors themselves are not counted.",
 }
 

@@ -18,9 +18,11 @@ import measure
 import run
 import scaling
 import sft_step
+import summaries
 import trl_side
 import workload
 
+import writers
 from prompts import Node
 
 RESULTS = ROOT / "bench" / "results.json"
@@ -97,6 +99,24 @@ def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
     monkeypatch.setattr(scaling, "LIVE_SIDES", (56,))
     assert ["live" in row["case"] for row in scaling.live(tmp_path)] == [False, True]
     assert scaling.neighbours(2_000, 16)["more_mib"] > 0
+
+
+def test_seconds_of_a_text_whether_batched_or_alone(monkeypatch):
+    """A writer that takes a second a call: a batch of 16 prompts costs 1/16 s a text, one alone 1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(measure, "now", lambda device: clock[0])
+    monkeypatch.setattr(measure.Product, "rate", lambda self: 1.0)
+
+    class Writer:
+        length = staticmethod(len)
+
+        def __call__(self, prompts):
+            clock[0] += 1
+            return [writers.Reply("A text.", None if len(prompt) > 1 else "limit") for prompt in prompts]
+
+    row = summaries.rates(Writer(), "items", [["a"] * (1 + n % 2) for n in range(16)])
+    assert row["ours"]["median"] == 1 / 16 and row["others"]["one by one"]["median"] == 1
+    assert row["ratios"] == {"one by one": 16} and row["usable"] == 8 and row["ours"]["runs"] == 5
 
 
 def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
