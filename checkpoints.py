@@ -154,7 +154,9 @@ def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
         parameter.data.copy_(like(tensors[f"weight/{name}"], parameter))
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
         values = {key: tensors[f"{key}/{name}"] for key in keys}
-        optimizer.state[parameter] = {k: like(v, parameter) if v.dim() else v.clone() for k, v in values.items()}
+        optimizer.state[parameter] = {
+            k: like(v, parameter) if v.dim() else v.to(parameter.device, copy=True) for k, v in values.items()
+        }
     for name, part in parts.items():
         part.load_state_dict(small[name])
     for group, rate in zip(optimizer.param_groups, parts["schedule"].get_last_lr(), strict=True):

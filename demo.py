@@ -10,6 +10,7 @@ import numpy as np
 import prompts
 import readers
 import runs
+import srec
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -22,8 +23,8 @@ CHATML = (
 def build_tiny(
     folder: Path, texts: Iterable[str], seed: int = 42, vocabulary: int = 3072, width: int = 128, layers: int = 2
 ) -> None:
-    """Write an untrained Qwen2.5-VL of about a million weights, its tokenizer (byte-level BPE trained on `texts`), chat
-    template and image processor to `folder`, loadable like any pretrained model."""
+    """Write an untrained Qwen2.5-VL of about a million weights, its tokenizer (byte-level BPE trained on `texts` and
+    the project's own prompts), chat template and image processor to `folder`, loadable like any pretrained model."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -32,9 +33,11 @@ def build_tiny(
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     control = re.compile("|".join(map(re.escape, special)))  # a word that spells one would be merged into its id
     texts = [control.sub(" ", text) for text in texts]
-    texts += [*prompts.TEXTS, "user\n", "assistant\n"] * 100  # so often that each prompt word is one token
+    asked = [re.sub(r"{\w+}", "", text) for text in srec.read_texts(srec.TEXTS).values()]
+    texts += [*prompts.TEXTS, *asked, "user\n", "assistant\n"] * 100  # so often that each prompt word is one token
     bpe = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+| "), "isolated")  # a year in brackets stays one word
+    # A year in brackets stays one word, and a word the same token whatever stands behind it
+    words = pre_tokenizers.Split(Regex(r"\n|[.,:;?]+| ?[^ \n.,:;?]+| "), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -134,6 +137,12 @@ def describe(item: str, genre: str, colour: str, shape: str) -> dict:
         "text": f"{genre} film, its poster {colour} with a {shape}.",
         "facts": {"genre": genre, "colour": colour, "shape": shape},
     }
+
+
+def descriptions(folder: Path) -> list[str]:
+    """The texts of a data folder's descriptions.jsonl, where there is one: the tiny backbone's tokenizer knows them."""
+    path, remedy = folder / "descriptions.jsonl", "mend or delete it"
+    return [line["text"] for line in runs.read_jsonl(path, {"text": str}, remedy)] if path.exists() else []
 
 
 def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> str:

@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
     shape = {"processes": accelerator.num_processes, "rank": accelerator.process_index, "seed": options.seed}
-    optimizer = torch.optim.AdamW((p for p in packed.parameters() if p.requires_grad), lr=options.lr, weight_decay=0.01)
+    optimizer = training.adamw(packed, options.lr)
     schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
     batches = training.micro_batches(len(rows), len(kinds), options.batch_size, options.grad_accum, **shape)

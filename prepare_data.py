@@ -239,11 +239,11 @@ def encode(options: argparse.Namespace) -> None:
     if name == mllm.TINY:
         seed = runs.read_json(options.out / "manifest.json", {"seed": int}, "prepare the data first")["seed"]
         with runs.replacing(options.out / "tiny") as beside:
-            demo.build_tiny(beside, titles, seed)
+            demo.build_tiny(beside, [*titles, *demo.descriptions(options.out)], seed)
         name = options.out / "tiny"
     pixels = options.max_pixels or (mllm.TINY_MAX_PIXELS if options.model == mllm.TINY else mllm.MAX_PIXELS)
-    gpu = torch.cuda.is_available()
-    model = mllm.load_model(name, torch.bfloat16 if gpu else torch.float32, trust=trust).to("cuda" if gpu else "cpu")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = mllm.load_model(name, dtype, trust=trust).to(device)
     tokenizer, processor = mllm.load_tokenizer(name, trust), mllm.load_image_processor(name, pixels, trust)
     paths = [options.out / item["image"] if item["image"] else None for item in items]
     gone = [path for path in paths if path and not path.exists()]
@@ -257,10 +257,10 @@ def encode(options: argparse.Namespace) -> None:
         mllm.encode_items(model, tokenizer, processor, titles, paths, beside, partial(tqdm, desc="encode"), keep)
         manifest = {"backbone": options.model, "max_pixels": pixels, "dtype": str(model.dtype).removeprefix("torch.")}
         manifest["items"] = runs.file_hash(options.out / "items.jsonl")
+        manifest["vocabulary"] = runs.value_hash(tokenizer.get_vocab())
         manifest["tokens"] = runs.file_hash(beside / "image_tokens.safetensors") if keep else None
         runs.write_json(beside / "manifest.json", manifest)
-    told = sum(map(bool, paths)) or "no"
-    print(f"{options.encoded}: {len(items)} items, {told} images")
+    print(f"{options.encoded}: {len(items)} items, {sum(map(bool, paths)) or 'no'} images")
 
 
 FILES = ("items", "train", "val", "test", "sequences")
@@ -322,7 +322,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     protocol.add_argument("--seed", type=runs.non_negative_int, default=42, help="of all that is drawn here [42]")
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument("--model", default="tiny", help="hub name or folder; tiny: untrained, made here [tiny]")
-    encoding.add_argument("--max-pixels", type=runs.positive_int, help="pixels of an image [262144; tiny: 6272]")
+    encoding.add_argument("--max-pixels", type=runs.bounded(int, 784, 2**31), help="of an image [262144; tiny: 6272]")
     kept = "live: image tokens are not kept, but made in each step of training, where they outgrow the disk [stored]"
     encoding.add_argument("--tokens", choices=["stored", "live"], default="stored", help=kept)
     encoding.add_argument("--encode-only", action="store_true", help="the data folder stands; only encode it")

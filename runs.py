@@ -259,6 +259,8 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     stages = tuple(stages)
     makers = " or ".join(f"{stage}.py" for stage in stages)
     remedy = f"give a run folder, as {makers} writes it"
+    if inside := sorted(str(path.parent) for path in run.glob("*/config.json")):
+        remedy += f" (there are {', '.join(inside)})"
     config = read_json(run / "config.json", {}, remedy)
     if config.get("stage") not in stages:
         raise UserError(f"{run} is no run of {makers}; give a run folder that it wrote")

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(options.seed + accelerator.process_index)  # dropout
     parameters = [p for p in packed.parameters() if p.requires_grad]
     say(f"{data.backbone}: {sum(p.numel() for p in parameters):,} trained weights (--tune {options.tune})")
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = training.adamw(packed, options.lr, options.weight_decay)
     schedule = training.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
     parameters = [p for p in packed.parameters() if p.requires_grad]  # others, where they are sharded now

@@ -169,7 +169,8 @@ class Story:
 
     def common(self, row: int, *texts: str) -> str:
         """The words of an item that these texts have too, without those that most items have."""
-        known = set(re.findall(r"\w{3,}", " ".join(texts).casefold()))
+        told = (text for text in texts if text != self.texts["nothing"])
+        known = set(re.findall(r"\w{3,}", " ".join(told).casefold()))
         words = [word for word in self._words(row) if word in known and word not in self.frequent]
         return ", ".join(words) or self.texts["nothing"]
 

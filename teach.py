@@ -100,8 +100,10 @@ class Lessons:
             catalogue = self.prompts.catalogue
             return 0, srec.item_prompt(self.texts, "both", catalogue, row), f"Summary: {self.truth[row]['text']}"
         rng = np.random.default_rng([self.options.seed, step, number])
-        before, window = rng.choice(self.rows, size=(2, self.options.window)).tolist()
-        before = retell([self.truth[item] for item in before], None) if rng.random() < 0.75 else None
+        *earlier, window = rng.choice(self.rows, size=(3, self.options.window)).tolist()
+        before, told = None, rng.choice([0, 1, 2, 2])  # windows before this one: none, one, more
+        for items in earlier[:told]:
+            before = retell([self.truth[item] for item in items], before)
         paragraph = retell([self.truth[item] for item in window], before)
         if kind == 2:
             return 1, srec.fill(self.texts["profile"], preference=paragraph), profile(paragraph)
@@ -134,7 +136,9 @@ def measure(folder: Path, truth: dict[int, dict], taught: list[int], catalogue) 
     for name in names:
         rows = [row for row in truth if name in truth[row].get("facts", {})]
         of = {row: str(truth[row]["facts"][name]).casefold() for row in rows}
-        right = {row: {v for v in set(of.values()) if v in summaries.get(row, "")} == {of[row]} for row in rows}
+        words = {value: re.compile(rf"(?<!\w){re.escape(value)}(?!\w)") for value in of.values()}
+        named = {row: {v for v, word in words.items() if word.search(summaries.get(row, ""))} for row in rows}
+        right = {row: named[row] == {of[row]} for row in rows}
         parts = {"not taught": [r for r in rows if r not in taught], "taught": [r for r in rows if r in taught]}
         shares = {part: float(np.mean([right[r] for r in own])) for part, own in parts.items() if own}
         rest = parts["not taught"]
@@ -182,8 +186,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     batches = itertools.islice(batches, steps)
     packed = sft.trainable_model(options, data, accelerator)
     torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
-    parameters = [p for p in packed.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    optimizer = training.adamw(packed, options.lr)
     schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
     parameters = [p for p in packed.parameters() if p.requires_grad]  # others, where they are sharded now

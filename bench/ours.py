@@ -38,7 +38,7 @@ class Steps:
         self.work, self.accelerator = work, runs.start_accelerator()
         self.packed = packed.to(self.accelerator.device)
         self.parameters = [p for p in packed.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01)
+        optimizer = training.adamw(packed, 1e-4)
         self.schedule = training.cosine(optimizer, 10_000)
         self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
         shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}

@@ -23,7 +23,7 @@ IMPORTS = {
     "runs": set(),
     "checkpoints": {"runs"},
     "training": {"checkpoints", "runs"},
-    "demo": {"prompts", "readers", "runs"},
+    "demo": {"prompts", "readers", "runs", "srec"},
     "readers": {"runs"},
     "metrics": set(),
     "exchange": {"readers", "runs"},

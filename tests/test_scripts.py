@@ -487,6 +487,7 @@ def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, mo
     error = refused(capsys, evaluate.main, "--run", sft_run, "--data", tmp_path)
     assert "one data folder at a time" in error
     assert "give a run folder" in refused(capsys, evaluate.main, "--run", tmp_path)
+    assert str(sft_run) in refused(capsys, evaluate.main, "--run", sft_run.parent)
     assert "user nobody has no row in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
     error = refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--from", "nothing")
     assert "nothing is not in" in error or "has no row in" in error

@@ -2,7 +2,9 @@
 
 import json
 
+import describe
 import pytest
+from PIL import Image
 from test_scripts import launch, lines, refused, training
 
 import evaluate
@@ -21,7 +23,7 @@ def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, 
     assert len(half) == 30 and half != set(teach.taught_items(60, 0.5, 2))
     colours = ["red", "blue"] * 30
     truth = {row: {"text": "?", "facts": {"colour": colours[row]}} for row in range(60)}
-    said = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing"}  # right, both named, none, right
+    said = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing, a hundred"}  # right, both named, none, right
     items = [{"item": catalogue.ids[row], "summary": said.get(row, "a green one"), "fault": None} for row in range(60)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in items))
     found = teach.measure(tmp_path, truth, half, catalogue)
@@ -29,6 +31,18 @@ def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, 
     assert "colour: " in capsys.readouterr().out
     error = refused(capsys, teach.main, "--data", prepared, "--score", tmp_path, "--out", tmp_path)
     assert "descriptions.jsonl does not exist; give a file of lines with item and text" in error
+
+
+def test_movielens_descriptions_say_what_is_known(tmp_path):
+    Image.new("RGB", (20, 30), (200, 160, 90)).save(tmp_path / "1.jpg")
+    Image.new("RGB", (20, 30), (10, 20, 90)).save(tmp_path / "2.jpg")
+    toys = describe.describe({"item": "1", "title": "Toy Story (1995)"}, "Adventure|Comedy", tmp_path / "1.jpg")
+    assert toys["text"] == "Adventure film of the 1990s, its poster bright and warm."
+    assert toys["facts"] == {"genre": "Adventure", "decade": "1990s", "light": "bright", "tone": "warm"}
+    assert describe.poster_facts(tmp_path / "2.jpg") == {"light": "dark", "tone": "cold"}
+    other = describe.describe({"item": "3", "title": "No Year"}, "War", None)
+    assert other == {"item": "3", "text": "War film.", "facts": {"genre": "War"}}
+    assert describe.describe({"item": "4", "title": "Nothing"}, "(no genres listed)", None) is None
 
 
 def test_lessons_are_summarizes_own_prompts(prepared, taught):

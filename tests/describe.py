@@ -1,0 +1,63 @@
+"""Descriptions of MovieLens's films for teach.py, from what is known of them: genre, decade, and the poster's light.
+
+    python tests/describe.py --data data/movielens-small --source movielens-small/
+
+Writes descriptions.jsonl in the data folder: the first genre that movies.csv lists, the decade of the year in the
+title, and of the poster's mean colour whether it is dark or bright, warm or cold. A film without one of these has no
+such fact. `prepare_data.py --encode-only` then gives the tiny backbone a tokenizer that knows these words.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mllm
+import runs
+
+
+def poster_facts(path: Path) -> dict[str, str]:
+    """light and tone of a picture by its mean red, green and blue (0 to 255)."""
+    red, green, blue = mllm.open_image(path).resize((1, 1), resample=4).getpixel((0, 0))  # 4: the mean of a box
+    mean = (red + green + blue) / 3
+    light = "dark" if mean < 85 else "bright" if mean > 140 else "dim"
+    return {"light": light, "tone": "warm" if red - blue > 15 else "cold" if blue - red > 15 else "plain"}
+
+
+def describe(item: dict, genres: str, poster: Path | None) -> dict | None:
+    """The line of a film, None where nothing is known of it."""
+    facts = {}
+    if genres and not genres.startswith("("):  # "(no genres listed)"
+        facts["genre"] = genres.split("|")[0]
+    if year := re.search(r"\((\d{3})\d\)\s*$", item["title"]):
+        facts["decade"] = f"{year[1]}0s"
+    words = [facts.get("genre", ""), "film", f"of the {facts['decade']}" if "decade" in facts else ""]
+    text = " ".join(word for word in words if word)
+    if poster:
+        facts |= poster_facts(poster)
+        text += f", its poster {facts['light']} and {facts['tone']}"
+    return {"item": item["item"], "text": f"{text}.", "facts": facts} if facts else None
+
+
+@runs.one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py wrote")
+    parser.add_argument("--source", type=Path, required=True, help="folder with movies.csv and posters/")
+    options = parser.parse_args(argv)
+    with (options.source / "movies.csv").open(newline="", encoding="utf-8") as file:
+        genres = {line["movieId"]: line["genres"] for line in csv.DictReader(file)}
+    lines = []
+    for item in runs.read_jsonl(options.data / "items.jsonl", {"item": str, "title": str}, "run prepare_data.py"):
+        poster = options.source / "posters" / f"{item['item']}.jpg"
+        line = describe(item, genres.get(item["item"], ""), poster if poster.exists() else None)
+        lines += [line] if line else []
+    path = options.data / "descriptions.jsonl"
+    runs.write_jsonl(path, lines)
+    print(f"{path}: {len(lines)} descriptions")
+
+
+if __name__ == "__main__":
+    main()
