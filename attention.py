@@ -2,8 +2,8 @@
 
 The rows of a batch stand behind one another in one sequence, so that nothing is padding. The tokens of a row's root
 attend to what comes before them in it, which needs no mask (and has fused kernels); the questions and answers behind it
-attend to it and to their own branch, by a mask of their own. In the last layer, only the tokens that predict something
-are computed further than their keys and values.
+attend to it and to their own branch, by a mask of their own. In the last layer, only of the tokens that predict
+something the queries, the output and the MLP are computed.
 """
 
 from dataclasses import dataclass, field

@@ -98,6 +98,8 @@ class Data:
         live = images == "live" or encoding["tokens"] is None
         processor = mllm.load_image_processor(self.source, encoding["max_pixels"], trust) if live else None
         self.catalogue = mllm.Catalogue(items, path, blank_images, (self.folder, processor) if live else None)
+        if story is not None and blank_images:
+            raise UserError("summaries tell what the pictures show: with them --blank-images hides little")
         self.story = None if story is None else self.folder / "summaries" / (story or path.name)
 
     def lines(self, name: str, fields: dict) -> list[dict]:
@@ -129,7 +131,8 @@ class Data:
 
         kind = Prompts
         if self.story:
-            kind = partial(srec.SRecPrompts, srec.load_story(self.story, self.catalogue, self.timelines()))
+            story = srec.load_story(self.story, self.catalogue, self.timelines(), self.encoding)
+            kind = partial(srec.SRecPrompts, story)
         return packing.load_prompts(self.source, self.catalogue, candidate_images, self.trust, kind)
 
     def hash(self) -> str:
@@ -144,6 +147,8 @@ def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
 
     config = runs.read_run(run, ("teach", "sft", "dpo_hano"))
     options, sft = config["options"], config["stage"] != "dpo_hano"
+    if options.get("model", data.backbone) != data.backbone:
+        raise UserError(f"{run} is a run of {options['model']}, and {data.folder} is encoded for {data.backbone}")
     attn, quantize = attn or options.get("attn", "sdpa"), options.get("quantize")
     ended = runs.read_json(run / "result.json", {"weights": str}, f"run {config['stage']}.py --out {run} again")
     if runs.weights_hash(run) != ended["weights"]:
@@ -154,6 +159,9 @@ def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
             raise UserError(f"{run} was trained on other weights of {start}; run dpo_hano.py again")
         model = load_result(start, data, dtype if quantize else None, attn)
     elif options["tune"] == "full":
+        own, given = (mllm.load_tokenizer(name, data.trust).get_vocab() for name in (run / "model", data.source))
+        if own != given:
+            raise UserError(f"{run} has another tokenizer than {data.folder}: it was trained on other titles")
         return mllm.load_model(run / "model", dtype, attn, trust=data.trust)
     else:
         model = mllm.load_model(data.source, dtype if quantize else None, attn, quantize, data.trust)

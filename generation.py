@@ -101,7 +101,9 @@ class Steps:
             return torch.cat([self.catalogue.image_tokens(item) for item in items])
         pixels = self.catalogue.pixels(items).items()
         pixels = {name: value.to(device) if torch.is_tensor(value) else value for name, value in pixels}
-        return torch.cat(backbones.image_tokens(self.core, pixels))
+        images = backbones.image_tokens(self.core, pixels)
+        mllm.check_sizes([(self.catalogue.ids[item], self.catalogue.image_length(item)) for item in items], images)
+        return torch.cat(images)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, V], the logits behind each text and its new token; tokens: [B]."""

@@ -216,6 +216,13 @@ def load_tensors(path: Path, shapes: dict[str, tuple], remedy: str) -> dict[str,
     return tensors
 
 
+def check_sizes(sizes: list[tuple[str, int]], images: list[torch.Tensor]) -> None:
+    """BackboneError where a live image has not its (item, tokens): it would move into the next one's place."""
+    for (item, size), tokens in zip(sizes, images, strict=True):
+        if len(tokens) != size:
+            raise BackboneError(f"the image of item {item} is another than when it was prepared; encode it again")
+
+
 class Catalogue:
     """The items of a data folder: ids, titles, and their encoded images by row. Rows are line numbers of items.jsonl.
 

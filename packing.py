@@ -220,11 +220,7 @@ class PackedMLLM(nn.Module):
         if batch.pixels:
             with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
                 images = backbones.image_tokens(self.core, batch.pixels)
-            for (item, size), tokens in zip(batch.sizes, images, strict=True):
-                if len(tokens) != size:  # they would move into the next image's place
-                    raise BackboneError(
-                        f"the image of item {item} is another than when it was prepared; encode it again"
-                    )
+            mllm.check_sizes(batch.sizes, images)
             batch = replace(batch, image_tokens=torch.cat([images[number] for number in batch.seen]))
         logits = (self._packed_logits(batch) if self.pack else self._plain_logits(batch)).float()
         logps = -F.cross_entropy(logits, batch.target, reduction="none")

@@ -22,7 +22,7 @@ LONGEST_WAIT = 30  # seconds between two tries
 
 class Server:
     """Called with prompts (lists of parts, see `srec.fill`), it gives a Reply to each. UserError where the server stays
-    away or refuses a request.
+    away, or refuses requests for another reason than what they hold.
 
     url: up to /v1. data: the evaluate.Data whose images are sent, at most as large as they are encoded.
     """
@@ -56,12 +56,12 @@ class Server:
         try:
             choice = found["choices"][0]
             text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
-        except (AttributeError, KeyError, IndexError, TypeError):
+            text.encode()
+        except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError):  # half a character
             return Reply(json.dumps(found)[:200], "nonsense")
-        if not isinstance(text, str):
-            return Reply(json.dumps(text)[:200], "nonsense")
         control = any(token in text for token in self.control)
-        return Reply(text, "limit" if reason == "length" else "control" if control else None).checked()
+        whole = reason in (None, "stop")  # others: its length, a filter, an error
+        return Reply(text, "limit" if not whole else "control" if control else None).checked()
 
     def text(self, text: str) -> dict:
         """A text part; what spells a control token is split, since a server reads it as one."""
@@ -96,10 +96,12 @@ class Server:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read()[:200].decode(errors='replace')}"
+                if body is not None and error.code in (400, 413, 422):  # of this prompt, perhaps not of others
+                    return {"error": reason}
                 if error.code < 500 and error.code != 429:
                     self.lost.set()
                     raise UserError(f"{self.url} refuses a request ({reason})") from error
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
                 return None
             except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address at all
                 reason = f"{type(error).__name__}: {error}"

@@ -20,7 +20,7 @@ import training
 from runs import UserError
 
 TINY_RECIPE = {"lr": 1e-3, "epochs": 3, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
-TINY_RECIPE |= {"warmup_steps": 1200, "dropout": 0.05, "steps_share": 0.1}
+TINY_RECIPE |= {"warmup_steps": 1200, "dropout": 0.05, "steps_share": 0.02}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 2, "grad_accum": 8, "max_length": 4096, "eval_limit": 0}  # the paper
 RECIPE |= {"warmup_steps": 0, "dropout": 0.0, "steps_share": 1.0}
 LORA = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}  # the paper
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder [data/demo]")
     parser.add_argument("--model", help="which of the data's encodings, where there are several")
     parser.add_argument("--out", type=Path, help="run folder to write [runs/<data>/sft]")
-    share = "of the rows whose steps are trained beside the answers, --prompt cot [1; tiny: 0.1]"
+    share = "of the rows whose steps are trained beside the answers, --prompt cot [1; tiny: 0.02]"
     parser.add_argument("--steps-share", type=runs.bounded(float, 0, 1.01), help=share)
     start = "a finished run to go on from, with --tune full: teach.py's [the backbone]"
     parser.add_argument("--start", type=Path, metavar="RUN", help=start)
@@ -66,8 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             "--prompt cot asks Yes or No about candidates with images: it has no rank task, nor --candidate-images"
         )
-    if options.summaries and not cot:
-        parser.error("--summaries is for --prompt cot")
+    for name in () if cot else ("summaries", "steps_share"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is for --prompt cot")
     options.summaries = options.summaries or ("" if cot else None)
     options.out = options.out or Path("runs") / options.data.resolve().name / "sft"
     return options
@@ -103,7 +104,7 @@ def trainable_model(options, data, accelerator):
 
     if options.tune == "full":
         if options.start:
-            model = evaluate.load_result(options.start, data, torch.float32, options.attn)
+            model = evaluate.load_result(options.start, data, attn=options.attn)  # adapters merged
         else:
             model = mllm.load_model(data.source, torch.float32, options.attn, trust=data.trust)  # master weights
         for part in (model.get_decoder(), model.get_output_embeddings()):

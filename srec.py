@@ -21,7 +21,8 @@ TEXTS = Path(__file__).with_name("mllm_srec.txt")
 TEXT = (str, type(None))  # None: what was written is of no use
 MANIFEST = {"data": str, "prompts": str}
 ITEM = {"item": str, "summary": TEXT, "fault": TEXT}
-POINT = {"user": str, "end": int, "paragraph": TEXT, "profile": TEXT, "fault": TEXT}
+POINT = {"user": str, "end": int, "paragraph": TEXT, "fault": TEXT, "profile": TEXT, "profile_fault": TEXT}
+PICTURES = ("backbone", "items", "tokens")  # of encoded/<backbone>/manifest.json: by which summaries know the pictures
 WORDS = {  # of each prompt: what may be filled in
     "item": {"title", "image"},
     "item without a picture": {"title"},
@@ -33,7 +34,7 @@ WORDS = {  # of each prompt: what may be filled in
     "profile": {"preference"},
     "user": {"profile", "preference", "since"},
     "candidate": {"title", "image"},
-    "steps": {"profile", "preference", "since", "title", "summary", "common"},
+    "steps": {"profile", "preference", "since", "last", "title", "summary", "common"},
     "yes": set(),
     "no": set(),
     "nothing": set(),
@@ -152,16 +153,18 @@ class Story:
         return fill(self.texts["preference"], items=self.list_of(rows), preference=before)
 
     def at(self, row: Row) -> dict[str, str]:
-        """profile, preference and since at a row's point of time: the last paragraph made of nothing behind its cut,
-        and those items of its history that came after that paragraph."""
-        cut, found = self.cut(row), (0, None, None)
-        for point in self.users.get(row.user, []):
-            if point[0] <= cut and point[1] is not None:
-                found = point
-        end, preference, profile = found
+        """profile, preference, since and last at a row's point of time: the last usable profile and paragraph made of
+        nothing behind its cut, those items of its history that came after that paragraph, its last item."""
+        cut, end, preference, profile = self.cut(row), 0, None, None
+        for place, paragraph, line in self.users.get(row.user, []):
+            if place <= cut and paragraph is not None:
+                end, preference = place, paragraph
+            if place <= cut and line is not None:
+                profile = line
         since = self.list_of(item for item in row.history if self.place[row.user][item] >= end)
         nothing = self.texts["nothing"]
-        return {"profile": profile or nothing, "preference": preference or nothing, "since": since}
+        last = self.items[row.history[-1]] or self.catalogue.titles[row.history[-1]]
+        return {"profile": profile or nothing, "preference": preference or nothing, "since": since, "last": last}
 
     def _words(self, row: int) -> dict[str, None]:
         text = f"{self.catalogue.titles[row]} {self.items[row] or ''}"
@@ -191,16 +194,20 @@ def data_hash(catalogue, lines: dict[str, list[int]]) -> str:
 def story_hash(folder: Path) -> str:
     """Of the texts that summarize.py wrote in a folder and the prompts that go with them, not of how they were made."""
     made = runs.read_json(folder / "manifest.json", MANIFEST, f"run summarize.py --name {folder.name}")
-    return runs.value_hash([made.get(name) for name in ("data", "prompts", "items", "preferences")])
+    hashes = [made.get(name, {}).get("hash") for name in ("items", "preferences")]
+    return runs.value_hash([made["data"], made["prompts"], *hashes])
 
 
-def load_story(folder: Path, catalogue, lines: dict[str, list[int]]) -> Story:
-    """The story that summarize.py finished in `folder`; lines: see `timelines`. UserError where it is of other data."""
+def load_story(folder: Path, catalogue, lines: dict[str, list[int]], encoding: dict) -> Story:
+    """The story that summarize.py finished in `folder`; lines: see `timelines`; encoding: the manifest of the encoding
+    that the data are read by. UserError where it is of other data, or of other pictures than the same encoding's."""
     again = f"run summarize.py --name {folder.name}"
     made = runs.read_json(folder / "manifest.json", MANIFEST, again)
     if "preferences" not in made:
         raise UserError(f"{folder} is not finished; {again}")
-    if made["data"] != data_hash(catalogue, lines):
+    pictures = made.get("pictures")
+    same = pictures and pictures["backbone"] == encoding["backbone"]
+    if made["data"] != data_hash(catalogue, lines) or (same and any(pictures[n] != encoding[n] for n in PICTURES)):
         raise UserError(f"{folder} was written for another state of its data; {again}")
     texts = read_texts(folder / "prompts.txt")
     if made["prompts"] != runs.value_hash(texts):
@@ -254,7 +261,11 @@ class SRecPrompts(Prompts):
         return tree
 
     def check_fit(self, builds, rows: list[Row], max_length: int) -> None:
-        """PromptError where a row's tree, with one history item, is longer than max_length tokens."""
+        """PromptError where a row's tree, with one history item, is longer than max_length tokens: as it stands, and
+        with the longest item of all as its candidate."""
+        longest = max(range(len(self.story.items)), key=lambda item: len(self.text(self.story.line(item))))
         for row in rows:
+            short = replace(row, history=row.history[-1:])
             for build in builds:
-                self.fitting(build, replace(row, history=row.history[-1:]), max_length)
+                self.fitting(build, short, max_length)
+                self.fitting(build, replace(short, rejected=longest), max_length)

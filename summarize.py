@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -53,26 +54,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.run and options.server:
         parser.error("--run writes with a model here; it does not go with --server")
+    if options.server_model and not options.server:
+        parser.error("--server-model is for --server")
+    if options.before and not options.window:
+        parser.error("--before is for windows; --window 0 reads the whole history")
     return options
 
 
 class Counts:
-    """How many texts were written, and how many of them are at fault for which reason."""
+    """How many texts were written, by earlier runs (`done`) and by this one, and how many of them are at fault for
+    which reason."""
 
-    def __init__(self, what: str, enough: int = 64):
-        self.what, self.enough, self.faults, self.first = what, enough, Counter(), None
+    def __init__(self, what: str, done: Iterable[dict], enough: int = 64):
+        self.what, self.enough, self.faults, self.first = what, enough, Counter(), ""
+        self.add(done)
 
-    def add(self, fault: str | None, text: str = "") -> None:
-        self.faults[fault or "usable"] += 1
-        self.first = text if fault and self.first is None else self.first
+    def add(self, lines: Iterable[dict]) -> None:
+        for line in lines:
+            self.faults[line["fault"] or "usable"] += 1
+            self.first = self.first or (line["reply"] if line["fault"] else "")
 
     def check(self, last: bool = False) -> None:
         """UserError where after many texts (or with the last) none is usable."""
         total = sum(self.faults.values())
         if total and not self.faults["usable"] and (last or total >= self.enough):
             raise UserError(
-                f"none of {total} {self.what} is usable ({self}); the first reply is {self.first[:80]!r}; give a model "
-                "that can write (the tiny backbone must be taught first: teach.py), or other --prompts"
+                f"none of {total} {self.what} is usable ({self}); the first reply is {self.first[:200]!r}; give a "
+                "model that can write (the tiny backbone must be taught first: teach.py), or other --prompts"
             )
 
     def __str__(self) -> str:
@@ -88,7 +96,7 @@ def write_items(writer, texts, sees, catalogue, record, accelerator) -> list[dic
     mine = open_rows[accelerator.process_index :: accelerator.num_processes]
     prompts = {row: srec.item_prompt(texts, sees, catalogue, row) for row in mine}
     mine.sort(key=lambda row: writer.length(prompts[row]))
-    counts = Counts("summaries")
+    counts = Counts("summaries", record.done)
     with tqdm(total=len(mine), desc="items", unit="item") as bar:
         for start in range(0, len(mine), writer.batch_size):
             rows = mine[start : start + writer.batch_size]
@@ -98,12 +106,13 @@ def write_items(writer, texts, sees, catalogue, record, accelerator) -> list[dic
                 made_of = "text" if sees == "text" or not catalogue.image_length(row) else sees
                 lines.append({"item": catalogue.ids[row], "summary": summary.line(), "made_of": made_of})
                 lines[-1] |= {"fault": summary.fault, "reply": reply.text}
-                counts.add(summary.fault, reply.text)
             record.add(lines)
+            counts.add(lines)
             bar.update(len(rows))
             counts.check()
-    counts.check(last=True)
-    return record.finish(lambda line: catalogue.row_of[line["item"]])
+    found = record.finish(lambda line: catalogue.row_of[line["item"]])
+    Counts("summaries", found).check(last=True)
+    return found
 
 
 class Chain:
@@ -142,32 +151,30 @@ def write_preferences(writer, story: srec.Story, chains: list[Chain], record, ac
     for line in sorted(record.done, key=lambda line: line["end"]):
         place[line["user"]].take(line["paragraph"])
     mine = chains[accelerator.process_index :: accelerator.num_processes]
-    ids, counts = story.catalogue.ids, Counts("paragraphs")
+    ids, counts = story.catalogue.ids, Counts("paragraphs", record.done)
     with tqdm(total=sum(chain.left() for chain in mine), desc="preferences", unit="paragraph") as bar:
         while mine := sorted((chain for chain in mine if chain.left()), key=Chain.left, reverse=True):
             batch = mine[: writer.batch_size]
             replies = writer([chain.prompt(story) for chain in batch])
-            told = [
-                n for n, chain in enumerate(batch) if replies[n].line() and chain.ends[chain.number] in chain.wanted
-            ]
-            asked = [srec.fill(story.texts["profile"], preference=replies[n].line()) for n in told]
-            profiles = dict(zip(told, writer(asked) if asked else [], strict=True))
             lines = []
-            for number, (chain, reply) in enumerate(zip(batch, replies, strict=True)):
+            for chain, reply in zip(batch, replies, strict=True):
                 line = {"user": chain.user, "end": chain.ends[chain.number]}
                 line["items"] = [ids[item] for item in chain.items()]
-                line |= {"paragraph": reply.line(), "profile": None, "fault": reply.fault}
-                counts.add(reply.fault, reply.text)
-                if number in profiles:
-                    line["profile"], line["fault"] = profiles[number].line(), profiles[number].fault
-                chain.take(line["paragraph"])
-                lines.append(line)
+                line |= {"paragraph": reply.line(), "fault": reply.fault, "profile": None, "profile_fault": None}
+                lines.append(line | {"reply": reply.text if reply.fault else None})
+                chain.take(reply.line())
+            read = [n for n, chain in enumerate(batch) if chain.paragraph and lines[n]["end"] in chain.wanted]
+            asked = [srec.fill(story.texts["profile"], preference=batch[n].paragraph) for n in read]
+            for n, reply in zip(read, writer(asked) if asked else [], strict=True):
+                lines[n] |= {"profile": reply.line(), "profile_fault": reply.fault}
             record.add(lines)
+            counts.add(lines)
             bar.update(len(batch))
             counts.check()
-    counts.check(last=True)
     order = {user: number for number, user in enumerate(place)}
-    return record.finish(lambda line: (order[line["user"]], line["end"]))
+    found = record.finish(lambda line: (order[line["user"]], line["end"]))
+    Counts("paragraphs", found).check(last=True)
+    return found
 
 
 def load_writer(options, data, accelerator):
@@ -191,33 +198,35 @@ def load_writer(options, data, accelerator):
         made_by["weights"] = runs.weights_hash(options.run)
         model = evaluate.load_result(options.run, data, dtype)
     else:
-        model = mllm.load_model(data.source, dtype, trust=data.trust)
+        model, files = mllm.load_model(data.source, dtype, trust=data.trust), Path(data.source).glob("*.safetensors")
+        made_by["weights"] = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     core = packing.load_packed(model, data, True, accelerator.device).core
     prompts = packing.load_prompts(data.source, data.catalogue, trust=data.trust)
     return writers.Local(core, prompts, data.catalogue, options.max_tokens, options.batch_size), made_by
 
 
-def stage(name: str, folder: Path, manifest: dict, made_of, accelerator, write) -> list[dict]:
-    """The lines of folder/<name>.jsonl: those that stand there if they are made of the same, else written anew. The
-    manifest tells of whole files alone."""
+def stage(name: str, folder: Path, made: dict, manifest: dict, made_of, accelerator, write) -> list[dict]:
+    """The lines of folder/<name>.jsonl: those that stand there if they are made of the same, else written anew. made:
+    what the manifest told of the file before. manifest: what it tells now, of whole files alone, in order."""
     import records
 
     key, path = runs.value_hash(made_of), folder / f"{name}.jsonl"
-    made = manifest.get(name, {})
     if path.exists() and made.get("key") == key and made["hash"] == runs.file_hash(path):
         accelerator.print(f"{path} stands")
+        manifest[name] = made
         return runs.read_jsonl(path, {}, "delete it")
-    if name in manifest:
+    if made:
         accelerator.print(f"{path} is not of this model, these prompts and options: it is written anew")
-        del manifest[name]
     if accelerator.is_main_process:
         runs.write_json(folder / "manifest.json", manifest)
     lines = write(records.Record(path, key, accelerator))
     counts = Counter(line["fault"] or "usable" for line in lines)
+    counts += Counter(f"profile {line['profile_fault']}" for line in lines if line.get("profile_fault"))
     manifest[name] = {"key": key, "lines": len(lines), "faults": dict(counts), "hash": runs.file_hash(path)}
-    accelerator.print(
-        f"{path}: {len(lines)} lines, " + ", ".join(f"{n} {fault}" for fault, n in sorted(counts.items()))
-    )
+    if accelerator.is_main_process:
+        runs.write_json(folder / "manifest.json", manifest)
+    told = ", ".join(f"{n} {fault}" for fault, n in sorted(counts.items()))
+    accelerator.print(f"{path}: {len(lines)} lines, {told}")
     return lines
 
 
@@ -225,12 +234,16 @@ def show(options, data, texts: dict[str, str], lines: dict[str, list[int]]) -> N
     """Print the prompts of the first items, users and rows as the model sees them; what is not written yet as "..."."""
     import packing
 
+    def say(title: str, text: str) -> None:
+        print(f"\n--- {runs.printable(title)}", *map(runs.printable, text.split("\n")), sep="\n")
+
     prompts = packing.load_prompts(data.source, data.catalogue, trust=data.trust)
     for row in range(min(options.show, len(data.catalogue.ids))):
         whole = prompts.whole(srec.item_prompt(texts, options.sees, data.catalogue, row))
-        print(f"\n--- item {data.catalogue.ids[row]}\n{prompts.show([whole])}")
+        say(f"item {data.catalogue.ids[row]}", prompts.show([whole]))
     try:
-        story = srec.load_story(data.story, data.catalogue, lines)
+        story = srec.load_story(data.story, data.catalogue, lines, data.encoding)
+        story.texts = texts
     except UserError as error:
         print(f"\n({error}: ... stands for what is not written)")
         items = ["..."] * len(data.catalogue.ids)
@@ -239,13 +252,13 @@ def show(options, data, texts: dict[str, str], lines: dict[str, list[int]]) -> N
         known = story.at(row)
         for before in (None, known["preference"]):
             parts = story.preference_prompt(lines[row.user][: options.window or story.cut(row)], before)
-            print(f"\n--- user {row.user}, preference\n{prompts.show([prompts.whole(parts)])}")
+            say(f"user {row.user}, preference", prompts.show([prompts.whole(parts)]))
         parts = srec.fill(texts["profile"], preference=known["preference"])
-        print(f"\n--- user {row.user}, profile\n{prompts.show([prompts.whole(parts)])}")
+        say(f"user {row.user}, profile", prompts.show([prompts.whole(parts)]))
         thought = packing.load_prompts(
             data.source, data.catalogue, trust=data.trust, kind=partial(srec.SRecPrompts, story)
         )
-        print(f"\n--- user {row.user}, chain of thought\n{thought.show(thought.sft_tree(row, 'yesno'))}")
+        say(f"user {row.user}, chain of thought", thought.show(thought.sft_tree(row, "yesno")))
 
 
 def chains_of(data, story: srec.Story, options) -> list[Chain]:
@@ -276,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     with runs.locked(folder) if main_process else contextlib.nullcontext():
         before = folder / "manifest.json"
         manifest = runs.read_json(before, srec.MANIFEST, "delete it") if before.exists() else {}
+        made = {name: manifest.pop(name, {}) for name in ("items", "preferences")}
         accelerator.wait_for_everyone()
         writer, made_by = load_writer(options, data, accelerator)
         spelling = writers.spelling_control(catalogue.titles, mllm.load_tokenizer(data.source, data.trust))
@@ -285,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             "data": srec.data_hash(catalogue, lines),
             "prompts": runs.value_hash(texts),
             "titles_with_control_tokens": spelling,
+            "pictures": None if options.sees == "text" else {name: data.encoding[name] for name in srec.PICTURES},
         }
         manifest |= {"made_by": made_by, "options": runs.plain(options)}
         if main_process:
@@ -293,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
 
         made_of = [made_by, options.sees, data.encoding, {n: text for n, text in texts.items() if n.startswith("item")}]
         write = partial(write_items, writer, texts, options.sees, catalogue, accelerator=accelerator)
-        found = stage("items", folder, manifest, made_of, accelerator, write)
+        found = stage("items", folder, made["items"], manifest, made_of, accelerator, write)
         summaries = {line["item"]: line["summary"] for line in found}
         story = srec.Story(texts, catalogue, lines, [summaries[item] for item in catalogue.ids], {})
 
@@ -302,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         made_of = [made_by, [texts[name] for name in names], options.window, summaries, manifest["data"]]
         made_of += [[chain.user, chain.ends, sorted(chain.wanted - {None})] for chain in chains]
         write = partial(write_preferences, writer, story, chains, accelerator=accelerator)
-        stage("preferences", folder, manifest, made_of, accelerator, write)
+        stage("preferences", folder, made["preferences"], manifest, made_of, accelerator, write)
         if main_process:
             runs.write_json(folder / "manifest.json", manifest)
 

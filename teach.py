@@ -165,6 +165,9 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     if options.score:
         made = runs.read_run(options.out, ["teach"])["options"]
         taught = set(taught_items(len(data.catalogue.ids), made["share"], made["seed"]))
+        told = runs.read_json(options.score / "manifest.json", srec.MANIFEST, "give a folder that summarize.py wrote")
+        if told.get("made_by", {}).get("weights") != runs.weights_hash(options.out):
+            print(f"note: {options.score} was written by another model than {options.out}")
         return measure(options.score, truth, taught, data.catalogue)
     runs.check_out(options.out, "teach")
     tiny = data.backbone == mllm.TINY

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 import generation
 
+CANNOT = (
+    r"(i (can['\u2019]?t|cannot|can not|do(n['\u2019]?t| not) have the ability)|(i['\u2019]?m|i am) (unable|not able))"
+)
 REFUSAL = re.compile(
-    r"\W*((i['\u2019]?m|i am) (sorry|afraid|unable)|sorry,? (but )?i|i (can['\u2019]?t|cannot|can not) (\w+ )?"
-    r"(answer|assist|describe|do|help|identify|provide|see|view)|as an ai)\b",
+    r"\W*((i['\u2019]?m|i am) (sorry|afraid)|i apologi[sz]e|as an ai (\w+ )?(model|assistant)|"
+    rf"(sorry|unfortunately)\W+(but )?{CANNOT}|"
+    rf"{CANNOT} (\w+ )?(answer|assist|describe|do|help|identify|provide|see|to|view))\b",
     re.I,
 )
 SUMMARY = re.compile(r"^\W*summary\W*:", re.I | re.M)
@@ -15,8 +19,9 @@ SUMMARY = re.compile(r"^\W*summary\W*:", re.I | re.M)
 
 @dataclass
 class Reply:
-    """A text, and the reason why it cannot be used: `empty`, `refused`, `limit` (cut off), `control` (control tokens in
-    it), `nonsense` (a server's answer that holds no text), `no_summary`; or None."""
+    """A text, and the reason why it cannot be used: `empty`, `refused`, `limit` (cut off, also by a server for another
+    reason), `control` (control tokens in it), `nonsense` (a server's answer that holds no text), `no_summary`; or
+    None."""
 
     text: str
     fault: str | None = None

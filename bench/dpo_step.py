@@ -19,19 +19,19 @@ import workload
 import hanorec_loss
 import packing
 
-BATCH, STEPS = 4, 3  # pairs in a step; steps in a turn
+BATCH, STEPS, ROWS = 4, 3, 64  # pairs in a step; steps in a turn, one for each kind of pairs; rows they are made of
 KINDS = {"all kinds of pairs": ("rank", "yes", "no"), "ranking pairs": ("rank",)}
 CASES = [("scaled", side, case) for case in KINDS for side in (112, 224)]
 CASES += [("demo", side, "all kinds of pairs") for side in (112, 224)]
 
 
-def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
-    """Both losses of the first pairs, LoRA drawn alike in both; plain DPO."""
+def same_loss(steps: ours.Dpo, trainer, batch: int, kinds: int) -> dict:
+    """Both losses of the first pairs of each kind, LoRA drawn alike in both; plain DPO."""
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
-    chosen = list(range(batch))
+    chosen = trl_side.in_batches(len(steps.work.rows), kinds, batch)[: batch * kinds]
     inputs, reference, hardness = steps.micro(chosen)
-    examples = trainer.data_collator([trainer.train_dataset[n] for n in chosen])
+    examples = trainer.data_collator([trainer.train_dataset[n] for n in range(len(chosen))])
     assert trl_side.same_tokens(examples, [steps.pairs[n]() for n in chosen], pairs=True), "not the same tokens"
     device = steps.accelerator.device
     with torch.no_grad():
@@ -42,26 +42,28 @@ def same_loss(steps: ours.Dpo, trainer, batch: int) -> dict:
 
 
 def compare(
-    folder: Path, shape: str, side: int, case: str, device="cpu", dtype=None, size=STEPS, batch=BATCH, **trl
+    folder: Path, shape: str, side: int, case: str, device="cpu", dtype=None, rows=ROWS, size=STEPS, batch=BATCH, **trl
 ) -> dict:
-    """The result row of one shape, image size and choice of pairs. size: steps in a turn. trl: further settings of
-    TRL's."""
+    """The result row of one shape, image size and choice of pairs. rows: that the pairs are made of. size: steps in a
+    turn. trl: further settings of TRL's."""
     kinds = KINDS[case]
-    work, core = workload.make(folder, shape, side, 64, device=device, dtype=dtype)
+    work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
     trees = [tree for tree, _ in packing.merge_trees(pair() for pair in work.pairs(kinds))]
     flops = measure.floor(core, trees, training=True) * batch / len(work.rows) / len(kinds)
     steps = ours.Dpo(work, ours.trainable(core), batch, kinds)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
     trainer, losses, loader = None, None, {"ours": measure.timed(lambda: steps.micro([*range(batch)]))}
     if trl_side.installed():
-        other = workload.load(folder, device, dtype)
+        other, clock = workload.load(folder, device, dtype, attn=trl_side.attention(device)), trl_side.HeadClock()
         trainer = trl_side.dpo_trainer(work, other, batch, turns.steps, kinds, device, **trl)
         trainer.add_callback(trl_side.between(turns))
-        losses = same_loss(steps, trainer, batch)
+        losses = same_loss(steps, trainer, batch, len(kinds))
         loader["TRL"] = measure.timed(lambda: trainer.data_collator([trainer.train_dataset[n] for n in range(batch)]))
+        clock.seconds = 0.0
     turns.run(trainer)
     mine, theirs, rate = turns.summaries()
     others = {"TRL": theirs} if trainer else {}
+    head = clock.seconds / turns.steps / theirs["median"] if trainer else None
     once = mine["median"] + batch * steps.reference_seconds / 5  # the paper trains 5 epochs
     return measure.result(
         "DPO step",
@@ -75,6 +77,7 @@ def compare(
         rate=rate,
         with_reference=once,
         loader=loader,
+        head=head,
         encode=work.encode_seconds,
         weights=measure.weights(core),
         memory=turns.memory(core, ["ours", *others]),
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    measure.threads()
+    measure.cpu_only()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for shape, side, case in CASES:

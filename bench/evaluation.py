@@ -59,14 +59,15 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
         for name, model in (("ours", packed), ("plain forwards", plain))
     }
     difference = abs(score["ours"]() - score["plain forwards"]()).max()
-    answer = torch.inference_mode()(generator(work, plain.model, BATCH))
+    own = workload.load(folder, device, dtype, attn=trl_side.attention(device))
+    answer = torch.inference_mode()(generator(work, ours.trainable(own, pack=False).model, BATCH))
     (mine, forwards, generated), rate = measure.alternating(
         score["ours"], score["plain forwards"], answer, device=device, dtype=dtype
     )
     trees = [work.prompts.evaluation_tree(row, "rank") for row in work.rows]
     flops = measure.floor(core, trees, training=False)
     others = {"plain forwards": forwards, "generate": generated}
-    return measure.result(
+    row = measure.result(
         "Evaluation",
         f"{shape}, {side} px, {rows} rows of {workload.CANDIDATES} candidates",
         "s",
@@ -77,7 +78,10 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
         flops=flops,
         per_step=rows,
         rate=rate,
+        memory=measure.peaks(score | {"generate": answer}, core, device),
     )
+    del row["floor"]["generate"]  # it does not score ten candidates
+    return row
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,6 +23,12 @@ import runs
 BLOCKS = 5  # runs of each system; their median counts
 
 
+def cpu_only() -> None:
+    """Hide GPUs from this process, and use all its cores."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
+    threads()
+
+
 def threads() -> int:
     """As many as runs.start_accelerator sets: the cores that this process may use."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -110,8 +116,27 @@ class Turns:
 
     def memory(self, core, systems: Iterable[str]) -> dict | None:
         """On a GPU: GiB of the frozen weights, and of what each system's steps took more at their peak."""
-        held = sum(p.numel() * p.element_size() for p in core.parameters() if not p.requires_grad) / 2**30
-        return {"weights": held} | {name: summary(self.grown[name][1:]) for name in systems} if self.cuda else None
+        return (
+            {"weights": held(core)} | {name: summary(self.grown[name][1:]) for name in systems} if self.cuda else None
+        )
+
+
+def held(core) -> float:
+    """GiB of the frozen weights."""
+    return sum(p.numel() * p.element_size() for p in core.parameters() if not p.requires_grad) / 2**30
+
+
+def peaks(works: dict[str, Callable], core, device) -> dict | None:
+    """On a GPU: GiB of the frozen weights, and of what each of these took more at its peak."""
+    if torch.device(device).type != "cuda":
+        return None
+    found = {"weights": held(core)}
+    for name, work in works.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        found[name] = summary([(torch.cuda.max_memory_allocated() - before) / 2**30])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,9 +160,15 @@ class Product:
         return 2 * self.size**3 / timed(self, self.device)
 
 
+def linears(part) -> list[tuple[str, torch.nn.Linear]]:
+    """The linear layers of a module by name, without LoRA."""
+    found = ((name.removesuffix(".base_layer"), module) for name, module in part.named_modules())
+    return [(name, m) for name, m in found if isinstance(m, torch.nn.Linear) and "lora" not in name]
+
+
 def weights(core) -> dict[str, int]:
     """Numbers of weights: the language model's linear layers (N, without LoRA), the head, the vision tower."""
-    linear = [m for n, m in core.get_decoder().named_modules() if isinstance(m, torch.nn.Linear) and "lora" not in n]
+    linear = [module for _, module in linears(core.get_decoder())]
     tower = sum(p.numel() for p in core.model.visual.parameters())
     return {
         "language model": sum(m.weight.numel() for m in linear),
@@ -150,19 +181,21 @@ def floor(core, trees: Iterable[list], training: bool) -> float:
     """Floating-point operations that scoring these trees must take, each prompt once, no vision tower, no reference.
 
     2 N forward for each token, 2 N more backward to the activations (the weights are frozen; LoRA's own are left out),
-    nothing computed twice; the head at the scored tokens; attention over the pairs of tokens that may see each other:
-    two products forward, four backward.
+    nothing computed twice; attention over the pairs of tokens that may see each other: two products forward, four
+    backward. Behind the keys and values of the last layer, and in the head, only what predicts a scored token.
     """
     text, count = core.config.get_text_config(), weights(core)
-    width = text.hidden_size  # heads x width of a head
+    width, layers = text.hidden_size, core.get_decoder().layers  # heads x width of a head
+    last = sum(m.weight.numel() for name, m in linears(layers[-1]) if not name.endswith(("k_proj", "v_proj")))
     linear = attention = 0
     for tree in trees:
         before: list[int] = []  # tokens from the root to each node's end
         for node in tree:
             above, length = before[node.parent] if node.parent is not None else 0, len(node.ids)
             before.append(above + length)
-            linear += 2 * count["language model"] * length + 2 * count["head"] * len(node.scored)
-            attention += 4 * width * text.num_hidden_layers * (above * length + length * (length + 1) / 2)
+            linear += 2 * (count["language model"] - last) * length + 2 * (last + count["head"]) * len(node.scored)
+            pairs = (len(layers) - 1) * (above * length + length * (length + 1) / 2)
+            attention += 4 * width * (pairs + sum(above + place for place in node.scored))
     return 2 * linear + 3 * attention if training else linear + attention
 
 
@@ -205,7 +238,7 @@ def script(argv: list[str] | None, doc: str, rows: Callable[[Path], list[dict]])
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    threads()
+    cpu_only()
     with tempfile.TemporaryDirectory() as folder:
         save(options.json, {"rows": rows(Path(folder))})
 
@@ -229,7 +262,7 @@ def machine(device="cpu") -> dict:
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=workload.ROOT, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=workload.ROOT, capture_output=True, text=True
     ).stdout.strip()
     return {"machine": facts, "versions": versions, "commit": commit}
 

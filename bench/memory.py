@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, help="its images' side in pixels")
     parser.add_argument("--shape", default="scaled", choices=workload.SHAPES)
     options = parser.parse_args(argv)
-    measure.threads()
+    measure.cpu_only()
     if options.system:
         print(json.dumps(child(options.system, options.side, options.shape)))
     else:

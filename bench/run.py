@@ -4,6 +4,7 @@ Each is a script of its own, run in a process of its own. Writes results.json an
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,29 +23,31 @@ SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling", "summaries
 ABOUT = """# Against TRL
 
 `make bench` wrote this file and `results.json`. Medians of the runs (min to max); a ratio is the other system's median
-over ours, both taken in turns in one process, so that the machine's drift hits both. {facts}
+over ours, both taken in turns in one process, so that the machine's drift hits both (memory: in turns, each in a
+process of its own). {facts}
 
 **The backbone.** `scaled` is Qwen2.5-VL-3B an eighth as wide and a sixth as deep, so that language model, head and
-vision tower keep about their proportions: {weights}. It was chosen for that, before the first comparison. `demo` is the
-demo's own tiny backbone ({demo_weights}). Weights are random: they cost as much as trained ones. 28 x 28 pixels are one
-token.
+vision tower keep about their proportions: {weights}. It was chosen for that, before the first comparison. `demo` is
+the demo's own tiny backbone ({demo_weights}). Weights are random: they cost as much as trained ones. 28 x 28 pixels
+are one token.
 
-**The work.** Rows have 5 history items with JPEG posters and ten candidate titles; LoRA of rank 8 on every linear layer
-of the language model, dropout 0, batch 4, float32, AdamW, clipping at 1, no gradient checkpointing on either side. Both
-systems read the same tokens (asserted, token by token) and image files, and give the same loss, LoRA drawn alike
-({losses}). TRL runs its own `train()`; a step is timed from the end of the one before, so its loader is in it. Ours are
-`PackedMLLM.collate` and `take_step` of `dpo_hano.py` (with noise, hardness and responsiveness, which TRL has not) and
-`sft.py`. TRL's settings: no logging, evaluation, saving, checkpointing or progress bar; standard format, so that it
-applies no chat template; its loader in the main process, where it takes {loader} of its step. Its reference is the
-policy with LoRA off, in every step: asked to compute it once, it answers "{refusal}" (`{place}`). Ours
-is computed once, {reference}.
+**The work.** Rows have 5 history items with JPEG posters and ten candidate titles; LoRA of rank 8 on every linear
+layer of the language model, dropout 0, batch 4, float32, AdamW, clipping at 1, no gradient checkpointing on either
+side. Both systems read the same tokens (asserted, token by token) and image files, and give the same loss, LoRA drawn
+alike ({losses}). TRL runs its own `train()`; a step is timed from the end of the one before, so its loader is in it.
+Ours are `PackedMLLM.collate` and `take_step` of `dpo_hano.py` (with noise, hardness and responsiveness, which TRL has
+not) and `sft.py`. TRL's settings: no logging, evaluation, saving, checkpointing or progress bar; standard format, so
+that it applies no chat template; batches of one kind of samples each, so that it pads next to nothing; its loader in
+the main process, where it takes {loader} of its step. On a CPU it computes its head for every position of a sequence
+(on a GPU for the answers' alone), which takes {head} of its DPO steps here: no setting of its own avoids that. Its
+reference is the policy with LoRA off, in every step: asked to compute it once, it answers "{refusal}" (`{place}`).
+Ours is computed once, {reference}.
 
 **The floor.** What a step cannot do without: 4 N operations a token with frozen weights (2 N forward, 2 N backward; N:
-the linear layers of the language model), the head where an answer is predicted, attention over the pairs of tokens that
-see each other; each prompt once, no vision tower, no reference, nothing recomputed. (Ours computes a little less: in
-the last layer, of tokens that predict nothing, only keys and values.) Its
-percentage is this over the time, of the rate of
-a square float32 product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
+the linear layers of the language model), the head where an answer is predicted, attention over the pairs of tokens
+that see each other; each prompt once, no vision tower, no reference, nothing recomputed; in the last layer, of tokens
+that predict nothing, only keys and values. Its percentage is this over the time, of the rate of a square float32
+product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
 """
 
 
@@ -61,7 +64,8 @@ def table(rows: list[dict]) -> str:
     head = ["", f"ours [{rows[0]['unit']}]"]
     compared, floored = any(row["others"] for row in rows), any("floor" in row for row in rows)
     extra = [name for name in ("pairs_per_second", "more_mib") if any(name in row for row in rows)]
-    head += ["against", "its", "ratio", "goal"] * compared + ["ours, % of floor rate", "its"] * floored + extra
+    head += ["against", "its", "ratio", "goal"] * compared
+    head += ["ours, % of floor rate", *["its"] * compared] * floored + extra
     lines = [head, ["---"] * len(head)]
     for row in rows:
         for name, other in (row["others"] or {"": None}).items():
@@ -70,7 +74,8 @@ def table(rows: list[dict]) -> str:
                 first = name == next(iter(row["others"]))
                 cells += [name, spread(other), f"**{row['ratios'][name]:.2f}**", str(row["goal"]) if first else ""]
             if floored:
-                cells += [f"{row['floor']['ours']:.0f}", f"{row['floor'][name]:.0f}"]
+                systems = ["ours", *[name] * compared]
+                cells += [f"{row['floor'][system]:.0f}" if system in row["floor"] else "" for system in systems]
             cells += [number(row[key]) for key in extra]
             lines.append(cells)
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -101,6 +106,7 @@ def facts_of(found: dict, facts: dict) -> dict[str, str]:
     worst = max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in steps)
     place, _, refusal = found["dpo_step"]["precomputed_reference"].partition(": ")
     counts = [", ".join(f"{n} {value:,}" for n, value in row["weights"].items()) for row in (dpo, demo)]
+    heads = [row["head"] for row in found["dpo_step"]["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     spread_out = dpo["others"]["TRL"]["median"] / dpo["with_reference"]
@@ -111,6 +117,7 @@ def facts_of(found: dict, facts: dict) -> dict[str, str]:
         "demo_weights": counts[1],
         "losses": f"the largest difference over all cases is {worst:.1e}",
         "loader": f"{dpo['loader']['TRL'] / dpo['others']['TRL']['median']:.0%}",
+        "head": " to ".join(f"{share:.0%}" for share in (min(heads), max(heads))),
         "refusal": refusal,
         "place": place,
         "reference": f"before the first step: spread over the paper's 5 epochs, it makes the first ratio below "
@@ -147,18 +154,20 @@ def gpu() -> str:
     """The table of gpu.py, or why there is none."""
     if not torch.cuda.is_available():
         return "Unmeasured: this machine has no CUDA device. `python bench/gpu.py` measures by itself on one that has."
-    done = subprocess.run([sys.executable, str(HERE / "gpu.py")], capture_output=True, text=True)
+    command = [sys.executable, str(HERE / "gpu.py"), "--json", str(HERE / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else f"`python bench/gpu.py` failed: {done.stderr.splitlines()[-1]}"
 
 
 def main() -> None:
     began, found = time.perf_counter(), {}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # these are a CPU's figures
     with tempfile.TemporaryDirectory() as folder:
         for name in SCRIPTS:
             print(f"bench/{name}.py", flush=True)
             path = Path(folder) / f"{name}.json"
             command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
             found[name] = json.loads(path.read_text())

@@ -31,20 +31,22 @@ def row(table: str, case: str, unit: str, ours: dict, **further) -> dict:
     return measure.result(table, case, unit, ours, {}, **further)
 
 
-def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int]:
-    """(seconds of a step, tokens of a packed row)."""
+def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int, dict]:
+    """(seconds of a step, tokens of a packed row, what the floor is made of)."""
     work, core = workload.make(folder, SHAPE, SIDE, rows=32, history=history)
     steps = ours.Dpo(work, ours.trainable(core), batch)
-    (found,), _ = measure.alternating(partial(several, steps.step))
-    tokens = sum(len(node.ids) for node in steps.pairs[0]())
-    return each_step(found), tokens
+    (found,), rate = measure.alternating(partial(several, steps.step))
+    trees = [pair() for pair in steps.pairs]
+    tokens = sum(len(node.ids) for node in trees[0])
+    flops = measure.floor(core, trees, training=True) * batch / len(trees)
+    return each_step(found), tokens, {"flops": flops, "rate": rate}
 
 
 def histories(folder: Path) -> list[dict]:
     found = []
     for history in HISTORIES:
-        seconds, tokens = dpo_seconds(folder / f"history{history}", history, 4)
-        found.append(row("Scaling: history", f"{history} items, {tokens} tokens", "s per step of 4", seconds))
+        seconds, tokens, floor = dpo_seconds(folder / f"history{history}", history, 4)
+        found.append(row("Scaling: history", f"{history} items, {tokens} tokens", "s per step of 4", seconds, **floor))
     return found
 
 
@@ -78,9 +80,9 @@ def each_step(found: dict) -> dict:
 def batches(folder: Path) -> list[dict]:
     found = []
     for batch in BATCHES:
-        seconds, _ = dpo_seconds(folder / f"batch{batch}", 5, batch)
-        pairs = batch / seconds["median"]
-        found.append(row("Scaling: batch", f"{batch} pairs", "s per step", seconds, pairs_per_second=pairs))
+        seconds, _, floor = dpo_seconds(folder / f"batch{batch}", 5, batch)
+        pairs, case = batch / seconds["median"], f"{batch} pair{'s' * (batch > 1)}"
+        found.append(row("Scaling: batch", case, "s per step", seconds, pairs_per_second=pairs, **floor))
     return found
 
 
@@ -151,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.worker:
         return worker(options.worker)
-    measure.threads()
+    measure.cpu_only()
     rows = [neighbours(*NEIGHBOURS)]
     with tempfile.TemporaryDirectory() as name:
         for part in (histories, batches, processes, encoding, live):

@@ -12,18 +12,22 @@ import torch
 import trl_side
 import workload
 
-STEPS = 3
+STEPS, ROWS = 3, 72
 # (tasks, rows in a step, samples in a step here, and in TRL)
 CASES = {"ranking": (("rank",), 4, 4, 4), "ranking and Yes/No": (("rank", "yesno"), 2, 4, 6)}
 
 
-def same_loss(steps: ours.Sft, trainer, here: int, there: int) -> dict:
-    """Both losses of the first rows, LoRA drawn alike in both: nats per answer token."""
+def same_loss(steps: ours.Sft, trainer, tasks: int, there: int) -> dict:
+    """Both losses of the first rows, as many as TRL has samples in a batch, LoRA drawn alike in both: nats per answer
+    token."""
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
-    trees = [steps.answers[n]() for n in range(here)]
+    trees = [steps.answers[n]() for n in range(there * tasks)]
     batch = steps.collate(trees).to(steps.accelerator.device)
-    examples = trainer.data_collator([trainer.train_dataset[n] for n in range(there)])
+    kinds = 2 * tasks - 1  # answers of a row
+    order = trl_side.in_batches(len(steps.work.rows), kinds, there)[: there * kinds]
+    numbers = sorted(range(len(order)), key=order.__getitem__)  # back to the order of rows
+    examples = trainer.data_collator([trainer.train_dataset[n] for n in numbers])
     assert trl_side.same_tokens(examples, trees), "not the same tokens"
     with torch.no_grad():
         loss = -steps.packed(batch).sum() / batch.answers.sum()
@@ -31,26 +35,28 @@ def same_loss(steps: ours.Sft, trainer, here: int, there: int) -> dict:
     return {"ours": float(loss), "TRL": float(theirs)}
 
 
-def compare(folder: Path, shape: str, side: int, case: str, device="cpu", dtype=None, size=STEPS, **trl) -> dict:
-    """The result row of one shape, image size and choice of tasks; size and trl as in dpo_step.py."""
-    tasks, rows, here, there = CASES[case]
-    work, core = workload.make(folder, shape, side, 64, device=device, dtype=dtype)
+def compare(
+    folder: Path, shape: str, side: int, case: str, device="cpu", dtype=None, rows=ROWS, size=STEPS, **trl
+) -> dict:
+    """The result row of one shape, image size and choice of tasks; rows, size and trl as in dpo_step.py."""
+    tasks, taken, here, there = CASES[case]
+    work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
     trees = [work.prompts.sft_tree(row, task) for row in work.rows for task in tasks]
-    flops = measure.floor(core, trees, training=True) * rows / len(work.rows)
+    flops = measure.floor(core, trees, training=True) * taken / len(work.rows)
     steps = ours.Sft(work, ours.trainable(core), here, tasks)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
     trainer, losses = None, None
     if trl_side.installed():
-        other = workload.load(folder, device, dtype)
+        other = workload.load(folder, device, dtype, attn=trl_side.attention(device))
         trainer = trl_side.sft_trainer(work, other, there, turns.steps, tasks, device, **trl)
         trainer.add_callback(trl_side.between(turns))
-        losses = same_loss(steps, trainer, here, there)
+        losses = same_loss(steps, trainer, len(tasks), there)
     turns.run(trainer)
     mine, theirs, rate = turns.summaries()
     others = {"TRL": theirs} if trainer else {}
     return measure.result(
         "SFT step",
-        f"{shape}, {side} px, {case}, {rows} rows",
+        f"{shape}, {side} px, {case}, {taken} rows",
         "s per step",
         mine,
         others,
@@ -59,7 +65,7 @@ def compare(folder: Path, shape: str, side: int, case: str, device="cpu", dtype=
         flops=flops,
         rate=rate,
         memory=turns.memory(core, ["ours", *others]),
-        per_step=rows,
+        per_step=taken,
     )
 
 

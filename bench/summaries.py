@@ -32,7 +32,7 @@ def compare(folder: Path, steps: int = STEPS, texts: int = BATCH, limit: int = L
     teach.main(["--data", str(data_folder), "--out", str(run), "--max-steps", str(steps)])
     summarize.main(["--data", str(data_folder), "--run", str(run), "--max-tokens", str(limit)])
     data = evaluate.Data(data_folder, None, story="")
-    story = srec.load_story(data.story, data.catalogue, data.timelines())
+    story = srec.load_story(data.story, data.catalogue, data.timelines(), data.encoding)
     core = packing.PackedMLLM(evaluate.load_result(run, data, torch.float32)).core
     writer = writers.Local(core, packing.load_prompts(data.source, data.catalogue), data.catalogue, limit, BATCH)
     items = [srec.item_prompt(story.texts, "both", data.catalogue, row) for row in range(len(data.catalogue.ids))]

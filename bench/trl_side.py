@@ -5,6 +5,7 @@ very tokens that ours are (`same_tokens`), and it is spared the chat template.
 """
 
 import importlib.util
+import time
 from pathlib import Path
 
 import ours
@@ -16,6 +17,12 @@ import packing
 
 def installed() -> bool:
     return importlib.util.find_spec("trl") is not None
+
+
+def attention(device) -> str:
+    """The fastest that TRL's model can have here: on a GPU flash attention, where its package is installed."""
+    flash = importlib.util.find_spec("flash_attn") is not None and str(device).startswith("cuda")
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def processor(work):
@@ -66,8 +73,37 @@ def settings(kind, folder, batch: int, steps: int, device, **further):
         output_dir=str(folder / "trl"), per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4,
         lr_scheduler_type="cosine", max_grad_norm=1.0, max_length=None, gradient_checkpointing=False,
         logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, seed=0, **{"bf16": False, **further},
+        use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, seed=0, train_sampling_strategy="sequential",
+        **{"bf16": False, **further},
     )  # fmt: skip
+
+
+def in_batches(rows: int, kinds: int, batch: int) -> list[int]:
+    """TRL's order of samples (row r's kind k is r * kinds + k): each batch of one kind, so that it pads next to
+    nothing, and the kinds in turn."""
+    blocks = [range(start, min(start + batch, rows)) for start in range(0, rows, batch)]
+    return [row * kinds + kind for block in blocks for kind in range(kinds) for row in block]
+
+
+class HeadClock:
+    """Seconds that TRL spends in its head (`trl.trainer.utils._ChunkedLogProbFunction`): on a CPU it computes that for
+    every position of a sequence, on a GPU for those of the answers alone."""
+
+    def __init__(self):
+        from trl.trainer import utils
+
+        self.seconds, function = 0.0, utils._ChunkedLogProbFunction
+        for name in ("forward", "backward"):
+            setattr(function, name, staticmethod(self.timed(getattr(function, name))))
+
+    def timed(self, part):
+        def run(*args):
+            began = time.perf_counter()
+            found = part(*args)
+            self.seconds += time.perf_counter() - began
+            return found
+
+        return run
 
 
 def between(turns):
@@ -84,17 +120,19 @@ def between(turns):
     return Between()
 
 
-def dpo_examples(work, kinds) -> list[dict]:
-    """The rows' pairs of these kinds."""
-    found = [texts(work, pair()) for pair in work.pairs(kinds)]
+def dpo_examples(work, kinds, batch: int) -> list[dict]:
+    """The rows' pairs of these kinds, in the order of `in_batches`."""
+    pairs = work.pairs(kinds)
+    found = [texts(work, pairs[number]()) for number in in_batches(len(work.rows), len(kinds), batch)]
     return [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
         for prompt, (chosen, rejected), images in found
     ]
 
 
-def sft_examples(work, tasks) -> list[dict]:
-    """A sample for each answer of the rows' trees: the title, and with `yesno` Yes and No, each behind its question."""
+def sft_examples(work, tasks, batch: int) -> list[dict]:
+    """A sample for each answer of the rows' trees, the title, and with `yesno` Yes and No, each behind its question; in
+    the order of `in_batches`."""
     found = []
     for row in work.rows:
         for path, *_ in (path for task in tasks for path in packing.separate_paths(work.prompts.sft_tree(row, task))):
@@ -102,7 +140,7 @@ def sft_examples(work, tasks) -> list[dict]:
             images = [str(work.paths[item]) for item in path.images]
             answer = work.prompts.tokenizer.decode(ids[first:])
             found.append({"prompt": prompt_text(work, ids[:first]), "completion": answer, "images": images})
-    return found
+    return [found[number] for number in in_batches(len(work.rows), len(found) // len(work.rows), batch)]
 
 
 def lora(core):
@@ -116,7 +154,7 @@ def dpo_trainer(work, core, batch: int, steps: int, kinds=("rank",), device="cpu
     from trl import DPOConfig, DPOTrainer
 
     args = settings(DPOConfig, work.folder, batch, steps, device, beta=ours.BETA, **further)
-    data = dataset(dpo_examples(work, kinds))
+    data = dataset(dpo_examples(work, kinds, batch))
     return DPOTrainer(core, args=args, train_dataset=data, processing_class=processor(work), peft_config=lora(core))
 
 
@@ -125,7 +163,7 @@ def sft_trainer(work, core, batch: int, steps: int, tasks=("rank",), device="cpu
     from trl import SFTConfig, SFTTrainer
 
     args = settings(SFTConfig, work.folder, batch, steps, device, **further)
-    data = dataset(sft_examples(work, tasks))
+    data = dataset(sft_examples(work, tasks, batch))
     return SFTTrainer(core, args=args, train_dataset=data, processing_class=processor(work), peft_config=lora(core))
 
 

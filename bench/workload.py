@@ -74,16 +74,14 @@ def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:
     config.save_pretrained(folder)
 
 
-def load(folder: Path, device="cpu", dtype=None, seed: int = 0):
+def load(folder: Path, device="cpu", dtype=None, seed: int = 0, attn: str = "sdpa"):
     """The backbone with weights drawn on `device` from seed, frozen."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
     with torch.device(device):
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype or torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, attn_implementation=attn)
     return model.to(device).requires_grad_(False).eval()
 
 

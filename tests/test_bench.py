@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,17 +47,26 @@ def test_medians_and_turns_leave_the_first_out(monkeypatch):
 
 def test_the_floor_is_what_pytorch_counts(tmp_path):
     """Of a prompt and an answer by the model's own forward, but for attention, which it counts over all pairs of tokens
-    whether they see each other or not; a second answer then costs its own tokens alone."""
+    whether they see each other or not, and for the last layer's queries, output and MLP where nothing is predicted; a
+    second answer then costs its own tokens alone."""
     workload.build_backbone(tmp_path, "demo", ["a title"])
     core, ids = workload.load(tmp_path), list(range(30))
     tree = [Node(None, ids[:25]), Node(0, ids[25:], scored=range(5))]
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         core(torch.tensor([ids]), logits_to_keep=5, use_cache=False)
-    floor = measure.floor(core, [tree], training=False)
-    each = 4 * core.config.get_text_config().hidden_size * core.config.get_text_config().num_hidden_layers
-    assert counter.get_total_flops() == pytest.approx(floor + each * (30 * 30 - 30 * 31 / 2), rel=1e-6)
+    floor, layers = measure.floor(core, [tree], training=False), core.get_decoder().layers
+    attention = layers[-1].self_attn
+    parts = [
+        attention.q_proj,
+        attention.o_proj,
+        *(getattr(layers[-1].mlp, f"{n}_proj") for n in ("gate", "up", "down")),
+    ]
+    unread, one = sum(part.weight.numel() for part in parts), 4 * core.config.get_text_config().hidden_size
+    last = sum(range(25, 30))  # the pairs of tokens of the last layer
+    beyond = one * (len(layers) * 30 * 30 - (len(layers) - 1) * 30 * 31 / 2 - last) + 2 * unread * 25
+    assert counter.get_total_flops() == pytest.approx(floor + beyond, rel=1e-6)
     count = measure.weights(core)
-    answer = 5 * 2 * (count["language model"] + count["head"]) + each * (5 * 25 + 15)
+    answer = 5 * 2 * (count["language model"] + count["head"]) + one * ((len(layers) - 1) * (5 * 25 + 15) + last)
     assert measure.floor(core, [[*tree, tree[1]]], training=False) == floor + answer
 
 
@@ -94,8 +104,9 @@ def test_packed_scores_are_the_plain_ones_and_generation_answers(tmp_path, short
 def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
     monkeypatch.setattr(scaling, "SHAPE", "demo")
     monkeypatch.setattr(scaling, "SIDE", 56)
-    seconds, tokens = scaling.dpo_seconds(tmp_path, history=2, batch=2)
+    seconds, tokens, floor = scaling.dpo_seconds(tmp_path, history=2, batch=2)
     assert seconds["median"] > 0 and tokens > 2 * 4
+    assert 2 * floor["flops"] == pytest.approx(scaling.dpo_seconds(tmp_path, history=2, batch=4)[2]["flops"])
     monkeypatch.setattr(scaling, "LIVE_SIDES", (56,))
     assert ["live" in row["case"] for row in scaling.live(tmp_path)] == [False, True]
     assert scaling.neighbours(2_000, 16)["more_mib"] > 0
@@ -121,20 +132,65 @@ def test_seconds_of_a_text_whether_batched_or_alone(monkeypatch):
 
 def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
     monkeypatch.setattr(trl_side, "installed", lambda: False)
+    monkeypatch.setattr(gpu, "ROWS", 12)
     rows = {name: gpu.part(name, "demo", 56, "cpu", torch.float32, False) for name in gpu.PARTS}
+    rows["dpo ranking pairs"]["others"] = {"TRL": {"median": 9.0}}
+    rows["dpo ranking pairs"] |= {"ratios": {"TRL": 9.0}, "losses": {"ours": 0.7, "TRL": 0.7}}
+    rows["dpo ranking pairs"]["floor"]["TRL"] = 1.0
     rows["dpo ranking pairs"]["memory"] = {"weights": 7.0, "ours": {"median": 3.0}, "TRL": {"median": 33.0}}
     lines = gpu.table(rows | {"a part": "out of memory"}).splitlines()
     assert {line.count("|") for line in lines} == {len(gpu.HEAD) + 1} and len(lines) == 2 + 7
-    assert lines[3].endswith("| 10.0 | 40.0 | 4.00 |") and "failed: out of memory" in lines[-1]
+    assert "| 10.0 | 40.0 | 4.00 |" in lines[3] and "failed: out of memory" in lines[-1]
     if not torch.cuda.is_available():
         assert gpu.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_state():
+    """TRL's trainer sets accelerate's state for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@against_trl
+@pytest.mark.usefixtures("own_state")
+@pytest.mark.parametrize("name", [name for name in gpu.PARTS if name != "evaluation"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gpu_parts_in_half_precision_against_trl(short, monkeypatch, name, autocast):
+    monkeypatch.setattr(gpu, "ROWS", 12)
+    row = gpu.part(name, "demo", 56, "cpu", torch.bfloat16, autocast, batch=2)
+    assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], rel=0.02) and row["ratios"]["TRL"] > 0
+
+
+def test_gpu_parts_that_do_not_fit_are_tried_smaller_and_then_without_trl(monkeypatch):
+    asked = []
+
+    def attempt(name, *further):
+        asked.append(further)
+        if "--no-trl" in further:
+            return {"alone": True}
+        return "torch.OutOfMemoryError: CUDA" if further[1] != "1" else "RuntimeError: no compiler"
+
+    monkeypatch.setattr(gpu, "attempt", attempt)
+    monkeypatch.setattr(trl_side, "installed", lambda: True)
+    assert gpu.run_part("dpo ranking pairs", True) == {"alone": True, "trl_failed": "RuntimeError: no compiler"}
+    assert asked == [*(("--batch", batch, "--autocast") for batch in "421"), ("--no-trl",)]
+    row = {"others": {"TRL": {"median": 4.0}}, "per_step": 4}
+    half = {"others": {"TRL": {"median": 3.0}}, "per_step": 2}  # fewer seconds a step, more a sample
+    assert gpu.better_autocast({True: row, False: half}) and not gpu.better_autocast({True: half, False: row})
+    assert gpu.better_autocast({True: row, False: "failed"}) and not gpu.better_autocast({True: "a", False: "b"})
+
+
+def test_trl_gets_batches_of_one_kind():
+    assert trl_side.in_batches(rows=3, kinds=2, batch=2) == [0, 2, 1, 3, 4, 5]
 
 
 def test_the_report_has_every_table():
     found = measure.summary([0.1, 0.2, 0.3])
     row = measure.result("DPO step", "a case", "s per step", found, {"TRL": measure.summary([0.8])}, goal=6)
     row |= {"losses": {"ours": 0.7, "TRL": 0.70001}, "floor": {"ours": 60.0, "TRL": 10.0}, "rate": {"median": 2e11}}
-    row |= {"loader": {"TRL": 0.08}, "encode": 0.01, "with_reference": 0.25, "weights": {"head": 1000}}
+    row |= {"loader": {"TRL": 0.08}, "encode": 0.01, "head": 0.2, "with_reference": 0.25, "weights": {"head": 1000}}
     whole = {"whole_process": {"ours": found, "TRL": found}, "table": "Memory"}
     parts = {"dpo_step": {"rows": [row], "precomputed_reference": "trl/x.py:9: refused"}, "sft_step": {"rows": []}}
     parts |= {"memory": {"rows": [row | whole]}}

@@ -1,10 +1,13 @@
 """Greedy generation on stored image tokens against the model's own `generate` on pixels, on every family."""
 
 import families
+import pytest
 import torch
 from test_mllm import backbone  # noqa: F401
 
+import backbones
 import generation
+import mllm
 import prompts as prompt_trees
 
 ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
@@ -46,6 +49,19 @@ def test_a_batch_equals_the_models_own_generation(backbone):  # noqa: F811
     for (text, ended), whole in zip(found, expected, strict=True):
         at = next((place for place, token in enumerate(whole) if token in stop), 12)
         assert (text, ended) == (whole[:at], at < 12)
+
+
+def test_a_live_picture_of_another_size_is_refused(backbone, monkeypatch):  # noqa: F811
+    """It would move into the next one's place."""
+    node, catalogue = prompt_of(backbone, [0, 4]), backbone.catalogue
+    first, last = (catalogue.image_length(item) for item in node.images)
+    monkeypatch.setattr(type(catalogue), "live", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(catalogue, "pixels", lambda items: {})
+    width = backbone.packed.core.config.get_text_config().hidden_size
+    images = [torch.zeros(first + 1, width), torch.zeros(last - 1, width)]
+    monkeypatch.setattr(backbones, "image_tokens", lambda core, pixels: images)
+    with pytest.raises(mllm.BackboneError, match=f"image of item {catalogue.ids[node.images[0]]} is another than when"):
+        generation.Steps(backbone.packed.core, [node], catalogue).images()
 
 
 def test_every_step_equals_the_models_own_forward(backbone):  # noqa: F811

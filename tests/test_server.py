@@ -130,9 +130,18 @@ def asked(prepared, monkeypatch):
 
 def test_answers_that_are_no_texts(asked):
     answers = [says("Fine."), says("cut", "length"), says(None), says("I'm sorry, I cannot."), says("a <|im_end|>")]
-    answers += [says(["x"]), (200, {"error": "?"}), (200, b"<html>"), (200, []), (200, {"choices": []})]
+    answers += [says("cut", "content_filter"), (413, b"a large picture")]
+    answers += [
+        says("half \ud83d"),
+        (200, b"[" * 100_000),
+        says(["x"]),
+        (200, {"error": "?"}),
+        (200, b"<html>"),
+        (200, []),
+        (200, {"choices": []}),
+    ]
     faults = [reply.fault for reply in asked([["?"]] * len(answers), *answers, says("unused"))]
-    assert faults == [None, "limit", "empty", "refused", "control", *["nonsense"] * 5]
+    assert faults == [None, "limit", "empty", "refused", "control", "limit", *["nonsense"] * 8]
 
 
 def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(asked):
@@ -141,8 +150,8 @@ def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(asked):
     with pytest.raises(UserError, match=r"does not answer .503: busy.*run the same again"):
         asked([["?"]] * 9, (503, b"busy"), parallel=4)
     assert len(Scripted.asked) <= 4 * 3  # the others do not go on knocking
-    with pytest.raises(UserError, match=r"refuses a request .400: no such model"):
-        asked([["?"]], (400, b"no such model"))
+    with pytest.raises(UserError, match=r"refuses a request .404: no such model"):
+        asked([["?"]], (404, b"no such model"))
     assert len(Scripted.asked) == 1
 
 

@@ -41,7 +41,8 @@ class Echo:
 def write(data, name, writer, monkeypatch, *options):
     """summarize.py with this writer into the folder of this name."""
     writer = writer or Echo()
-    monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, {"by": type(writer).__name__}))
+    made_by = {"by": getattr(writer, "name", type(writer).__name__)}
+    monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, made_by))
     summarize.main(["--data", str(data), "--name", name, *map(str, options)])
     return data / "summaries" / name
 
@@ -62,7 +63,8 @@ def story_of(data):
     writer, options = Echo(), SimpleNamespace(window=3, step=3, before=0)
     accelerator = SimpleNamespace(process_index=0, num_processes=1)
     catalogue, timelines = data.catalogue, data.timelines()
-    record = SimpleNamespace(done=[], written=[], finish=lambda order: None)
+    record = SimpleNamespace(done=[], written=[])
+    record.finish = lambda order: list(record.written)
     record.add = record.written.extend
     texts = srec.read_texts(srec.TEXTS)
     summarize.write_items(writer, texts, "both", catalogue, record, accelerator)
@@ -156,7 +158,7 @@ def test_a_run_that_was_cut_off_goes_on(data, monkeypatch, broken):
     with open(part, "a") as file:
         file.write('{"item": "torn')
     with pytest.raises(UserError, match=r"is not finished|does not exist"):
-        srec.load_story(folder, evaluate.Data(data, None).catalogue, evaluate.Data(data, None).timelines())
+        evaluate.Data(data, None, story="cut").prompts()
     write(data, "cut", second, monkeypatch)
     for name in ("items.jsonl", "preferences.jsonl"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -224,6 +226,12 @@ def test_parts_of_several_processes_and_of_other_keys(tmp_path):
         ("Summary: Sorry, but I can\u2019t help with that.", "refused", None),
         ("Summary: Sorry, Wrong Number, a film of 1948.", None, "Sorry, Wrong Number, a film of 1948."),
         ("Summary: I Can't Sleep, a drama.", None, "I Can't Sleep, a drama."),
+        ("I apologize, but I cannot tell.", "refused", None),
+        ("Summary: Unfortunately, I'm not able to see it.", "refused", None),
+        ("Summary: I don\u2019t have the ability to view pictures.", "refused", None),
+        ("As an AI language model, I see nothing.", "refused", None),
+        ("Summary: As an AI falls in love, he flees.", None, "As an AI falls in love, he flees."),
+        ("Summary: Sorry I'm Late, a comedy.", None, "Sorry I'm Late, a comedy."),
         ("A red poster.", "no_summary", None),
     ],
 )
@@ -231,6 +239,82 @@ def test_what_is_no_summary(text, fault, summary):
     reply = writers.Reply(text).checked().summary()
     assert (reply.fault, reply.line()) == (fault, summary)
     assert writers.Reply(text, "limit").checked().summary().line() is None
+
+
+class Mute(Echo):
+    """No text is usable, but of the first `good` calls."""
+
+    good = 0
+
+    def __call__(self, many):
+        replies = super().__call__(many)
+        self.good -= 1
+        return replies if self.good >= 0 else [writers.Reply("on and on", "limit") for _ in many]
+
+
+def test_a_writer_of_nothing_is_refused_each_time_and_leaves_no_finished_folder(data, monkeypatch, capsys):
+    folder = write(data, "mute", None, monkeypatch)
+    for _ in range(2):  # what the first run left counts in the second
+        with pytest.raises(SystemExit):
+            write(data, "mute", Mute(), monkeypatch)
+        assert "summaries is usable (60 limit); the first reply is 'on and on'" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"is not finished; run summarize.py"):
+        evaluate.Data(data, None, story="mute").prompts()
+    assert folder.exists()
+
+
+def test_one_bad_text_behind_many_good_ones_of_an_earlier_run_stops_nothing(data, monkeypatch):
+    first, second = Echo(), Mute()
+    first.break_after = 56
+    with pytest.raises(KeyboardInterrupt):
+        write(data, "cut", first, monkeypatch)
+    second.name = "Echo"
+    with pytest.raises(SystemExit):  # of the paragraphs none is usable; of the items 56 are
+        write(data, "cut", second, monkeypatch)
+    found = lines(data / "summaries" / "cut" / "items.jsonl")
+    assert sum(line["fault"] is None for line in found) == 56 and len(found) == 60
+
+
+def test_items_stand_when_a_run_dies_before_the_preferences(data, monkeypatch):
+    first, second = Echo(), Echo()
+    with monkeypatch.context() as patch:
+        patch.setattr(summarize, "chains_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(data, "cut", first, monkeypatch)
+    write(data, "cut", second, monkeypatch)
+    whole = write(data, "whole", None, monkeypatch)
+    assert first.asked == 60 and second.asked <= 2 * len(lines(whole / "preferences.jsonl"))
+
+
+def test_summaries_of_other_pictures_are_refused(data, monkeypatch):
+    write(data, "a", None, monkeypatch)
+    write(data, "text", None, monkeypatch, "--sees", "text")
+    (encoded,) = data.glob("encoded/*/manifest.json")
+    runs.write_json(encoded, json.loads(encoded.read_text()) | {"tokens": "of other pictures"})
+    with pytest.raises(UserError, match="was written for another state of its data"):
+        evaluate.Data(data, None, story="a").prompts()
+    evaluate.Data(data, None, story="text").prompts()
+
+
+def test_a_bad_paragraph_leaves_the_one_before_with_its_profile(data, monkeypatch, capsys):
+    """Paragraphs from a user's second window on are at fault: rows read the first, and a profile of it."""
+
+    class Once(Echo):
+        def __call__(self, many):
+            later = [any("Paragraph: " in part for part in parts if isinstance(part, str)) for parts in many]
+            replies = zip(later, super().__call__(many), strict=True)
+            return [writers.Reply("cut", "limit") if bad else reply for bad, reply in replies]
+
+    folder = write(data, "once", Once(), monkeypatch)
+    assert " limit" in capsys.readouterr().out
+    points = lines(folder / "preferences.jsonl")
+    later = [point for point in points if point["end"] > 3]
+    assert later and all(point["fault"] == "limit" and point["profile_fault"] is None for point in later)
+    loaded = evaluate.Data(data, None, story="once")
+    told, first = loaded.prompts(), {point["user"]: point for point in points if point["end"] == 3}
+    for row in loaded.rows("test"):
+        values = told.story.at(row)
+        assert values["preference"] == first[row.user]["paragraph"] and values["profile"] != "not known"
 
 
 class Moody(Echo):
@@ -289,6 +373,42 @@ def test_a_row_that_cannot_fit_is_found(data):
     told.check_fit([build], loaded.rows("train"), 4096)
     with pytest.raises(PromptError, match="raise --max-length"):
         told.check_fit([build], loaded.rows("train"), 100)
+    rows, most = loaded.rows("train"), 0
+    for row in rows:
+        most = max(most, *(len(path.ids) for (path,) in packing.separate_paths(build(row))))
+    unused = next(item for item in range(60) if all(item not in (row.target, row.rejected) for row in rows))
+    told.check_fit([build], rows, 2 * most + 100)
+    told.story.items[unused] = "long " * 2 * most
+    with pytest.raises(PromptError, match="raise --max-length"):
+        told.check_fit([build], rows, 2 * most + 100)
+
+
+def test_what_is_not_known_is_nothing_in_common(data):
+    story = story_of(evaluate.Data(data, None))
+    story.items[3] = "What is not known of a Zebra"
+    assert story.common(3, "not known", "not known") == "not known"
+    assert story.common(3, "a zebra", "not known") == "zebra"
+
+
+def test_options_that_would_do_nothing_are_refused(data, capsys):
+    for main, argv, told in (
+        (summarize.main, ["--before", "5", "--window", "0"], "--before is for windows"),
+        (summarize.main, ["--server-model", "m"], "--server-model is for --server"),
+        (sft.main, ["--steps-share", "0.5"], "--steps-share is for --prompt cot"),
+        (sft.main, ["--data", str(data), "--prompt", "cot", "--blank-images"], "--blank-images hides little"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert told in capsys.readouterr().err
+
+
+def test_prompts_are_shown_as_given_and_escaped(data, monkeypatch, capsys):
+    text = (data / "items.jsonl").read_text()
+    write(data, "tiny", None, monkeypatch)
+    (data / "mine.txt").write_text(srec.TEXTS.read_text().replace("step by step", "step \x1b[2J by step"))
+    summarize.main(["--data", str(data), "--show", "1", "--prompts", str(data / "mine.txt")])
+    out = capsys.readouterr().out
+    assert "step \\x1b[2J by step" in out and "\x1b" not in out and text
 
 
 def test_paragraphs_are_taught_by_a_rule():
@@ -306,7 +426,9 @@ def test_chain_of_thought_from_training_to_ranking(data, tmp_path, monkeypatch):
     cot = ["--prompt", "cot", "--summaries", "echo", "--warmup-steps", "1"]
     sft.main(["--data", str(data), "--out", str(tmp_path / "sft"), *cot, *small])
     dpo_hano.main(["--sft", str(tmp_path / "sft"), "--out", str(tmp_path / "dpo"), *small])
-    write(data, "echo", None, monkeypatch, "--batch-size", 2)  # the same texts: what was trained on them stays good
+    other = Echo()
+    other.name = "Reverb"  # the same texts of another model: what was trained on them stays good
+    write(data, "echo", other, monkeypatch, "--batch-size", 2)
     results = evaluate.main(["--run", str(tmp_path / "dpo"), str(tmp_path / "sft"), "--limit", "8"])
     assert {"AUC", "HR@3", "MRR"} <= set(results[str(tmp_path / "dpo")].values)
     (first, *_) = lines(tmp_path / "sft" / "first8_predictions.jsonl")

@@ -58,6 +58,9 @@ def test_lessons_are_summarizes_own_prompts(prepared, taught):
         expected.append([*prompts.whole(parts).ids, *prompts.answer(reply, 0).ids])
     assert sorted(path.ids for path in paths) == sorted(expected)
     assert len(packing.merge_trees(trees)) <= 4  # what one kind of prompt begins with is there once
+    told = ["".join(map(str, lessons.sample(number, 1)[1])) for number in range(1, 30, 3)]
+    assert {text.count("Paragraph: Lately") for text in told} == {0, 1}
+    assert {text.count("; before") for text in told} == {0, 1}  # a paragraph that was itself made of one before
     items = [srec.item_prompt(texts, "both", data.catalogue, row) for row in range(10)]
     assert [lessons.sample(3 * row, 1)[1] for row in range(10)] == items
 
@@ -74,6 +77,11 @@ def test_the_taught_backbone_writes_and_is_trained_further(prepared, taught, tmp
     argv = "--prompt cot --summaries one --max-steps 1 --warmup-steps 0 --batch-size 4 --eval-limit 4".split()
     argv += ["--lr", "1e-9"]
     sft.main(["--data", str(prepared), "--start", str(taught), "--out", str(tmp_path / "sft"), *argv])
+    lora = ["--data", str(prepared), "--tune", "lora", "--out", str(tmp_path / "lora"), "--batch-size", "4"]
+    sft.main([*lora, "--max-steps", "1", "--eval-limit", "4"])
+    full = ["--data", str(prepared), "--start", str(tmp_path / "lora"), "--out", str(tmp_path / "full")]
+    sft.main([*full, *argv[4:]])  # the adapter merged into what is trained
+    assert mllm.load_model(tmp_path / "full" / "model")
     one, other = (mllm.load_model(run / "model").state_dict() for run in (taught, tmp_path / "sft"))
     assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
 
