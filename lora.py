@@ -2,9 +2,9 @@
 
 With a rank of 8, LoRA's arithmetic is nothing beside that of the frozen layer, but PEFT writes the layer's whole output
 three times more (LoRA's part, scaled, added), in float32 where the base is in half precision, and so again in backward.
-Here LoRA's part is added to the output in place by one matrix product, the scaling is applied at rank width, and dropout draws 16
-bits an element. In half precision LoRA's products are made in the base's dtype, as under autocast; the weights, their
-gradients and the optimizer stay in float32.
+Here LoRA's part is added to the output in place by one matrix product, the scaling is applied at rank width, and
+dropout draws 16 bits an element. In half precision LoRA's products are made in the base's dtype, as under autocast; the
+weights, their gradients and the optimizer stay in float32.
 """
 
 import torch

@@ -115,6 +115,7 @@ def test_a_row_has_the_last_paragraph_before_its_cut(data):
         ends = [end for end, *_ in story.users.get(row.user, []) if end <= cut]
         assert ends == list(range(3, cut + 1, 3))  # each once, at any cut
         since = [story.line(item) for item in row.history if item in line[len(ends) * 3 : cut]]
+        assert values["last"] == story.items[row.history[-1]]
         assert values["since"] == ("\n".join(since) or story.texts["nothing"])
         assert (values["profile"] == story.texts["nothing"]) == (not ends)  # every point that a row reads has one
         seen.add(cut % 3)
