@@ -430,7 +430,8 @@ RUN_FILES = ["config.json", "result.json", "adapter/adapter_model.safetensors", 
 @pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("name", [*RUN_FILES, "model/model.safetensors", "model/config.json"])
 def test_spoilt_run_folders(name, how, sft_run, lora_run, tmp_path, capsys):
-    shutil.copytree(sft_run if name.startswith("model") else lora_run, tmp_path / "run")
+    evaluated = shutil.ignore_patterns("*metrics.json", "*predictions.jsonl")  # by other tests
+    shutil.copytree(sft_run if name.startswith("model") else lora_run, tmp_path / "run", ignore=evaluated)
     spoil(tmp_path / "run" / name, how)
     error = refused(capsys, evaluate.main, "--run", tmp_path / "run", "--limit", 2)
     assert str(tmp_path / "run") in error and not list((tmp_path / "run").glob("*metrics.json"))
