@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import workload
 
+import checkpoints
 import runs
 
 BLOCKS = 5  # runs of each system; their median counts
@@ -256,8 +257,8 @@ def machine(device="cpu") -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    cpu = re.search(r"model name\s*: (.*)", text) if (text := cpu_text()) else None
-    facts = {"cpu": cpu[1] if cpu else platform.processor(), "threads": threads(), "system": platform.platform()}
+    cpu = checkpoints.machine(torch.device("cpu"))["CPU"]
+    facts = {"cpu": cpu, "threads": threads(), "system": platform.platform()}
     facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
@@ -265,11 +266,6 @@ def machine(device="cpu") -> dict:
         ["git", "describe", "--always", "--dirty"], cwd=workload.ROOT, capture_output=True, text=True
     ).stdout.strip()
     return {"machine": facts, "versions": versions, "commit": commit}
-
-
-def cpu_text() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 def save(path: Path | None, found: dict) -> None:
