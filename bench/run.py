@@ -171,6 +171,9 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
             found[name] = json.loads(path.read_text())
+    steps = found["dpo_step"]["rows"] + found["sft_step"]["rows"]
+    if any(abs(row["losses"]["ours"] - row["losses"]["TRL"]) > 1e-4 for row in steps):
+        sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
     runs.write_json(HERE / "results.json", {**facts, **found})
     with runs.replacing(HERE / "RESULTS.md") as beside:
