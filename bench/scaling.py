@@ -99,8 +99,8 @@ def processes(folder: Path) -> list[dict]:
         subprocess.run(launch, check=True, env=environment, capture_output=True)
         seconds = json.loads((shared / "seconds.json").read_text())
         pairs = 4 * count / seconds["median"]
-        case = f"{count} process{'es' * (count > 1)}"
-        found.append(row("Scaling: processes", case, f"s per step of {4 * count}", seconds, pairs_per_second=pairs))
+        case = f"{count} process{'es' * (count > 1)}, {4 * count} pairs a step"
+        found.append(row("Scaling: processes", case, "s per step", seconds, pairs_per_second=pairs))
     return found
 
 
