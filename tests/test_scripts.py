@@ -483,6 +483,20 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     assert "accelerate knows no such tracker" in error
 
 
+def test_a_run_of_other_titles_is_refused(sft_run, monkeypatch, capsys):
+    """The tiny backbone's tokenizer is made of the titles."""
+    load = mllm.load_tokenizer
+
+    def other(name, *further):
+        tokenizer = load(name, *further)
+        if name == sft_run / "model":
+            tokenizer.add_tokens(["of other titles"])
+        return tokenizer
+
+    monkeypatch.setattr(mllm, "load_tokenizer", other)
+    assert "has another tokenizer than" in refused(capsys, evaluate.main, "--run", sft_run)
+
+
 def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, monkeypatch):
     error = refused(capsys, evaluate.main, "--run", sft_run, "--data", tmp_path)
     assert "one data folder at a time" in error
