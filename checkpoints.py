@@ -98,8 +98,8 @@ def named_tensors(model, optimizer) -> Iterator[tuple]:
 
 
 def like(value, tensor):
-    """`value`, a whole tensor, on the device of `tensor` and sharded as that is."""
-    if not hasattr(tensor, "device_mesh"):
+    """`value`, a whole tensor, on the device of `tensor` and, but for a scalar, sharded as that is."""
+    if not hasattr(tensor, "device_mesh") or not value.dim():
         return value.to(tensor.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
@@ -154,9 +154,7 @@ def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
         parameter.data.copy_(like(tensors[f"weight/{name}"], parameter))
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
         values = {key: tensors[f"{key}/{name}"] for key in keys}
-        optimizer.state[parameter] = {
-            k: like(v, parameter) if v.dim() else v.to(parameter.device, copy=True) for k, v in values.items()
-        }
+        optimizer.state[parameter] = {key: like(value, parameter) for key, value in values.items()}
     for name, part in parts.items():
         part.load_state_dict(small[name])
     for group, rate in zip(optimizer.param_groups, parts["schedule"].get_last_lr(), strict=True):

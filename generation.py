@@ -102,7 +102,7 @@ class Steps:
         pixels = self.catalogue.pixels(items).items()
         pixels = {name: value.to(device) if torch.is_tensor(value) else value for name, value in pixels}
         images = backbones.image_tokens(self.core, pixels)
-        mllm.check_sizes([(self.catalogue.ids[item], self.catalogue.image_length(item)) for item in items], images)
+        mllm.check_sizes(self.catalogue.sizes(items), images)
         return torch.cat(images)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

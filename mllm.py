@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -259,6 +259,10 @@ class Catalogue:
 
     def has_image(self, row: int) -> bool:
         return self.offsets[row + 1] > self.offsets[row]
+
+    def sizes(self, items: Iterable[int]) -> list[tuple[str, int]]:
+        """(item, tokens of its image) of these rows, for `check_sizes`."""
+        return [(self.ids[item], self.image_length(item)) for item in items]
 
     def image_length(self, row: int) -> int:
         """Image tokens of the item's image, 0 without one."""

@@ -194,7 +194,7 @@ class PackedMLLM(nn.Module):
             answer=answer,
             answers=answer.bincount(),
             pixels=catalogue.pixels(distinct) if distinct else None,
-            sizes=[(catalogue.ids[item], catalogue.image_length(item)) for item in distinct],
+            sizes=catalogue.sizes(distinct),
             seen=[distinct.index(item) for item in items] if distinct else [],
         )
 

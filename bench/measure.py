@@ -53,6 +53,11 @@ def summary(values: Iterable[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
+def scaled(found: dict, factor: float) -> dict:
+    """A summary of values `factor` times as large."""
+    return {name: value if name == "runs" else value * factor for name, value in found.items()}
+
+
 def alternating(*works: Callable, device="cpu", dtype=None) -> tuple[list[dict], dict]:
     """A B A B ...: the summary of each one's seconds over BLOCKS turns, after one turn that does not count; and the
     matrix rate, measured once a turn."""

@@ -99,11 +99,15 @@ NOTES = {
 }
 
 
+def worst_difference(found: dict) -> float:
+    """The largest difference between the two systems' losses, over all steps that were compared."""
+    rows = found["dpo_step"]["rows"] + found["sft_step"]["rows"]
+    return max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in rows)
+
+
 def facts_of(found: dict, facts: dict) -> dict[str, str]:
     """What `ABOUT` leaves open."""
     dpo, demo = found["dpo_step"]["rows"][0], found["dpo_step"]["rows"][-1]
-    steps = found["dpo_step"]["rows"] + found["sft_step"]["rows"]
-    worst = max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in steps)
     place, _, refusal = found["dpo_step"]["precomputed_reference"].partition(": ")
     counts = [", ".join(f"{n} {value:,}" for n, value in row["weights"].items()) for row in (dpo, demo)]
     heads = [row["head"] for row in found["dpo_step"]["rows"]]
@@ -115,7 +119,7 @@ def facts_of(found: dict, facts: dict) -> dict[str, str]:
         "facts": f"Machine: {machine}. Versions: {versions}. {whence}",
         "weights": counts[0],
         "demo_weights": counts[1],
-        "losses": f"the largest difference over all cases is {worst:.1e}",
+        "losses": f"the largest difference over all cases is {worst_difference(found):.1e}",
         "loader": f"{dpo['loader']['TRL'] / dpo['others']['TRL']['median']:.0%}",
         "head": " to ".join(f"{share:.0%}" for share in (min(heads), max(heads))),
         "refusal": refusal,
@@ -171,8 +175,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
             found[name] = json.loads(path.read_text())
-    steps = found["dpo_step"]["rows"] + found["sft_step"]["rows"]
-    if any(abs(row["losses"]["ours"] - row["losses"]["TRL"]) > 1e-4 for row in steps):
+    if worst_difference(found) > 1e-4:
         sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
     runs.write_json(HERE / "results.json", {**facts, **found})

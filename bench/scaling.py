@@ -74,7 +74,7 @@ def several(step) -> None:
 
 
 def each_step(found: dict) -> dict:
-    return {name: value / STEPS if name != "runs" else value for name, value in found.items()}
+    return measure.scaled(found, 1 / STEPS)
 
 
 def batches(folder: Path) -> list[dict]:
@@ -129,8 +129,7 @@ def encoding(folder: Path) -> list[dict]:
         tools = core, mllm.load_tokenizer(work.folder), mllm.load_image_processor(work.folder, work.max_pixels)
         items = work.catalogue.titles[:IMAGES], work.paths[:IMAGES]
         (seconds,), _ = measure.alternating(partial(mllm.encode_items, *tools, *items, work.folder))
-        seconds = {name: value / IMAGES if name != "runs" else value for name, value in seconds.items()}
-        tokens = work.catalogue.image_length(0)
+        seconds, tokens = measure.scaled(seconds, 1 / IMAGES), work.catalogue.image_length(0)
         found.append(row("Scaling: encoding", f"{side} x {side} px, {tokens} tokens", "s per image", seconds))
     return found
 

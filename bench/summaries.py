@@ -24,21 +24,21 @@ LIMIT = 120  # tokens of a text
 STEPS = 400  # of teach.py
 
 
-def compare(folder: Path, steps: int = STEPS, texts: int = BATCH, limit: int = LIMIT) -> list[dict]:
+def compare(folder: Path) -> list[dict]:
     """The result rows of items and paragraphs."""
     data_folder, run = folder / "data", folder / "run"
     data_folder.mkdir()
     prepare_data.main(["--out", str(data_folder)])
-    teach.main(["--data", str(data_folder), "--out", str(run), "--max-steps", str(steps)])
-    summarize.main(["--data", str(data_folder), "--run", str(run), "--max-tokens", str(limit)])
+    teach.main(["--data", str(data_folder), "--out", str(run), "--max-steps", str(STEPS)])
+    summarize.main(["--data", str(data_folder), "--run", str(run), "--max-tokens", str(LIMIT)])
     data = evaluate.Data(data_folder, None, story="")
     story = srec.load_story(data.story, data.catalogue, data.timelines(), data.encoding)
     core = packing.PackedMLLM(evaluate.load_result(run, data, torch.float32)).core
-    writer = writers.Local(core, packing.load_prompts(data.source, data.catalogue), data.catalogue, limit, BATCH)
+    writer = writers.Local(core, packing.load_prompts(data.source, data.catalogue), data.catalogue, LIMIT, BATCH)
     items = [srec.item_prompt(story.texts, "both", data.catalogue, row) for row in range(len(data.catalogue.ids))]
     points = ((story.lines[user], point) for user, found in story.users.items() for point in found if point[1])
     paragraphs = [story.preference_prompt(line[max(0, end - 3) : end], told) for line, (end, told, _) in points]
-    return [rates(writer, name, every[:texts]) for name, every in (("items", items), ("paragraphs", paragraphs))]
+    return [rates(writer, name, every[:BATCH]) for name, every in (("items", items), ("paragraphs", paragraphs))]
 
 
 def rates(writer: writers.Local, name: str, prompts: list) -> dict:
@@ -47,13 +47,9 @@ def rates(writer: writers.Local, name: str, prompts: list) -> dict:
     few = prompts[::EIGHTH]
     ended = sum(reply.fault is None for reply in writer(prompts))
     (batched, single), _ = measure.alternating(lambda: writer(prompts), lambda: [writer([prompt]) for prompt in few])
-    each = [scaled(found, 1 / len(own)) for found, own in ((batched, prompts), (single, few))]
+    each = [measure.scaled(found, 1 / len(own)) for found, own in ((batched, prompts), (single, few))]
     case = f"{name}, batches of {len(prompts)}"
     return measure.result("Summaries", case, "s per text", each[0], {"one by one": each[1]}, goal=5, usable=ended)
-
-
-def scaled(found: dict, factor: float) -> dict:
-    return {name: value if name == "runs" else value * factor for name, value in found.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
