@@ -41,23 +41,38 @@ IMPORTS = {
 SCRIPTS = {"prepare_data", "summarize", "teach", "sft", "dpo_hano", "evaluate"}
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
+MODULES = {name: name for name in SCRIPTS}
 OPTIONAL = {"pyarrow"}  # where it is installed
 
 
+def project_files():
+    """Every Python file outside tests/ and bench/, by its path without the ending."""
+    folders = [ROOT.glob("*.py"), (ROOT / "hanorec").rglob("*.py"), (ROOT / "mllm_srec").rglob("*.py")]
+    paths = [path for folder in folders for path in folder if path.name != "__init__.py"]
+    return {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in paths}
+
+
 def imported(path):
+    """The modules that a file imports: project files by their path, others by their first name."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (name.name.split(".")[0] for name in node.names)
+            names = [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            names = [f"{node.module}.{name.name}" for name in node.names]
+        else:
+            continue
+        for name in names:
+            own = [part for part in (name, name.rpartition(".")[0]) if part.replace(".", "/") in project_files()]
+            yield own[0].replace(".", "/") if own else name.split(".")[0]
 
 
 def test_import_tree():
-    files = {path.stem: path for path in ROOT.glob("*.py")}
-    assert set(files) == set(IMPORTS)
+    files = project_files()
+    assert {path.split("/")[-1] for path in files} == set(IMPORTS)
     for name, path in files.items():
-        local = set(imported(path)) & set(files)
-        assert local <= IMPORTS[name], f"{path.name} imports {local - IMPORTS[name]}"
+        local = {other.split("/")[-1] for other in set(imported(path)) & set(files)}
+        allowed = IMPORTS[name.split("/")[-1]]
+        assert local <= allowed, f"{path.name} imports {local - allowed}"
     outside = {name for path in files.values() for name in imported(path)} - set(files) - set(sys.stdlib_module_names)
     assert outside <= REQUIRED | WITH_TRANSFORMERS | OPTIONAL
     assert set(imported(files["hanorec_loss"])) - set(sys.stdlib_module_names) == {"torch"}
@@ -68,7 +83,7 @@ def test_import_tree():
 
 def test_nothing_is_unpickled_evaluated_or_given_to_a_shell():
     """JSON and safetensors only, and no process started."""
-    for path in ROOT.glob("*.py"):
+    for path in project_files().values():
         assert not set(imported(path)) & {"pickle", "marshal", "shelve", "dill", "joblib", "subprocess", "pty"}, (
             path.name
         )
@@ -86,7 +101,7 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell():
 
 
 def test_sizes():
-    for path in ROOT.glob("*.py"):
+    for path in project_files().values():
         limit = 250 if path.stem == "hanorec_loss" else 400
         assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
 
@@ -98,7 +113,7 @@ def test_the_loss_carries_its_licence():
 def commands():
     """Every command of the README's code blocks and of the scripts' docstrings, as (script, words)."""
     texts = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    texts += [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) or "" for name in IMPORTS]
+    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in project_files().values()]
     texts += re.findall(r"`([^`\n]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
@@ -111,12 +126,12 @@ def test_every_command_in_the_documents_is_parsed_by_its_script():
     found = list(commands())
     assert len(found) > 20 and {script for script, _ in found} == SCRIPTS
     for script, words in found:
-        importlib.import_module(script).parse(words)
+        importlib.import_module(MODULES[script]).parse(words)
 
 
 def test_every_option_named_in_the_readme_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = [ROOT / f"{name}.py" for name in (*SCRIPTS, "runs", "training")]
+    scripts = project_files().values()
     known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in scripts)))
     launcher = {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}
     assert set(re.findall(r"--[a-z][\w-]*", text)) - known - launcher == set()
@@ -138,7 +153,7 @@ def test_the_readmes_example_of_the_loss_runs_beside_a_copy(tmp_path):
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_help_and_mistakes_answer_without_the_heavy_libraries(script):
-    code = f"import sys, {script}\ntry:\n    {script}.main(['--help'])\n"
+    code = f"import sys, {MODULES[script]} as script\ntry:\n    script.main(['--help'])\n"
     code += "except SystemExit as stop:\n    assert stop.code == 0\n"
     code += "assert not {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
