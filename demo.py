@@ -9,8 +9,8 @@ import numpy as np
 
 import prompts
 import readers
-import runs
 import srec
+from hanorec.run import runs
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"

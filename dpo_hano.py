@@ -17,10 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoints
-import runs
-import training
-from runs import UserError
+from hanorec.run import checkpoints, runs, training
+from hanorec.run.runs import UserError
 
 TINY_RECIPE = {"lr": 1e-4, "epochs": 1, "max_steps": 120, "batch_size": 24, "grad_accum": 1, "eval_limit": 200}
 RECIPE = {"lr": 1e-4, "epochs": 5, "batch_size": 4, "grad_accum": 8, "eval_limit": 0}  # the paper

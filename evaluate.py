@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 import exchange
-import runs
 import srec
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 from metrics import Result, measure, tables
 from prompts import Prompts, Row, item_rows
-from runs import UserError
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 MANIFEST = {"options": dict, "seed": int, "files": dict}

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 import readers
-import runs
-from runs import UserError
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 
 
 def write_predictions(path: Path, ids: list[str], rows, scores: np.ndarray | None, yes: np.ndarray | None) -> None:

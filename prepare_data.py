@@ -21,8 +21,8 @@ import numpy as np
 
 import demo
 import readers
-import runs
-from runs import UserError
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 
 
 @dataclass

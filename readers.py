@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runs import UserError
+from hanorec.run.runs import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader gives

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import runs
+from hanorec.run import runs
 
 
 class Record:

@@ -12,8 +12,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import mllm
-import runs
-from runs import UserError
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 from writers import Reply, control_tokens
 
 TIMEOUT = 600  # seconds for an answer: a server may hold a request back while it is busy

@@ -14,10 +14,8 @@ import itertools
 from functools import partial
 from pathlib import Path
 
-import checkpoints
-import runs
-import training
-from runs import UserError
+from hanorec.run import checkpoints, runs, training
+from hanorec.run.runs import UserError
 
 TINY_RECIPE = {"lr": 1e-3, "epochs": 3, "batch_size": 16, "grad_accum": 1, "max_length": 4096, "eval_limit": 200}
 TINY_RECIPE |= {"warmup_steps": 1200, "dropout": 0.05, "steps_share": 0.02}

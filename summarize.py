@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import runs
 import srec
-from runs import UserError
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoints
-import runs
 import srec
-import training
-from runs import UserError
+from hanorec.run import checkpoints, runs, training
+from hanorec.run.runs import UserError
 
 TINY_RECIPE = {"lr": 2e-3, "epochs": 32, "batch_size": 16, "grad_accum": 1, "max_length": 4096}
 RECIPE = {"lr": 1e-4, "epochs": 3, "batch_size": 2, "grad_accum": 8, "max_length": 4096}

@@ -14,7 +14,7 @@ import workload
 
 import evaluate
 import mllm
-import runs
+from hanorec.run import runs
 
 ROWS, BATCH = 8, 4
 OPTIONS = {"tasks": ["rank"], "max_length": 100_000}

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 import workload
 
-import checkpoints
-import runs
+from hanorec.run import checkpoints, runs
 
 BLOCKS = 5  # runs of each system; their median counts
 

@@ -11,9 +11,8 @@ import workload  # noqa: F401 (puts the project on the path)
 import dpo_hano
 import mllm
 import packing
-import runs
 import sft
-import training
+from hanorec.run import runs, training
 
 BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's; LoRA's dropout is 0 so that both systems compute the same
 

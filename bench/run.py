@@ -16,7 +16,7 @@ import measure
 import torch
 import workload
 
-import runs
+from hanorec.run import runs
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling", "summaries")

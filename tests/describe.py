@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mllm
-import runs
+from hanorec.run import runs
 
 
 def poster_facts(path: Path) -> dict[str, str]:

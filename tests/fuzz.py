@@ -33,7 +33,7 @@ import evaluate
 import exchange
 import mllm
 import prepare_data
-import runs
+from hanorec.run import runs
 
 LIMIT = 10  # seconds for an input
 KINDS = [*layouts.LAYOUTS, "picture", "stages", "run", "encoding"]

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
-import checkpoints
+from hanorec.run import checkpoints
 from hanorec_loss import noisy_lora
 
 

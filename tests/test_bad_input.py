@@ -24,8 +24,8 @@ import evaluate
 import mllm
 import prepare_data
 import prompts
-import runs
 import sft
+from hanorec.run import runs
 
 JUNK = np.random.default_rng(0).bytes(3000)
 LOG = ["user", "item", "timestamp", "rating"]

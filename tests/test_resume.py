@@ -14,8 +14,8 @@ from test_scripts import refused, training
 
 import dpo_hano
 import prepare_data
-import runs
 import sft
+from hanorec.run import runs
 
 STEPS = "--batch-size 4 --grad-accum 2 --eval-limit 4 --save-every 3 --lr 1e-3".split()
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import runs
-import training
+from hanorec.run import runs, training
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

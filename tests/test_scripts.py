@@ -21,8 +21,8 @@ import metrics
 import mllm
 import packing
 import prepare_data
-import runs
 import sft
+from hanorec.run import runs
 
 
 def lines(path):

@@ -22,7 +22,7 @@ import server
 import srec
 import summarize
 import writers
-from runs import UserError
+from hanorec.run.runs import UserError
 
 
 def lines(path):

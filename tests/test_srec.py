@@ -13,14 +13,14 @@ import dpo_hano
 import evaluate
 import packing
 import records
-import runs
 import sft
 import srec
 import summarize
 import teach
 import writers
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 from prompts import PromptError
-from runs import UserError
 
 
 class Echo:

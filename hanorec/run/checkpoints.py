@@ -11,8 +11,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-import runs
-from runs import UserError
+from hanorec.run import runs
+from hanorec.run.runs import UserError
 
 # Options that do not change what comes out; the data and the SFT run are compared by their hashes
 FREE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}

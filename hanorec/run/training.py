@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-import checkpoints
-import runs
-from runs import UserError, non_negative_int, positive_float, positive_int, probability
+from hanorec.run import checkpoints, runs
+from hanorec.run.runs import UserError, non_negative_int, positive_float, positive_int, probability
 
 
 def add_training_options(parser: argparse.ArgumentParser, batch_size: int, grad_accum: int) -> None:
