@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-import readers
+from hanorec.data import readers
 from hanorec.run import runs
 from hanorec.run.runs import UserError
 

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-import demo
-import readers
+from hanorec.data import demo, readers
 from hanorec.run import runs
 from hanorec.run.runs import UserError
 

@@ -17,9 +17,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZE
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import demo  # noqa: E402
 import mllm  # noqa: E402
 import packing  # noqa: E402
+from hanorec.data import demo  # noqa: E402
 from prompts import Prompts, Row  # noqa: E402
 
 # Qwen2.5-VL-3B as its config.json has it (the initial weights are torch's draw)

@@ -18,13 +18,13 @@ from layouts import ITEMS, TITLES, lines, table
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import demo
 import dpo_hano
 import evaluate
 import mllm
 import prepare_data
 import prompts
 import sft
+from hanorec.data import demo
 from hanorec.run import runs
 
 JUNK = np.random.default_rng(0).bytes(3000)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import prepare_data
-import readers
+from hanorec.data import readers
 
 USERS = [f"u{number}" for number in range(12)]
 ITEMS = [f"i{number}" for number in range(30)]

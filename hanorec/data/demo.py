@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 import prompts
-import readers
 import srec
+from hanorec.data import readers
 from hanorec.run import runs
 
 CHATML = (
