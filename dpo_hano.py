@@ -72,7 +72,7 @@ def pair_hardness(options, data, model, tokenizer, rows):
     import torch
 
     import hanorec_loss
-    import mllm
+    from hanorec.model import mllm
 
     chosen, rejected = torch.tensor([[row.target, row.rejected] for row in rows]).T
     if options.hardness == "none":
@@ -127,7 +127,7 @@ def reference_logps(packed, data, pairs, wanted: list[int], key: str, folder: Pa
     from accelerate.utils import gather_object, tqdm
     from safetensors.torch import save_file
 
-    import mllm
+    from hanorec.model import mllm
 
     path = folder / f"{key[:16]}.safetensors"
     if not path.exists():
@@ -183,7 +183,7 @@ def export(options, data, adapter: Path) -> None:
     from peft import PeftModel
 
     import evaluate
-    import mllm
+    from hanorec.model import mllm
 
     for name in ("base", "merged"):
         model = evaluate.load_result(options.sft, data)
@@ -237,8 +237,7 @@ def load_policy(options, data, rows, accelerator):
     """(policy, hardness [rows]): the SFT result merged in float32 (on a quantized base kept as a frozen adapter), then
     a fresh LoRA."""
     import evaluate
-    import mllm
-    import packing
+    from hanorec.model import mllm, packing
 
     dtype = mllm.pick_dtype(options.dtype, accelerator)
     if options.quantize:
@@ -266,8 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     import evaluate
-    import mllm
-    import packing
+    from hanorec.model import mllm, packing
 
     data = evaluate.Data(
         Path(options.data),

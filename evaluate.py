@@ -18,10 +18,10 @@ import numpy as np
 
 import exchange
 import srec
+from hanorec.model.prompts import Prompts, Row, item_rows
 from hanorec.run import runs
 from hanorec.run.runs import UserError
 from metrics import Result, measure, tables
-from prompts import Prompts, Row, item_rows
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 MANIFEST = {"options": dict, "seed": int, "files": dict}
@@ -69,7 +69,7 @@ class Data:
         encoded=True,
         trust: bool = False,
     ):
-        import mllm
+        from hanorec.model import mllm
 
         self.folder, self.again, self.trust = Path(folder), "prepare it with prepare_data.py", trust
         self.story = None
@@ -127,7 +127,7 @@ class Data:
         return srec.timelines(self.sequences(), [*self.rows("val"), *self.rows("test")])
 
     def prompts(self, candidate_images: bool = False):
-        import packing
+        from hanorec.model import packing
 
         kind = Prompts
         if self.story:
@@ -143,7 +143,7 @@ def load_result(run: Path, data: Data, dtype=None, attn: str | None = None):
     """The model that a finished run ended with. Without a dtype all adapters are merged, in float32. With one, the last
     stays an adapter, as in training: rounded into half-precision weights, most of what it learned would be lost. On a
     quantized base all of them stay adapters. attn: its attention [the run's]."""
-    import mllm
+    from hanorec.model import mllm
 
     config = runs.read_run(run, ("teach", "sft", "dpo_hano"))
     options, sft = config["options"], config["stage"] != "dpo_hano"
@@ -176,7 +176,7 @@ def score_rows(model, data: Data, prompts, rows, options: dict, accelerator, bat
     import torch
     from accelerate.utils import gather_object, tqdm
 
-    import mllm
+    from hanorec.model import mllm
 
     tasks, world = options["tasks"], accelerator.num_processes
     builds = [partial(prompts.evaluation_tree, task=task) for task in tasks]
@@ -282,8 +282,7 @@ def chosen_runs(options: argparse.Namespace) -> tuple[dict[Path, dict], Path]:
 def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     options = parse(argv)
     configs, folder = chosen_runs(options)
-    import mllm
-    import packing
+    from hanorec.model import mllm, packing
 
     accelerator = runs.start_accelerator()
     results, split = {}, "" if options.split == "test" else f"{options.split}_"

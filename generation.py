@@ -9,9 +9,8 @@ import functools
 
 import torch
 
-import backbones
-import mllm
-from prompts import Node, common_length
+from hanorec.model import backbones, mllm
+from hanorec.model.prompts import Node, common_length
 
 
 def stop_tokens(core, prompts) -> list[int]:

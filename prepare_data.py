@@ -230,7 +230,7 @@ def encode(options: argparse.Namespace) -> None:
     import torch
     from accelerate.utils import tqdm
 
-    import mllm
+    from hanorec.model import mllm
 
     items = runs.read_jsonl(options.out / "items.jsonl", runs.ITEM, "run prepare_data.py")
     titles = [item["title"] for item in items]
@@ -348,9 +348,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def show(options: argparse.Namespace) -> None:
     """Print the prompts of the first training rows with their answers, as the model sees them."""
-    import mllm
-    import packing
-    import prompts
+    from hanorec.model import mllm, packing, prompts
 
     items = runs.read_jsonl(options.out / "items.jsonl", runs.ITEM, "run prepare_data.py")
     folders = [options.encoded, *sorted((options.out / "encoded").glob("[!.]*"))]  # of --model, else of any

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import mllm
+from hanorec.model import mllm
 from hanorec.run import runs
 from hanorec.run.runs import UserError
 from writers import Reply, control_tokens

@@ -97,8 +97,7 @@ def trainable_model(options, data, accelerator):
     import torch
 
     import evaluate
-    import mllm
-    import packing
+    from hanorec.model import mllm, packing
 
     if options.tune == "full":
         if options.start:
@@ -121,7 +120,7 @@ def trainable_model(options, data, accelerator):
 
 def save_weights(model, weights: dict, data, options) -> None:
     """Write what was trained: adapter/, or model/ with its tokenizer. weights: the model's, whole."""
-    import mllm
+    from hanorec.model import mllm
 
     name = "model" if options.tune == "full" else "adapter"
     with runs.replacing(options.out / name) as beside:
@@ -159,8 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     import evaluate
-    import mllm
-    import packing
+    from hanorec.model import mllm, packing
 
     trust, story = options.trust_remote_code, options.summaries
     data = evaluate.Data(options.data, options.model, options.blank_images, options.images, story, trust=trust)

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from hanorec.model.prompts import Node, Prompts, Row
 from hanorec.run import runs
 from hanorec.run.runs import UserError
-from prompts import Node, Prompts, Row
 
 TEXTS = Path(__file__).with_name("mllm_srec.txt")
 TEXT = (str, type(None))  # None: what was written is of no use

@@ -180,10 +180,9 @@ def write_preferences(writer, story: srec.Story, chains: list[Chain], record, ac
 def load_writer(options, data, accelerator):
     """(who writes, what it is: for the key of what is written)."""
     import evaluate
-    import mllm
-    import packing
     import server
     import writers
+    from hanorec.model import mllm, packing
 
     tiny = data.backbone == mllm.TINY
     runs.set_defaults(options, batch_size=64 if tiny or options.server else 8)
@@ -232,7 +231,7 @@ def stage(name: str, folder: Path, made: dict, manifest: dict, made_of, accelera
 
 def show(options, data, texts: dict[str, str], lines: dict[str, list[int]]) -> None:
     """Print the prompts of the first items, users and rows as the model sees them; what is not written yet as "..."."""
-    import packing
+    from hanorec.model import packing
 
     def say(title: str, text: str) -> None:
         print(f"\n--- {runs.printable(title)}", *map(runs.printable, text.split("\n")), sep="\n")
@@ -275,8 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     texts = srec.read_texts(options.prompts)
     import evaluate
-    import mllm
     import writers
+    from hanorec.model import mllm
 
     data = evaluate.Data(options.data, options.model, story=options.name or "", trust=options.trust_remote_code)
     folder = data.story

@@ -109,7 +109,7 @@ class Lessons:
 
     def trees(self, numbers: list[int], step: int) -> list[list]:
         """Prompt trees of a batch; what the prompts of one kind begin with is shared."""
-        from prompts import Node, common_length
+        from hanorec.model.prompts import Node, common_length
 
         trees, samples = [], sorted((self.sample(number, step) for number in numbers), key=lambda sample: sample[0])
         for _, alike in itertools.groupby(samples, key=lambda sample: sample[0]):
@@ -154,9 +154,8 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     import torch
 
     import evaluate
-    import mllm
-    import packing
     import sft
+    from hanorec.model import mllm, packing
 
     data = evaluate.Data(options.data, options.model, images=options.images, trust=options.trust_remote_code)
     truth = read_descriptions(options.descriptions, data.catalogue)

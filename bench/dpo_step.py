@@ -17,7 +17,7 @@ import trl_side
 import workload
 
 import hanorec_loss
-import packing
+from hanorec.model import packing
 
 BATCH, STEPS, ROWS = 4, 3, 64  # pairs in a step; steps in a turn, one for each kind of pairs; rows they are made of
 KINDS = {"all kinds of pairs": ("rank", "yes", "no"), "ranking pairs": ("rank",)}

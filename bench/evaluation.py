@@ -13,7 +13,7 @@ import trl_side
 import workload
 
 import evaluate
-import mllm
+from hanorec.model import mllm
 from hanorec.run import runs
 
 ROWS, BATCH = 8, 4

@@ -9,9 +9,8 @@ import torch
 import workload  # noqa: F401 (puts the project on the path)
 
 import dpo_hano
-import mllm
-import packing
 import sft
+from hanorec.model import mllm, packing
 from hanorec.run import runs, training
 
 BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's; LoRA's dropout is 0 so that both systems compute the same

@@ -18,7 +18,7 @@ import torch
 import workload
 
 import hanorec_loss
-import mllm
+from hanorec.model import mllm
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)

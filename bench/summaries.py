@@ -12,12 +12,12 @@ import torch
 import workload  # noqa: F401 (puts the project on the path)
 
 import evaluate
-import packing
 import prepare_data
 import srec
 import summarize
 import teach
 import writers
+from hanorec.model import packing
 
 BATCH, EIGHTH = 64, 8
 LIMIT = 120  # tokens of a text

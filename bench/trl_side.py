@@ -11,8 +11,7 @@ from pathlib import Path
 import ours
 import workload  # noqa: F401
 
-import mllm
-import packing
+from hanorec.model import mllm, packing
 
 
 def installed() -> bool:

@@ -17,10 +17,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZE
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import mllm  # noqa: E402
-import packing  # noqa: E402
 from hanorec.data import demo  # noqa: E402
-from prompts import Prompts, Row  # noqa: E402
+from hanorec.model import (
+    mllm,
+    packing,
+)
+from hanorec.model.prompts import Prompts, Row  # noqa: E402
 
 # Qwen2.5-VL-3B as its config.json has it (the initial weights are torch's draw)
 FULL_TEXT = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}

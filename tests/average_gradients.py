@@ -7,8 +7,7 @@ import torch
 from accelerate import Accelerator
 
 import evaluate
-import mllm
-import packing
+from hanorec.model import mllm, packing
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes

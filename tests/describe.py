@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mllm
+from hanorec.model import mllm
 from hanorec.run import runs
 
 

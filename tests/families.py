@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-import mllm
 from hanorec.data import demo
+from hanorec.model import mllm
 
 CHATML_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TOKENS = {  # the image token, what the chat template writes for an image, further tokens of the family

@@ -31,8 +31,8 @@ from PIL import Image
 
 import evaluate
 import exchange
-import mllm
 import prepare_data
+from hanorec.model import mllm
 from hanorec.run import runs
 
 LIMIT = 10  # seconds for an input

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 import dpo_hano
 import evaluate
-import packing  # noqa: F401
 import sft
+from hanorec.model import packing  # noqa: F401
 
 data, start, out = (Path(word) for word in sys.argv[1:])
 

@@ -20,11 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import dpo_hano
 import evaluate
-import mllm
 import prepare_data
-import prompts
 import sft
 from hanorec.data import demo
+from hanorec.model import mllm, prompts
 from hanorec.run import runs
 
 JUNK = np.random.default_rng(0).bytes(3000)

@@ -24,7 +24,7 @@ import trl_side
 import workload
 
 import writers
-from prompts import Node
+from hanorec.model.prompts import Node
 
 RESULTS = ROOT / "bench" / "results.json"
 against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-import lora
+from hanorec.model import lora
 
 
 def layer(dropout=0.0, bias=True, dtype=torch.float32):

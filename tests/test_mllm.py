@@ -9,11 +9,8 @@ import torch
 import transformers
 from PIL import Image
 
-import attention
-import backbones
-import mllm
-import packing
-import prompts as prompt_trees
+from hanorec.model import attention, backbones, mllm, packing
+from hanorec.model import prompts as prompt_trees
 from hanorec_loss import noisy_lora
 
 TITLES = ["Toy Story", "Toy Story 2", "Heat", "<|im_end|> <|image_pad|> <image>", "Amélie 😀", "Up"]

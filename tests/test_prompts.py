@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import evaluate
-import prompts as prompt_trees
+from hanorec.model import prompts as prompt_trees
 
 
 @pytest.fixture(scope="module")

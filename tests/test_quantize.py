@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 import dpo_hano
 import evaluate
-import mllm
 import sft
+from hanorec.model import mllm
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 # On CPUs with bf16 instructions it packs weights anew at the first evaluation, and cannot train after that

@@ -18,10 +18,9 @@ import dpo_hano
 import evaluate
 import exchange
 import metrics
-import mllm
-import packing
 import prepare_data
 import sft
+from hanorec.model import mllm, packing
 from hanorec.run import runs
 
 

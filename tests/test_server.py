@@ -16,12 +16,12 @@ from conftest import ROOT
 from transformers.utils import import_utils
 
 import evaluate
-import packing
 import records
 import server
 import srec
 import summarize
 import writers
+from hanorec.model import packing
 from hanorec.run.runs import UserError
 
 

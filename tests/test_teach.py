@@ -8,12 +8,11 @@ from PIL import Image
 from test_scripts import launch, lines, refused, training
 
 import evaluate
-import mllm
-import packing
 import sft
 import srec
 import summarize
 import teach
+from hanorec.model import mllm, packing
 
 
 def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):

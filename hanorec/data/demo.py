@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-import prompts
 import srec
 from hanorec.data import readers
+from hanorec.model import prompts
 from hanorec.run import runs
 
 CHATML = (

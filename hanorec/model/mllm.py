@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-import backbones
-from backbones import BackboneError
+from hanorec.model import backbones
+from hanorec.model.backbones import BackboneError
 
 TINY = "tiny"
 TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels: the tiny backbone is for laptops
@@ -139,7 +139,7 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
     adapter that the model has already stays as it is, frozen and active."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    import lora
+    from hanorec.model import lora
 
     first = model.peft_config.get(FROZEN) if isinstance(model, PeftModel) else None
     targets = first.target_modules if first else lora_targets(model)

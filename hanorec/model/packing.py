@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import attention
-import backbones
-import mllm
-from backbones import BackboneError
-from prompts import Node, Prompts, Row
+from hanorec.model import attention, backbones, mllm
+from hanorec.model.backbones import BackboneError
+from hanorec.model.prompts import Node, Prompts, Row
 
 
 def load_prompts(
