@@ -30,9 +30,9 @@ import numpy as np
 from PIL import Image
 
 import evaluate
-import exchange
 import prepare_data
 from hanorec.model import mllm
+from hanorec.ranking import exchange
 from hanorec.run import runs
 
 LIMIT = 10  # seconds for an input

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate
-import exchange
-import metrics
+from hanorec.ranking import exchange, metrics
 
 
 def random_scores(rows=40, candidates=5, seed=0):

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 
 import dpo_hano
 import evaluate
-import exchange
-import metrics
 import prepare_data
 import sft
 from hanorec.model import mllm, packing
+from hanorec.ranking import exchange, metrics
 from hanorec.run import runs
 
 
