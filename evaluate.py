@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-import srec
 from hanorec.model.prompts import Prompts, Row, item_rows
 from hanorec.ranking import exchange
 from hanorec.ranking.metrics import Result, measure, tables
 from hanorec.run import runs
 from hanorec.run.runs import UserError
+from mllm_srec import srec
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 MANIFEST = {"options": dict, "seed": int, "files": dict}

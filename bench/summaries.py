@@ -13,11 +13,8 @@ import workload  # noqa: F401 (puts the project on the path)
 
 import evaluate
 import prepare_data
-import srec
-import summarize
-import teach
-import writers
 from hanorec.model import packing
+from mllm_srec import srec, summarize, teach, writers
 
 BATCH, EIGHTH = 64, 8
 LIMIT = 120  # tokens of a text

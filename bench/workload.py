@@ -18,10 +18,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from hanorec.data import demo  # noqa: E402
-from hanorec.model import (
-    mllm,
-    packing,
-)
+from hanorec.model import mllm, packing  # noqa: E402
 from hanorec.model.prompts import Prompts, Row  # noqa: E402
 
 # Qwen2.5-VL-3B as its config.json has it (the initial weights are torch's draw)

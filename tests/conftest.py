@@ -83,7 +83,7 @@ def sft_run(prepared, tmp_path_factory):
 @pytest.fixture(scope="session")
 def taught(prepared, tmp_path_factory):
     """A run of teach.py that has learned to say of most items that they are a film."""
-    import teach
+    from mllm_srec import teach
 
     folder = tmp_path_factory.mktemp("taught")
     items = map(json.loads, (prepared / "items.jsonl").read_text().splitlines())

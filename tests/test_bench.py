@@ -23,8 +23,8 @@ import summaries
 import trl_side
 import workload
 
-import writers
 from hanorec.model.prompts import Node
+from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"
 against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")

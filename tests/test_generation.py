@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_mllm import backbone  # noqa: F401
 
-import generation
 from hanorec.model import backbones, mllm
 from hanorec.model import prompts as prompt_trees
+from mllm_srec import generation
 
 ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
 

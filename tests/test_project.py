@@ -41,7 +41,7 @@ IMPORTS = {
 SCRIPTS = {"prepare_data", "summarize", "teach", "sft", "dpo_hano", "evaluate"}
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
-MODULES = {name: name for name in SCRIPTS}
+MODULES = {name: name for name in SCRIPTS} | {name: f"mllm_srec.{name}" for name in ("summarize", "teach")}
 OPTIONAL = {"pyarrow"}  # where it is installed
 
 
@@ -117,7 +117,7 @@ def commands():
     texts += re.findall(r"`([^`\n]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
-            match = re.search(r"(?:python|accelerate launch.*?) (\w+)\.py\b(.*)", line)
+            match = re.search(r"(?:python|accelerate launch.*?) (?:-m mllm_srec\.)?(\w+)(?:\.py)?\b(.*)", line)
             if match and match[1] in IMPORTS:
                 yield match[1], shlex.split(match[2], comments=True)
 

@@ -34,7 +34,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    other = "import sys, time, runs, pathlib\nwith runs.locked(pathlib.Path(sys.argv[1])):\n"
+    other = "import sys, time, pathlib\nfrom hanorec.run import runs\nwith runs.locked(pathlib.Path(sys.argv[1])):\n"
     other += " print('held', flush=True)\n time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", other, tmp_path], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout.readline() == b"held\n"

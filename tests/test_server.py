@@ -16,13 +16,9 @@ from conftest import ROOT
 from transformers.utils import import_utils
 
 import evaluate
-import records
-import server
-import srec
-import summarize
-import writers
 from hanorec.model import packing
 from hanorec.run.runs import UserError
+from mllm_srec import records, server, srec, summarize, writers
 
 
 def lines(path):

@@ -11,16 +11,12 @@ import pytest
 
 import dpo_hano
 import evaluate
-import records
 import sft
-import srec
-import summarize
-import teach
-import writers
 from hanorec.model import packing
 from hanorec.model.prompts import PromptError
 from hanorec.run import runs
 from hanorec.run.runs import UserError
+from mllm_srec import records, srec, summarize, teach, writers
 
 
 class Echo:

@@ -9,10 +9,8 @@ from test_scripts import launch, lines, refused, training
 
 import evaluate
 import sft
-import srec
-import summarize
-import teach
 from hanorec.model import mllm, packing
+from mllm_srec import srec, summarize, teach
 
 
 def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):
@@ -69,7 +67,7 @@ def test_the_taught_backbone_writes_and_is_trained_further(prepared, taught, tmp
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     common = ["--data", str(prepared), "--run", str(taught), "--max-tokens", "48"]
     summarize.main([*common, "--name", "one", "--batch-size", "7"])
-    launch(2, "summarize.py", *common, "--name", "two")
+    launch(2, "-m", "mllm_srec.summarize", *common, "--name", "two")
     for name in ("items.jsonl", "preferences.jsonl"):  # two processes, other batches: the same texts
         found = lines(prepared / "summaries" / "one" / name)
         assert found == lines(prepared / "summaries" / "two" / name) and found

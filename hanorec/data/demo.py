@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-import srec
 from hanorec.data import readers
 from hanorec.model import prompts
 from hanorec.run import runs
+from mllm_srec import srec
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"

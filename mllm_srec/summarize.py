@@ -1,9 +1,9 @@
 """MLLM-SRec's stage before training: summaries of items, then each user's preferences as they move over time.
 
-    accelerate launch summarize.py --data data/ml-1m               # -> data/ml-1m/summaries/<backbone>/
-    accelerate launch summarize.py --data data/ml-1m --window 0 --name whole    # no window: the whole history at once
-    python summarize.py --data data/ml-1m --server http://localhost:8000/v1     # the same prompts to a server
-    python summarize.py --data data/ml-1m --show 2                 # print the prompts, and write nothing
+    accelerate launch -m mllm_srec.summarize --data data/ml-1m    # -> data/ml-1m/summaries/<backbone>/
+    accelerate launch -m mllm_srec.summarize --data data/ml-1m --window 0 --name whole   # no window
+    python -m mllm_srec.summarize --data data/ml-1m --server http://localhost:8000/v1     # the same prompts to a server
+    python -m mllm_srec.summarize --data data/ml-1m --show 2   # print the prompts, and write nothing
 
 Writes items.jsonl (item, summary, reply), preferences.jsonl (user, items, paragraph, profile: a line for each position
 of the window), prompts.txt and manifest.json. Texts are written batch by batch as they come: a run that was cut off
@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import srec
 from hanorec.run import runs
 from hanorec.run.runs import UserError
+from mllm_srec import srec
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -180,9 +180,8 @@ def write_preferences(writer, story: srec.Story, chains: list[Chain], record, ac
 def load_writer(options, data, accelerator):
     """(who writes, what it is: for the key of what is written)."""
     import evaluate
-    import server
-    import writers
     from hanorec.model import mllm, packing
+    from mllm_srec import server, writers
 
     tiny = data.backbone == mllm.TINY
     runs.set_defaults(options, batch_size=64 if tiny or options.server else 8)
@@ -207,7 +206,7 @@ def load_writer(options, data, accelerator):
 def stage(name: str, folder: Path, made: dict, manifest: dict, made_of, accelerator, write) -> list[dict]:
     """The lines of folder/<name>.jsonl: those that stand there if they are made of the same, else written anew. made:
     what the manifest told of the file before. manifest: what it tells now, of whole files alone, in order."""
-    import records
+    from mllm_srec import records
 
     key, path = runs.value_hash(made_of), folder / f"{name}.jsonl"
     if path.exists() and made.get("key") == key and made["hash"] == runs.file_hash(path):
@@ -274,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     texts = srec.read_texts(options.prompts)
     import evaluate
-    import writers
     from hanorec.model import mllm
+    from mllm_srec import writers
 
     data = evaluate.Data(options.data, options.model, story=options.name or "", trust=options.trust_remote_code)
     folder = data.story

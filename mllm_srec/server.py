@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hanorec.model import mllm
 from hanorec.run import runs
 from hanorec.run.runs import UserError
-from writers import Reply, control_tokens
+from mllm_srec.writers import Reply, control_tokens
 
 TIMEOUT = 600  # seconds for an answer: a server may hold a request back while it is busy
 LONGEST_WAIT = 30  # seconds between two tries

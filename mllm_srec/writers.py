@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-import generation
+from mllm_srec import generation
 
 CANNOT = (
     r"(i (can['\u2019]?t|cannot|can not|do(n['\u2019]?t| not) have the ability)|(i['\u2019]?m|i am) (unable|not able))"

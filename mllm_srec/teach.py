@@ -1,8 +1,8 @@
 """Teach a backbone to write what summarize.py asks for: one that starts from nothing, or should write otherwise.
 
-    python teach.py                                  # the demo: half of its descriptions.jsonl -> runs/demo/teach
-    accelerate launch summarize.py --run runs/demo/teach                  # the taught backbone writes
-    python teach.py --score data/demo/summaries/tiny      # its summaries of the items that it was not taught
+    python -m mllm_srec.teach              # the demo: half of its descriptions.jsonl -> runs/demo/teach
+    accelerate launch -m mllm_srec.summarize --run runs/demo/teach                  # the taught backbone writes
+    python -m mllm_srec.teach --score data/demo/summaries/tiny      # its summaries of the items that it was not taught
 
 descriptions.jsonl in the data folder has a line per item: `item`, `text` (its summary) and, where there are such,
 `facts` by name, which --score looks for in a summary. Paragraphs and profiles are taught by a rule (`retell`) on random
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-import srec
 from hanorec.run import checkpoints, runs, training
 from hanorec.run.runs import UserError
+from mllm_srec import srec
 
 TINY_RECIPE = {"lr": 2e-3, "epochs": 32, "batch_size": 16, "grad_accum": 1, "max_length": 4096}
 RECIPE = {"lr": 1e-4, "epochs": 3, "batch_size": 2, "grad_accum": 8, "max_length": 4096}
