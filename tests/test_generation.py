@@ -1,13 +1,17 @@
 """Greedy generation on stored image tokens against the model's own `generate` on pixels, on every family."""
 
+import copy
+
 import families
 import pytest
 import torch
+import torch.nn.functional as F
 from test_mllm import backbone  # noqa: F401
+from transformers import GenerationConfig
 
 from hanorec.model import backbones, mllm
 from hanorec.model import prompts as prompt_trees
-from mllm_srec import generation
+from mllm_srec import writers
 
 ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
 
@@ -35,22 +39,47 @@ def own_inputs(backbone, node, ids) -> dict:  # noqa: F811
     return inputs
 
 
-def test_a_batch_equals_the_models_own_generation(backbone):  # noqa: F811
-    """Also where texts end at different times, and leave the batch."""
+@pytest.fixture
+def write(backbone, monkeypatch):  # noqa: F811
+    """Makes a Local that stops at given tokens. Its model comes with settings that would change every text."""
+    core = backbone.packed.core
+    settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "max_length": 3, "eos_token_id": 7}
+    monkeypatch.setattr(core, "generation_config", GenerationConfig(**settings, suppress_tokens=list(range(200))))
+
+    def make(max_tokens, stop=()):
+        local = writers.Local(core, backbone.prompts, backbone.catalogue, max_tokens, len(ITEMS))
+        core.generation_config.eos_token_id = list(stop)
+        return local
+
+    return make
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
+def test_the_template_and_the_model_say_what_ends_a_text(backbone, write):  # noqa: F811
+    core, turn = backbone.packed.core, backbone.prompts.end_of_turn
+    for own, expected in ((7, [7]), ([9, 7], [7, 9]), (None, [])):
+        core.generation_config.eos_token_id = own
+        writers.Local(core, backbone.prompts, backbone.catalogue, 12, 5)
+        assert core.generation_config.eos_token_id == sorted([*expected, turn])
+
+
+def test_a_batch_equals_the_models_own_generation(backbone, write):  # noqa: F811
+    """Also where texts end at different times."""
     core, nodes, expected = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS], []
     for node in nodes:
         inputs = own_inputs(backbone, node, torch.tensor([node.ids]))
-        ids = core.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        core.generation_config = GenerationConfig(max_new_tokens=12, pad_token_id=0)
+        ids = core.generate(**inputs)
         expected.append(ids[0, len(node.ids) :].tolist())
-    assert generation.generate(core, nodes, backbone.catalogue, [], 12) == [(text, False) for text in expected]
+    assert write(12).generate(nodes) == [(text, False) for text in expected]
     stop = [expected[0][5], expected[1][2]]
-    found = generation.generate(core, nodes, backbone.catalogue, stop, 12)
+    found = write(12, stop).generate(nodes)
     for (text, ended), whole in zip(found, expected, strict=True):
         at = next((place for place, token in enumerate(whole) if token in stop), 12)
         assert (text, ended) == (whole[:at], at < 12)
 
 
-def test_a_live_picture_of_another_size_is_refused(backbone, monkeypatch):  # noqa: F811
+def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):  # noqa: F811
     """It would move into the next one's place."""
     node, catalogue = prompt_of(backbone, [0, 4]), backbone.catalogue
     first, last = (catalogue.image_length(item) for item in node.images)
@@ -60,26 +89,40 @@ def test_a_live_picture_of_another_size_is_refused(backbone, monkeypatch):  # no
     images = [torch.zeros(first + 1, width), torch.zeros(last - 1, width)]
     monkeypatch.setattr(backbones, "image_tokens", lambda core, pixels: images)
     with pytest.raises(mllm.BackboneError, match=f"image of item {catalogue.ids[node.images[0]]} is another than when"):
-        generation.Steps(backbone.packed.core, [node], catalogue).images()
+        write(12).inputs([node])
 
 
-def test_every_step_equals_the_models_own_forward(backbone):  # noqa: F811
-    """The logits behind given tokens, rows leaving on the way; an untrained model's own texts tell little."""
+def test_every_step_equals_the_models_own_forward(backbone, write):  # noqa: F811
+    """The logits behind given tokens, rows ending on the way; an untrained model's own texts tell little."""
     core, nodes = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS]
     if backbone.family in families.WINDOWS:
         assert min(len(node.ids) for node in nodes) > families.WINDOWS[backbone.family]
     given = torch.randint(20, 250, (len(nodes), 6), generator=torch.Generator().manual_seed(0))
-    steps, rows = generation.Steps(core, nodes, backbone.catalogue), list(range(len(nodes)))
+    forced, stop, longest = F.pad(given, (0, 1)), 10, max(len(node.ids) for node in nodes)
+    forced[[1, 4], 2] = stop
+
+    def force(ids, scores):
+        return F.one_hot(forced[:, ids.shape[1] - longest], scores.shape[1]).float()
+
+    inputs = write(7, [stop]).inputs(nodes)
+    core.generation_config.update(output_logits=True, return_dict_in_generate=True)
+    steps = core.generate(**inputs, generation_config=core.generation_config, logits_processor=[force]).logits
+    rows = list(range(len(nodes)))
     with torch.no_grad():
-        found = steps.prefill()
-        for length in range(given.shape[1] + 1):
-            for row, logits in zip(rows, found, strict=True):
+        for length, found in enumerate(steps):
+            for row in rows:
                 ids = torch.tensor([[*nodes[row].ids, *given[row, :length].tolist()]])
                 own = core(**own_inputs(backbone, nodes[row], ids)).logits[0, -1]
-                torch.testing.assert_close(logits, own, atol=2e-4, rtol=1e-4)
+                torch.testing.assert_close(found[row], own, atol=2e-4, rtol=1e-4)
             if length == 2:
                 rows = [0, 2, 3]
-                steps.select(torch.tensor(rows))
-            if length < given.shape[1]:
-                found = steps.step(given[rows, length])
-    assert given.unique().numel() > 20
+    assert len(steps) == 7 and given.unique().numel() > 20
+
+
+def test_live_pictures_give_the_texts_of_the_stored_ones(backbone, write):  # noqa: F811
+    nodes = [prompt_of(backbone, items) for items in ITEMS]
+    stored, live = write(12), write(12)
+    live.catalogue = copy.copy(backbone.catalogue)
+    live.catalogue.live = (backbone.folder, backbone.processor)
+    live.catalogue.paths = [f"{row}.png" for row in range(len(backbone.images))]
+    assert live.generate(nodes) == stored.generate(nodes)

@@ -33,6 +33,9 @@ IMAGE_TEXTS = {
     "smolvlm": ("<image>", "<fake_token_around_image><global-img>{}<fake_token_around_image>"),
 }
 BIDIRECTIONAL = ("gemma3",)  # the tokens of an image attend to each other in both directions
+# Families whose forward takes all image tokens as one tensor; the others take a list of tensors
+ONE_TENSOR = ("aria", "aya_vision", "cohere2_vision", "fast_vlm", "gemma3", "gemma3n", "got_ocr2", "idefics3")
+ONE_TENSOR += ("internvl", "ovis2", "paligemma", "perception_lm", "qianfan_ocr", "smolvlm", "vipllava")
 NOT_FOR_THE_MODEL = ("num_patches", "num_crops", "rows", "cols")  # an image processor's word to its processor
 
 
@@ -87,7 +90,7 @@ def image_tokens(core, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     if "num_patches" in inputs:  # InternVL answers by tile
         tiles = torch.as_tensor(inputs["num_patches"]).tolist()
         tokens = [image.flatten(0, 1) for image in torch.stack(tokens).split(tiles)]
-    deep = getattr(output, "deepstack_features", None) or []  # by layer: of all images, or (transformers 5.23) by image
+    deep = getattr(output, "deepstack_features", None) or []  # by layer: of all images, or by image
     deep = [layer.split(list(map(len, tokens))) if torch.is_tensor(layer) else layer for layer in deep]
     return [torch.cat([one, *(layer[number] for layer in deep)], dim=-1) for number, one in enumerate(tokens)]
 
@@ -152,6 +155,34 @@ def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's own forward
+
+
+def token_inputs(core, ids: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments of the model's own forward for tokens ids [B, L]. valid [B, L] is 0 for padding."""
+    is_image = (ids == core.config.image_token_id).int()
+    known = inspect.signature(core.forward).parameters
+    types = {name: is_image for name in ("mm_token_type_ids", "token_type_ids") if name in known}
+    return {"input_ids": ids, "attention_mask": valid, **types}
+
+
+def encoder_outputs(core, tokens: torch.Tensor, grids: torch.Tensor) -> dict:
+    """Return the arguments that replace pixels in the model's own forward, so that its vision tower does not run.
+
+    Args:
+        tokens: [all, d], the image tokens of all images in order (see `image_tokens`).
+        grids: [images, 3], zeros where the model's positions need none.
+    """
+    if not len(grids):
+        return {}
+    width = core.get_input_embeddings().weight.shape[1]
+    first, *deep = tokens.to(core.device, core.dtype).split(width, dim=-1)
+    # In one tensor, each token is an image of its own: [all, 1, d] fits images of any length
+    pooled = first[:, None] if core.config.model_type in ONE_TENSOR else [first]
+    output = SimpleNamespace(pooler_output=pooled, deepstack_features=[[layer] for layer in deep])
+    inputs = {"mm_encoder_outputs": {"image": output}}
+    if hasattr(inner(core), "get_rope_index"):
+        inputs["image_grid_thw"] = grids.to(core.device)
+    return inputs
 
 
 def own_logits(core, ids: torch.Tensor, images: dict[str, torch.Tensor], keep: int = 0) -> torch.Tensor:
