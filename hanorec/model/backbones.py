@@ -10,9 +10,7 @@ off, since one tile is about as many pixels as --max-pixels allows; LLaVA-OneVis
 does by itself where a prompt holds several.
 """
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -185,45 +183,16 @@ def encoder_outputs(core, tokens: torch.Tensor, grids: torch.Tensor) -> dict:
     return inputs
 
 
-def own_logits(core, ids: torch.Tensor, images: dict[str, torch.Tensor], keep: int = 0) -> torch.Tensor:
-    """[1, L or keep, V]: the logits of the model's own forward over ids [1, L] (its last `keep` tokens, where the model
-    knows how), with `image_inputs` or, inside `stored_images`, what stands for them."""
-    is_image = (ids == core.config.image_token_id).int()
-    wanted = {"mm_token_type_ids": is_image, "token_type_ids": is_image, "logits_to_keep": keep}
-    known = inspect.signature(core.forward).parameters
-    wanted = {name: value for name, value in wanted.items() if name in known}
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **wanted, **for_model(images)}
+def own_logits(core, ids: torch.Tensor, images: dict, keep: int = 0) -> torch.Tensor:
+    """Return the logits of the model's own forward over ids [1, L].
+
+    Args:
+        images: `image_inputs`, or what stands for them (`encoder_outputs`).
+        keep: only the last `keep` tokens are computed, where the model knows how; 0 is all of them.
+
+    Returns: [1, L or keep, V].
+    """
+    inputs = token_inputs(core, ids, torch.ones_like(ids)) | for_model(images)
+    if "logits_to_keep" in inspect.signature(core.forward).parameters:
+        inputs["logits_to_keep"] = keep
     return core(**inputs, use_cache=False).logits
-
-
-class _Tokens(list):
-    """Tensors of images for the models that join them, which are also one tensor for the models that do not."""
-
-    def __init__(self, parts, join=torch.stack):
-        super().__init__(parts)
-        self.join = join
-
-    def to(self, *args, **kwargs) -> torch.Tensor:
-        return self.join(list(self)).to(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def stored_images(core, tokens: torch.Tensor, grids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, the model's vision tower answers with these tokens of len(grids) images (see `image_tokens`); yields the
-    inputs to give it."""
-    if not len(grids):
-        yield {}
-        return
-    width = core.get_input_embeddings().weight.shape[1]
-    first, *deep = tokens.to(core.dtype).split(width, dim=-1)
-    alike = len(first) % len(grids) == 0  # models that take one tensor have images of one length, [images, n, d]
-    output = SimpleNamespace(pooler_output=_Tokens(first.chunk(len(grids)) if alike else [first]))
-    output.deepstack_features = [_Tokens([layer], join=torch.cat) for layer in deep]
-    inputs = {"pixel_values": tokens.new_zeros(1)}
-    if hasattr(inner(core), "get_rope_index"):
-        inputs["image_grid_thw"] = grids
-    inner(core).get_image_features = lambda *args, **kwargs: output
-    try:
-        yield inputs
-    finally:
-        del inner(core).get_image_features

@@ -255,8 +255,8 @@ class PackedMLLM(nn.Module):
             ids = batch.input_ids[start : start + length]
             wanted = batch.predicted_from[(batch.predicted_from >= start) & (batch.predicted_from < start + length)]
             wanted = wanted - start - length  # from the end, so that it does not matter how many were kept
-            with backbones.stored_images(self.core, tokens_, grids) as images:
-                logits = backbones.own_logits(self.core, ids[None], images, -int(wanted.min()))[0]
+            images = backbones.encoder_outputs(self.core, tokens_, grids)
+            logits = backbones.own_logits(self.core, ids[None], images, -int(wanted.min()))[0]
             found.append(logits[wanted])
             start += length
         return torch.cat(found)
