@@ -34,12 +34,6 @@ class Forest:
     image: torch.Tensor | None = None
     _pieces: dict = field(default_factory=dict)
 
-    def mask(self) -> torch.Tensor:
-        """A stand-in for an attention mask, which takes the forest to `attend` through any language model."""
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.node.device)
-        mask.forest = self
-        return mask
-
     def pieces(self, window: int | None) -> list[tuple[slice, slice, torch.Tensor | None]]:
         """(queries, keys, mask), in the order of the tokens; without a mask, a key attends to those before it. window:
         how many tokens back a layer looks, the token itself counted."""
@@ -71,9 +65,10 @@ class Forest:
         return mask[None, None]
 
 
-def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
-    """An attention function of transformers: by the mask's forest where it has one, else `sdpa`."""
-    forest = getattr(attention_mask, "forest", None)
+def attend(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, forest=None, **kwargs
+):
+    """Attend by the forest, an argument that the language model passes on, or as `sdpa` where there is none."""
     if forest is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     found = []
@@ -96,7 +91,7 @@ def install(core) -> None:
     layer.forest = None
 
     def take_forest(_, args, kwargs):
-        layer.forest = getattr(kwargs.get("attention_mask"), "forest", None)
+        layer.forest = kwargs.get("forest")
 
     def shorten(_, args):
         return args if layer.forest is None else (args[0][:, layer.forest.wanted], *args[1:])

@@ -237,11 +237,13 @@ class PackedMLLM(nn.Module):
         images = backbones.image_numbers(core.config, batch.input_ids)
         forest = attention.Forest(batch.rows, batch.node, batch.depth, batch.visible, wanted, images)
         positions = batch.position_ids
+        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # else the language model makes a mask
         hidden = core.get_decoder()(
             inputs_embeds=embeds,
-            attention_mask=forest.mask(),
+            attention_mask=unread,
             position_ids=positions[0] if len(positions) == 1 else positions,
             use_cache=False,
+            forest=forest,
             **deep,
         ).last_hidden_state
         return core.get_output_embeddings()(hidden[0, wanted])[scored]
