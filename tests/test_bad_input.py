@@ -331,12 +331,6 @@ def tensors(name, **change):
     return edit
 
 
-@pytest.fixture
-def data(prepared, tmp_path):
-    shutil.copytree(prepared, tmp_path / "data")
-    return tmp_path / "data"
-
-
 SPOILT = {"missing": None, "empty": lambda _: b"", "cut": half, "junk": lambda _: JUNK}
 SPOILT |= {"a list": lambda _: b"[]\n", "nested": lambda _: b"[" * 100_000}
 STAGED = ["items.jsonl", "train.jsonl", "val.jsonl", "sequences.jsonl", "manifest.json", "tiny/config.json"]

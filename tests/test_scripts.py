@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw_posters, movielens
+from forked import launch
 from safetensors.torch import load_file
 
 import dpo_hano
@@ -350,19 +351,10 @@ def test_a_backbone_that_cannot_be_packed_is_refused_and_runs_without(prepared, 
     assert len(lines(tmp_path / "sft" / "first4_predictions.jsonl")) == 4
 
 
-def launch(processes, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *several]
-    command += ["--num_processes", str(processes), *map(str, argv)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 def test_gradients_are_averaged_over_processes(tmp_path, prepared):
-    launch(2, ROOT / "tests" / "average_gradients.py", prepared, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    (tmp_path / "out").mkdir()
+    launch(2, ROOT / "tests" / "average_gradients.py", prepared, tmp_path / "out", folder=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1"]
 
 
 def test_a_launch_with_fewer_processes_than_asked_is_refused(prepared, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -41,13 +40,6 @@ def write(data, name, writer, monkeypatch, *options):
     monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, made_by))
     summarize.main(["--data", str(data), "--name", name, *map(str, options)])
     return data / "summaries" / name
-
-
-@pytest.fixture
-def data(prepared, tmp_path):
-    """The prepared data, in a folder that may be changed."""
-    shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("summaries", ".lock"))
-    return tmp_path / "data"
 
 
 def lines(path):
