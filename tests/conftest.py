@@ -74,6 +74,13 @@ def made_once(tmp_path_factory, name, make):
     return folder
 
 
+def left_alone(folder):
+    """Yields a folder that all workers read, and sees at the end that no test wrote into it."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    yield folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, f"a test wrote into {folder}"
+
+
 def words(*argv):
     return [str(word) for word in argv]
 
@@ -90,7 +97,7 @@ def prepared(tmp_path_factory):
         argv = ["--dataset", "movielens", "--source", folder / "raw", "--out", folder / "data", "--max-pixels", 3136]
         prepare_data.main(words(*argv))
 
-    return made_once(tmp_path_factory, "prepared", make) / "data"
+    yield from left_alone(made_once(tmp_path_factory, "prepared", make) / "data")
 
 
 @pytest.fixture
@@ -128,4 +135,4 @@ def taught(prepared, tmp_path_factory):
         argv = ["--data", prepared, "--out", folder / "teach", "--descriptions", folder / "films.jsonl", "--share", 1]
         teach.main(words(*argv, "--max-steps", 80, "--batch-size", 6))
 
-    return made_once(tmp_path_factory, "taught", make) / "teach"
+    yield from left_alone(made_once(tmp_path_factory, "taught", make) / "teach")

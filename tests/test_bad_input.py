@@ -8,12 +8,14 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import unicodedata
 
 import layouts
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from layouts import ITEMS, TITLES, lines, table
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -576,7 +578,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
 def test_a_terminal_without_the_titles_characters(prepared):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     code = "from hanorec.run import runs\n@runs.one_line_errors\ndef main(argv):\n    print('\\U0001f600')\nmain([])"
-    done = subprocess.run(["python3", "-c", code], env=environment, capture_output=True, cwd=layouts.__file__[:-17])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, cwd=ROOT)
     assert done.stdout.strip() == rb"\U0001f600", done.stderr
 
 
