@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every core has a worker of its own
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 MOVIELENS = ROOT.parent / "shared" / "data" / "movielens-small"
 
 
@@ -136,3 +136,23 @@ def taught(prepared, tmp_path_factory):
         teach.main(words(*argv, "--max-steps", 80, "--batch-size", 6))
 
     yield from left_alone(made_once(tmp_path_factory, "taught", make) / "teach")
+
+
+@pytest.fixture(scope="session")
+def dpo_run(sft_run, tmp_path_factory):
+    """A few steps of dpo_hano.py on the SFT run, exported too; this worker's own."""
+    from stages import dpo
+
+    out = tmp_path_factory.mktemp("runs") / "dpo_hano"
+    return dpo(sft_run, out, "--sigma", 0.05, "--export", out.parent / "export")
+
+
+@pytest.fixture(scope="session")
+def lora_run(prepared, tmp_path_factory):
+    """A step of sft.py with LoRA; this worker's own."""
+    import sft
+
+    out = tmp_path_factory.mktemp("lora") / "sft"
+    argv = "--tune lora --max-steps 1 --batch-size 2 --eval-limit 2".split()
+    sft.main(["--data", str(prepared), "--out", str(out), *argv])
+    return out

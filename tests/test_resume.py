@@ -8,7 +8,7 @@ import signal
 import pytest
 from forked import kill, start, wait_for
 from soak import left
-from test_scripts import refused, training
+from stages import refused, training
 
 import dpo_hano
 import prepare_data

@@ -33,7 +33,7 @@ def free_port() -> int:
 
 def start(model, pixels: int, port: int):
     """The process of `transformers serve`, once it answers."""
-    process = start_forked(ROOT / "tests" / "serve.py", model, port, pixels, log="/dev/null")
+    process = start_forked(ROOT / "tests" / "helpers" / "serve.py", model, port, pixels, log="/dev/null")
     for _ in range(300):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)

@@ -6,7 +6,7 @@ import describe
 import pytest
 from forked import launch
 from PIL import Image
-from test_scripts import lines, refused, training
+from stages import lines, refused, training
 
 import evaluate
 import sft
@@ -90,3 +90,11 @@ def test_showing_writes_nothing(prepared, taught, capsys):
     out = capsys.readouterr().out
     assert "chain of thought" in out and "is not finished" not in out and ">>> 1. The user: ..." in out
     assert sorted(path.name for path in prepared.rglob("*")) == before
+
+
+def test_paragraphs_are_taught_by_a_rule():
+    items = [{"text": "A.", "facts": {"genre": g, "colour": c, "shape": "x"}} for g, c in ("ab", "cd", "ef", "gh")]
+    first = teach.retell(items[:2], None)
+    assert first == "Lately a b, c d." and teach.retell(items[2:], first) == "Lately e f, g h; before a b, c d."
+    assert teach.retell(items[:1], teach.retell(items[2:], first)) == "Lately a b; before e f, g h."
+    assert teach.profile("Lately Horror red, Comedy red; before Comedy blue.") == "Likes red and Comedy."

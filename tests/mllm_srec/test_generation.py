@@ -1,9 +1,10 @@
+# ruff: noqa: F401, F811 (the fixture `backbone` is imported)
 """Greedy generation on stored image tokens against the model's own `generate` on pixels, on every family."""
 
-import families
 import pytest
+import tiny_backbones
 import torch
-from test_mllm import backbone  # noqa: F401
+from tiny_backbones import backbone
 
 from hanorec.model import backbones, mllm
 from hanorec.model import prompts as prompt_trees
@@ -12,7 +13,7 @@ from mllm_srec import generation
 ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
 
 
-def prompt_of(backbone, items) -> prompt_trees.Node:  # noqa: F811
+def prompt_of(backbone, items) -> prompt_trees.Node:
     prompts = backbone.prompts
     node = prompt_trees.Node(None, [*prompts.before, *prompts.text("Describe these, and say what is alike in them:\n")])
     for item in items:
@@ -21,13 +22,13 @@ def prompt_of(backbone, items) -> prompt_trees.Node:  # noqa: F811
     return node
 
 
-def own_inputs(backbone, node, ids) -> dict:  # noqa: F811
+def own_inputs(backbone, node, ids) -> dict:
     """What the model's own forward takes for a prompt and what was added to it, pixels and all."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     kinds = (ids == backbone.packed.core.config.image_token_id).int()
     if node.images:
         images = [backbone.images[row] for row in node.images]
-        inputs |= families.processor_inputs(backbone.family, backbone.processor, images)
+        inputs |= tiny_backbones.processor_inputs(backbone.family, backbone.processor, images)
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = kinds
     if backbone.family == "gemma3":
@@ -35,7 +36,7 @@ def own_inputs(backbone, node, ids) -> dict:  # noqa: F811
     return inputs
 
 
-def test_a_batch_equals_the_models_own_generation(backbone):  # noqa: F811
+def test_a_batch_equals_the_models_own_generation(backbone):
     """Also where texts end at different times, and leave the batch."""
     core, nodes, expected = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS], []
     for node in nodes:
@@ -50,7 +51,7 @@ def test_a_batch_equals_the_models_own_generation(backbone):  # noqa: F811
         assert (text, ended) == (whole[:at], at < 12)
 
 
-def test_a_live_picture_of_another_size_is_refused(backbone, monkeypatch):  # noqa: F811
+def test_a_live_picture_of_another_size_is_refused(backbone, monkeypatch):
     """It would move into the next one's place."""
     node, catalogue = prompt_of(backbone, [0, 4]), backbone.catalogue
     first, last = (catalogue.image_length(item) for item in node.images)
@@ -63,11 +64,11 @@ def test_a_live_picture_of_another_size_is_refused(backbone, monkeypatch):  # no
         generation.Steps(backbone.packed.core, [node], catalogue).images()
 
 
-def test_every_step_equals_the_models_own_forward(backbone):  # noqa: F811
+def test_every_step_equals_the_models_own_forward(backbone):
     """The logits behind given tokens, rows leaving on the way; an untrained model's own texts tell little."""
     core, nodes = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS]
-    if backbone.family in families.WINDOWS:
-        assert min(len(node.ids) for node in nodes) > families.WINDOWS[backbone.family]
+    if backbone.family in tiny_backbones.WINDOWS:
+        assert min(len(node.ids) for node in nodes) > tiny_backbones.WINDOWS[backbone.family]
     given = torch.randint(20, 250, (len(nodes), 6), generator=torch.Generator().manual_seed(0))
     steps, rows = generation.Steps(core, nodes, backbone.catalogue), list(range(len(nodes)))
     with torch.no_grad():
