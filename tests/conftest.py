@@ -1,7 +1,10 @@
-"""Shared by the tests: the repository on the path, offline, and tiny backbones of several families."""
+"""Shared by the tests: the repository on the path, offline, one thread a process, and folders that are made once for
+all of pytest's workers."""
 
+import fcntl
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +14,9 @@ from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every core has a worker of its own
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 MOVIELENS = ROOT.parent / "shared" / "data" / "movielens-small"
 
 
@@ -49,47 +53,106 @@ def draw_posters(folder, items=range(100, 158), seed=0):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{item}.jpg")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """A worker a core, up to eight: each loads the libraries, which takes longer than an eighth of the tests."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder of this name that all workers share. The first that asks has make(folder) fill it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+def left_alone(folder):
+    """Yields a folder that all workers read, and sees at the end that no test wrote into it."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    yield folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, f"a test wrote into {folder}"
+
+
+def words(*argv):
+    return [str(word) for word in argv]
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A small prepared and encoded data folder, made by the real script from a small MovieLens."""
+    """A small prepared and encoded data folder, made by the real script from a small MovieLens. All workers read it: a
+    test that writes takes a copy."""
     import prepare_data
 
-    folder = tmp_path_factory.mktemp("prepared")
-    movielens(folder / "raw", users=30)
-    draw_posters(folder / "raw" / "posters")
-    argv = ["--dataset", "movielens", "--source", folder / "raw", "--out", folder / "data", "--max-pixels", 3136]
-    prepare_data.main([str(word) for word in argv])
-    return folder / "data"
+    def make(folder):
+        movielens(folder / "raw", users=30)
+        draw_posters(folder / "raw" / "posters")
+        argv = ["--dataset", "movielens", "--source", folder / "raw", "--out", folder / "data", "--max-pixels", 3136]
+        prepare_data.main(words(*argv))
+
+    yield from left_alone(made_once(tmp_path_factory, "prepared", make) / "data")
+
+
+@pytest.fixture
+def data(prepared, tmp_path):
+    """A copy of the prepared data that the test may change."""
+    shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns(".lock"))
+    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")
 def sft_run(prepared, tmp_path_factory):
-    """A few steps of the real sft.py on it, all weights of the tiny backbone."""
+    """A few steps of the real sft.py on it, all weights of the tiny backbone. A copy of this worker's own: what scores
+    it, or trains on it, leaves files in it."""
     import sft
 
+    def make(folder):
+        argv = "--max-steps 6 --batch-size 8 --eval-limit 8 --warmup-steps 0".split()
+        sft.main(words("--data", prepared, "--out", folder / "sft", *argv))
+
     out = tmp_path_factory.mktemp("runs") / "sft"
-    sft.main(
-        [
-            "--data",
-            str(prepared),
-            "--out",
-            str(out),
-            *"--max-steps 6 --batch-size 8 --eval-limit 8 --warmup-steps 0".split(),
-        ]
-    )
+    shutil.copytree(made_once(tmp_path_factory, "sft_run", make) / "sft", out)
     return out
 
 
 @pytest.fixture(scope="session")
 def taught(prepared, tmp_path_factory):
-    """A run of teach.py that has learned to say of most items that they are a film."""
+    """A run of teach.py that has learned to say of most items that they are a film. All workers read it."""
     from mllm_srec import teach
 
-    folder = tmp_path_factory.mktemp("taught")
-    items = map(json.loads, (prepared / "items.jsonl").read_text().splitlines())
-    facts = {"kind": "film"}
-    texts = ({"item": line["item"], "text": "A film.", "facts": facts} for line in items)
-    (folder / "films.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
-    argv = ["--data", prepared, "--out", folder / "teach", "--descriptions", folder / "films.jsonl", "--share", 1]
-    teach.main([str(word) for word in [*argv, "--max-steps", 80, "--batch-size", 6]])
-    return folder / "teach"
+    def make(folder):
+        items = map(json.loads, (prepared / "items.jsonl").read_text().splitlines())
+        facts = {"kind": "film"}
+        texts = ({"item": line["item"], "text": "A film.", "facts": facts} for line in items)
+        (folder / "films.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+        argv = ["--data", prepared, "--out", folder / "teach", "--descriptions", folder / "films.jsonl", "--share", 1]
+        teach.main(words(*argv, "--max-steps", 80, "--batch-size", 6))
+
+    yield from left_alone(made_once(tmp_path_factory, "taught", make) / "teach")
+
+
+@pytest.fixture(scope="session")
+def dpo_run(sft_run, tmp_path_factory):
+    """A few steps of dpo_hano.py on the SFT run, exported too; this worker's own."""
+    from stages import dpo
+
+    out = tmp_path_factory.mktemp("runs") / "dpo_hano"
+    return dpo(sft_run, out, "--sigma", 0.05, "--export", out.parent / "export")
+
+
+@pytest.fixture(scope="session")
+def lora_run(prepared, tmp_path_factory):
+    """A step of sft.py with LoRA; this worker's own."""
+    import sft
+
+    out = tmp_path_factory.mktemp("lora") / "sft"
+    argv = "--tune lora --max-steps 1 --batch-size 2 --eval-limit 2".split()
+    sft.main(["--data", str(prepared), "--out", str(out), *argv])
+    return out

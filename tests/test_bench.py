@@ -30,6 +30,12 @@ RESULTS = ROOT / "bench" / "results.json"
 against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """A measurement takes all cores, for all tests after it too; the other cores have other tests here."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(measure, "BLOCKS", 1)

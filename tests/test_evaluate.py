@@ -1,174 +1,111 @@
-"""Metrics and intervals against brute-force loops; predictions and other systems' scores."""
+"""evaluate.py from end to end, small: its files, its table, other systems' scores, recommending, what it refuses."""
 
-import itertools
 import json
-import math
+import shutil
 
-import numpy as np
 import pytest
+from stages import dpo, lines, refused
 
 import evaluate
-from hanorec.ranking import exchange, metrics
+from hanorec.model import mllm
+from hanorec.ranking import exchange
+from hanorec.run import runs
 
 
-def random_scores(rows=40, candidates=5, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 4, (rows, candidates)).astype(float), rng.integers(candidates, size=rows)  # many ties
+def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
+    results = evaluate.main(["--run", str(dpo_run), "--compare", str(sft_run)])
+    table = capsys.readouterr().out
+    for name in ("popularity", "co-occurrence", "chance", f"{dpo_run} minus {sft_run}", "leave-one-out", "seed 42"):
+        assert name in table
+    rows = lines(dpo_run / "predictions.jsonl")
+    assert len(rows) == len(lines(sft_run / "predictions.jsonl")) > 5
+    for row in rows:
+        assert len(row["scores"]) == len(row["yes_scores"]) == len(row["candidates"]) == 10
+        assert row["target"] in row["candidates"] and max(row["scores"]) < 0
+    metrics = json.loads((dpo_run / "metrics.json").read_text())
+    assert metrics["values"] == pytest.approx(results[str(dpo_run)].values)
+    low, high = metrics["intervals"]["NDCG@3"]
+    assert low <= metrics["values"]["NDCG@3"] <= high
+    data = str(json.loads((sft_run / "config.json").read_text())["options"]["data"])
+    again = evaluate.main(["--data", data, "--scores", str(dpo_run / "predictions.jsonl")])
+    assert again[str(dpo_run / "predictions.jsonl")].values == pytest.approx(metrics["values"])
 
 
-def brute_force(scores, target):
-    """Each metric as its mean over every order of tied candidates, by enumeration."""
-    sums = dict.fromkeys(("HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR"), 0.0)
-    for row, column in zip(scores, target, strict=True):
-        orders = list(itertools.permutations(range(len(row))))
-        valid = [o for o in orders if all(row[a] >= row[b] for a, b in itertools.pairwise(o))]
-        for order in valid:
-            rank = order.index(column) + 1
-            for k in (1, 3, 5):
-                sums[f"HR@{k}"] += (rank <= k) / len(valid)
-            for k in (3, 5):
-                sums[f"NDCG@{k}"] += (rank <= k) / math.log2(rank + 1) / len(valid)
-            sums["MRR"] += 1 / rank / len(valid)
-    return {name: value / len(scores) for name, value in sums.items()}
-
-
-def brute_force_auc(scores, target, rows=None):
-    rows = range(len(scores)) if rows is None else rows
-    positive = [scores[r, target[r]] for r in rows]
-    negative = [scores[r, c] for r in rows for c in range(scores.shape[1]) if c != target[r]]
-    wins = [(p > n) + (p == n) / 2 for p in positive for n in negative]
-    return sum(wins) / len(wins)
-
-
-def test_ranking_metrics_equal_brute_force():
-    scores, target = random_scores()
-    found = {name: value.mean() for name, value in metrics.ranking_metrics(scores, target).items()}
-    assert found == pytest.approx(brute_force(scores, target))
-
-
-def test_long_lists_have_recall_too():
-    """Of one target Recall@K is HR@K; NDCG at 10 and 20 by the definition."""
-    scores = np.random.default_rng(0).permuted(np.tile(np.arange(30.0), (50, 1)), axis=1)
-    target = np.zeros(50, dtype=int)
-    rank = 1 + (scores > scores[:, :1]).sum(1)
-    found = metrics.ranking_metrics(scores, target)
-    for k in (5, 10, 20):
-        assert (found[f"Recall@{k}"] == (rank <= k)).all()
-        assert found[f"NDCG@{k}"] == pytest.approx([1 / math.log2(1 + r) if r <= k else 0 for r in rank])
-    result = {"it": metrics.measure(scores, scores, target, resamples=10)}
-    assert len(metrics.tables(result).split("\n\n")) == 2 and " - " not in metrics.tables(result)
-    assert not set(metrics.LONG) & set(metrics.measure(scores[:, :20], None, target, resamples=10).values)
-
-
-def test_auc_and_gauc_equal_brute_force():
-    scores, target = random_scores()
-    assert metrics.pooled_auc(scores, target)[0] == pytest.approx(brute_force_auc(scores, target))
-    per_row = [brute_force_auc(scores, target, [row]) for row in range(len(scores))]
-    assert metrics.group_auc(scores, target) == pytest.approx(per_row)
-
-
-def test_weighted_auc_is_the_auc_of_the_resample():
-    scores, target = random_scores()
-    rng = np.random.default_rng(1)
-    for _ in range(5):
-        rows = rng.integers(len(scores), size=len(scores))
-        weight = np.bincount(rows, minlength=len(scores)).astype(float)
-        expected = brute_force_auc(scores, target, rows)
-        assert metrics.pooled_auc(scores, target, weight[None])[0] == pytest.approx(expected)
-
-
-def test_chance_is_exact():
-    result = metrics.measure(np.zeros((7, 10)), np.zeros((7, 10)), np.arange(7))
-    expected = {
-        "AUC": 0.5,
-        "GAUC": 0.5,
-        "HR@1": 0.1,
-        "HR@3": 0.3,
-        "HR@5": 0.5,
-        "MRR": sum(1 / k for k in range(1, 11)) / 10,
+def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
+    """The exported scores read back give the run's own metrics; and RecBole's files hold the same rows."""
+    folder = tmp_path / "small"
+    mine = evaluate.main(["--run", str(sft_run), "--export-recbole", str(folder)])[str(sft_run)]
+    path = folder / "small.candidates.inter"
+    theirs = evaluate.main(["--data", str(prepared), "--scores", str(path)])[str(path)]
+    assert {n: theirs.values[n] for n in ("HR@1", "NDCG@3", "MRR")} == {
+        n: mine.values[n] for n in ("HR@1", "NDCG@3", "MRR")
     }
-    expected |= {f"NDCG@{k}": sum(1 / math.log2(r + 1) for r in range(1, k + 1)) / 10 for k in (3, 5)}
-    assert result.values == pytest.approx(expected)
+    test = [line.split("\t") for line in (folder / "small.test.inter").read_text().splitlines()]
+    rows = lines(prepared / "test.jsonl")
+    assert test[0] == ["user_id:token", "item_id_list:token_seq", "item_id:token"]
+    assert test[1:] == [[row["user"], " ".join(row["history"]), row["target"]] for row in rows]
+    assert {p.name for p in folder.iterdir()} == {
+        f"small.{n}.inter" for n in ("train", "valid", "test", "candidates")
+    } | {"small.item"}
+    spaced = type("Catalogue", (), {"ids": ["a b"], "titles": ["A"]})
+    with pytest.raises(runs.UserError, match="the id 'a b' holds one"):
+        exchange.write_recbole(folder, spaced, {"test": []}, None)
+    path.write_text(path.read_text().replace("1.0\t", "1.0\toops", 1))
+    assert "small.candidates.inter, line" in refused(capsys, evaluate.main, "--data", prepared, "--scores", path)
 
 
-def test_bootstrap_interval_has_the_textbook_width():
-    rng = np.random.default_rng(0)
-    scores, target = rng.random((1000, 10)), rng.integers(10, size=1000)
-    result = metrics.measure(scores, scores, target)
-    value = result.values["HR@1"]
-    low, high = result.interval("HR@1")
-    assert low < value < high
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(value * (1 - value) / 1000), rel=0.1)
+def test_evaluate_recommends_by_name(sft_run, capsys):
+    data = evaluate.Data(json.loads((sft_run / "config.json").read_text())["options"]["data"], None)
+    row = data.rows("test")[2]
+    evaluate.main(["--run", str(sft_run), "--user", row.user, "--top-k", "3"])
+    out = capsys.readouterr().out
+    assert all(data.catalogue.titles[item] in out for item in row.history)
+    assert sum(f" {place}. " in out for place in range(1, 11)) == 3
+    among = [data.catalogue.ids[item] for item in range(4)]
+    evaluate.main(["--run", str(sft_run), "--user", row.user, "--from", ",".join(among)])
+    out = capsys.readouterr().out
+    assert all(f"({item})" in out for item in among) and "top 4" in out
 
 
-def test_paired_difference_is_narrower_than_unpaired():
-    rng = np.random.default_rng(0)
-    scores, target = rng.random((500, 10)), rng.integers(10, size=500)
-    one = metrics.measure(scores, None, target)
-    other = metrics.measure(scores + 0.01 * rng.random((500, 10)), None, target)
-    width = np.diff(one.minus(other).interval("NDCG@3"))
-    assert width < 0.3 * np.diff(one.interval("NDCG@3"))
-    assert one.minus(one).interval("MRR") == [0, 0]
+def test_a_dpo_run_is_refused_once_its_sft_run_has_other_weights(sft_run, tmp_path, capsys):
+    shutil.copytree(sft_run, tmp_path / "sft")
+    dpo(tmp_path / "sft", tmp_path / "dpo")
+    weights = tmp_path / "sft" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    assert "trained on other weights" in refused(capsys, evaluate.main, "--run", tmp_path / "dpo")
 
 
-IDS = ["a", "b", "c"]
+def test_blank_images_at_evaluation_change_the_scores(sft_run):
+    evaluate.main(["--run", str(sft_run)])
+    before = (sft_run / "predictions.jsonl").read_text()
+    evaluate.main(["--run", str(sft_run), "--blank-images"])
+    assert (sft_run / "predictions.jsonl").read_text() == before != (sft_run / "blank_predictions.jsonl").read_text()
 
 
-class Row:
-    user, target, candidates = "u1", 1, [2, 1]
+def test_a_run_of_other_titles_is_refused(sft_run, monkeypatch, capsys):
+    """The tiny backbone's tokenizer is made of the titles."""
+    load = mllm.load_tokenizer
+
+    def other(name, *further):
+        tokenizer = load(name, *further)
+        if name == sft_run / "model":
+            tokenizer.add_tokens(["of other titles"])
+        return tokenizer
+
+    monkeypatch.setattr(mllm, "load_tokenizer", other)
+    assert "has another tokenizer than" in refused(capsys, evaluate.main, "--run", sft_run)
 
 
-def write(path, **changes):
-    line = {"user": "u1", "target": "b", "candidates": ["b", "c"], "scores": [0.5, 0.25], **changes}
-    path.write_text(json.dumps(line) + "\n")
-
-
-def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    write(path)
-    scores, yes = exchange.read_scores(path, IDS, [Row])
-    assert scores.tolist() == [[0.25, 0.5]] and yes is None
-    write(path, yes_scores=[3, 4])
-    assert exchange.read_scores(path, IDS, [Row])[1].tolist() == [[4, 3]]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"user": "u2"}, "no row of this data: user u1"),
-        ({"candidates": ["b", "a"]}, "not the candidates"),
-        ({"scores": [1.0]}, "one finite number"),
-        ({"scores": [1.0, float("nan")]}, "one finite number"),
-    ],
-)
-def test_wrong_scores_are_refused(tmp_path, changes, message):
-    path = tmp_path / "scores.jsonl"
-    write(path, **changes)
-    with pytest.raises(exchange.UserError, match=message):
-        exchange.read_scores(path, IDS, [Row])
-
-
-def test_popularity_and_cooccurrence_equal_brute_force():
-    rng = np.random.default_rng(0)
-    sequences = [rng.permutation(12)[: rng.integers(2, 8)].tolist() for _ in range(30)]
-
-    class Data:
-        class catalogue:
-            ids = list(range(12))
-
-        @staticmethod
-        def sequences():
-            return dict(enumerate(sequences))
-
-    class Sample:
-        def __init__(self):
-            items = rng.permutation(12).tolist()
-            self.history, self.candidates = items[:3], items[3:8]
-
-    rows = [Sample() for _ in range(9)]
-    popularity = [[sum(c in s for s in sequences) for c in row.candidates] for row in rows]
-    assert evaluate.popularity_scores(Data, rows).tolist() == popularity
-    together = [
-        [sum(c in s and i in s for s in sequences for i in row.history) for c in row.candidates] for row in rows
-    ]
-    assert evaluate.cooccurrence_scores(Data, rows).tolist() == together
+def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, monkeypatch):
+    error = refused(capsys, evaluate.main, "--run", sft_run, "--data", tmp_path)
+    assert "one data folder at a time" in error
+    assert "give a run folder" in refused(capsys, evaluate.main, "--run", tmp_path)
+    assert str(sft_run) in refused(capsys, evaluate.main, "--run", sft_run.parent)
+    assert "user nobody has no row in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
+    error = refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--from", "nothing")
+    assert "nothing is not in" in error or "has no row in" in error
+    assert "needs --data" in refused(capsys, evaluate.main, "--scores", tmp_path / "x.jsonl")
+    error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "x.jsonl")
+    assert "x.jsonl does not exist" in error
+    monkeypatch.chdir(tmp_path)
+    assert "run sft.py first" in refused(capsys, evaluate.main)

@@ -2,23 +2,22 @@
 
 import json
 import os
+import shutil
 import time
 from collections import defaultdict
 
 import numpy as np
 import pytest
-from conftest import MOVIELENS, movielens
+from conftest import MOVIELENS, draw_posters, movielens
+from stages import lines, refused
 
+import evaluate
 import prepare_data
 
 
 def prepare(monkeypatch, source, out, options=""):
     monkeypatch.setattr(prepare_data, "encode", lambda options: None)  # the files between stages alone
     prepare_data.main(["--dataset", "movielens", "--source", str(source), "--out", str(out), *options.split()])
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def in_order(rows, min_rating=0.0):
@@ -137,7 +136,6 @@ def test_ties_and_images_are_counted(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not MOVIELENS.exists(), reason=f"real data is absent: {MOVIELENS}")
 def test_real_movielens(tmp_path, monkeypatch):
-    import evaluate
 
     monkeypatch.setattr(evaluate.Data, "__init__", lambda self, folder: None)
     prepare(monkeypatch, MOVIELENS, tmp_path)
@@ -187,3 +185,73 @@ def test_official_protocol(tmp_path, monkeypatch):
     for row in lines(out / "train.jsonl"):
         at = sequences[row["user"]].index(row["target"])
         assert row["history"] == sequences[row["user"]][at - 5 : at - 2]
+
+
+def raw(folder, **files):
+    movielens(folder)
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n"}, "holds no interactions"),
+        ({"ratings_csv": ""}, "ratings.csv is empty"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,five,9\n"}, "line 2: expected user, item, time, rating"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5\n"}, "line 2: expected user, item, time, rating"),
+        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5,9\n"}, "no user has 6 interactions; lower --min-"),
+        (
+            {"movies_csv": "movieId,title,genres\n100,Alone,Drama\n"},
+            "items have interactions but no title, the first is",
+        ),
+        ({"movies_csv": "movieId\n100\n"}, "line 1: expected movieId,title,genres, got movieId"),
+    ],
+)
+def test_bad_raw_files(tmp_path, capsys, files, message):
+    folder = raw(tmp_path / "raw", **files)
+    error = refused(capsys, prepare_data.main, "--dataset", "movielens", "--source", folder, "--out", tmp_path / "data")
+    assert message in error and error.startswith("prepare_data.py: error: ")
+    assert [p for p in (tmp_path / "data").glob("*") if p.name != ".lock"] == []
+
+
+def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
+    run = prepare_data.main
+    assert "needs --source" in refused(capsys, run, "--dataset", "movielens", "--out", tmp_path / "data")
+    error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "no", "--out", tmp_path / "data")
+    assert "is not a folder" in error
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    assert "holds other files" in refused(capsys, run, "--out", tmp_path / "thesis")
+    assert "--source does not go with --dataset demo" in refused(capsys, run, "--source", tmp_path)
+    (tmp_path / "empty").mkdir()
+    error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "empty", "--out", tmp_path / "data")
+    assert "holds no ratings.dat or ratings.csv" in error
+    folder = raw(tmp_path / "raw")
+    common = ["--dataset", "movielens", "--source", folder, "--out", tmp_path / "data"]
+    assert "touched all but" in refused(capsys, run, *common, "--negatives", 58)
+    assert "cannot be loaded" in refused(capsys, run, *common, "--model", "nobody/no-such-model")
+    (folder / "posters").mkdir()
+    (folder / "posters" / "100.jpg").write_text("this is no picture")
+    error = refused(capsys, run, *common)
+    assert "100.jpg cannot be read" in error and not (tmp_path / "data" / "encoded").exists()
+
+
+def test_a_full_disk_is_foreseen(tmp_path, capsys, monkeypatch):
+    folder = raw(tmp_path / "raw")
+    draw_posters(folder / "posters")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+    error = refused(
+        capsys, prepare_data.main, "--dataset", "movielens", "--source", folder, "--out", tmp_path / "data",
+        "--max-pixels", 3136,
+    )  # fmt: skip
+    assert "50,000 bytes free; --max-pixels" in error and not (tmp_path / "data" / "encoded").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../..", "a/../../b"])
+def test_a_backbones_name_leads_nowhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = prepare_data.parse(["--out", "data", "--model", name]).encoded
+    assert folder.resolve().parent == (tmp_path / "data" / "encoded").resolve()

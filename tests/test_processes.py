@@ -11,8 +11,10 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
+from forked import launch
+from forked import start as start_forked
 from safetensors.torch import load_file
-from test_scripts import launch, lines
+from stages import lines
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 WORLDS = ("2", "4", "2_sharded")
@@ -20,11 +22,12 @@ WORLDS = ("2", "4", "2_sharded")
 
 @pytest.fixture(scope="module")
 def trained(prepared, sft_run, tmp_path_factory):
-    """The folder where tests/several_processes.py has trained."""
+    """The folder where tests/helpers/several_processes.py has trained."""
     out = tmp_path_factory.mktemp("several") / "out"
-    command = [sys.executable, ROOT / "tests" / "several_processes.py", prepared, sft_run, out]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    log = out.with_name("log")
+    process = start_forked(ROOT / "tests" / "helpers" / "several_processes.py", prepared, sft_run, out, log=log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
     return out
 
 
@@ -68,8 +71,9 @@ def test_several_processes_evaluate_row_by_row_as_one_does(trained, world):
 
 
 def test_noise_and_checkpoints_of_sharded_weights(tmp_path):
-    launch(2, ROOT / "tests" / "sharded.py", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "checkpoints"]
+    (tmp_path / "out").mkdir()
+    launch(2, ROOT / "tests" / "helpers" / "sharded.py", tmp_path / "out", folder=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1", "checkpoints"]
 
 
 def test_configurations_are_what_accelerate_reads(prepared, tmp_path):
@@ -145,3 +149,17 @@ def test_one_launched_process_is_told_to_stop(prepared, tmp_path):
         os.killpg(process.pid, signal.SIGTERM)
         assert ends(process, workers) != 0
     assert "is saved. To continue: " in (tmp_path / "log").read_text()
+
+
+def test_gradients_are_averaged_over_processes(tmp_path, prepared):
+    (tmp_path / "out").mkdir()
+    launch(2, ROOT / "tests" / "helpers" / "average_gradients.py", prepared, tmp_path / "out", folder=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1"]
+
+
+def test_a_launch_with_fewer_processes_than_asked_is_refused(prepared, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    command += ["sft.py", "--data", prepared, "--out", tmp_path / "sft"]
+    result = subprocess.run([str(w) for w in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "asked for 2 processes but started 1" in result.stderr
+    assert not (tmp_path / "sft" / "config.json").exists()

@@ -2,15 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import ROOT
+from forked import kill, start, wait_for
 from soak import left
-from test_scripts import refused, training
+from stages import refused, training
 
 import dpo_hano
 import prepare_data
@@ -18,25 +16,6 @@ import sft
 from hanorec.run import runs
 
 STEPS = "--batch-size 4 --grad-accum 2 --eval-limit 4 --save-every 3 --lr 1e-3".split()
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def start(out, *words, **more):
-    """A script in a process of its own; its output goes to <out>.log."""
-    with open(f"{out}.log", "w") as log:
-        command = [sys.executable, *map(str, words), "--out", str(out)]
-        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, **more)
-
-
-def wait_for(condition, process):
-    while not condition():
-        assert process.poll() is None, process.args
-        time.sleep(0.0005)
-
-
-def kill(process):
-    process.kill()
-    process.wait()
 
 
 def logged(out):
@@ -47,10 +26,10 @@ def test_sft_killed_in_mid_epoch_and_in_a_checkpoint_ends_as_if_it_had_not_been(
     argv = ["--data", prepared, *STEPS, *"--max-steps 20 --warmup-steps 5 --warmup-items 8 --dropout 0.1".split()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     sft.main([str(word) for word in [*argv, "--out", whole]])
-    process = start(cut, "sft.py", *argv)
+    process = start("sft.py", *argv, "--out", cut, log=f"{cut}.log")
     wait_for(lambda: (cut / "checkpoints" / "step-6").exists(), process)
     kill(process)
-    process = start(cut, "sft.py", *argv)
+    process = start("sft.py", *argv, "--out", cut, log=f"{cut}.log")
     wait_for(lambda: any("step-12" in name or "step-15" in name for name in os.listdir(cut / "checkpoints")), process)
     kill(process)  # while .step-12.<process>.new.partial is written
     assert not (cut / "result.json").exists()
@@ -65,7 +44,7 @@ def test_dpo_killed_and_its_moving_average(sft_run, tmp_path):
     argv = ["--sft", sft_run, *STEPS, *"--max-steps 15 --responsiveness ema".split()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     dpo_hano.main([str(word) for word in [*argv, "--out", whole]])
-    process = start(cut, "dpo_hano.py", *argv)
+    process = start("dpo_hano.py", *argv, "--out", cut, log=f"{cut}.log")
     wait_for(lambda: logged(cut) >= 7, process)
     kill(process)
     dpo_hano.main([str(word) for word in [*argv, "--out", cut]])
@@ -74,9 +53,9 @@ def test_dpo_killed_and_its_moving_average(sft_run, tmp_path):
 
 
 def test_a_data_folder_that_was_not_finished_is_not_taken_and_is_made_again(prepared, capsys):
-    out = prepared.parent / "again"
+    out = prepared.parent / "again"  # beside the raw files, as the other is: the paths in both are the same
     argv = ["--dataset", "movielens", "--source", prepared.parent / "raw", "--max-pixels", 3136]
-    process = start(out, "prepare_data.py", *argv)
+    process = start("prepare_data.py", *argv, "--out", out, log=f"{out}.log")
     wait_for(lambda: (out / "encoded").exists() and os.listdir(out / "encoded"), process)
     kill(process)  # while encoded/.tiny.<process>.new.partial is written
     assert (out / "manifest.json").exists() and not (out / "encoded" / "tiny").exists()
@@ -124,7 +103,7 @@ def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys)
         assert f"{option} (was " in error and f"now {value})" in error and "choose another --out, or delete" in error
     other = ["--data", json.loads((sft_run / "config.json").read_text())["options"]["data"]]
     manifest = tmp_path / "data" / "manifest.json"
-    subprocess.run(["cp", "-r", other[1], tmp_path / "data"], check=True)
+    shutil.copytree(other[1], tmp_path / "data")
     runs.write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
     assert "--data (another than before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
     assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")

@@ -352,7 +352,7 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
             f"the launcher was asked for {asked} processes but started {accelerator.num_processes}; several CPU "
             f"processes are accelerate launch --multi_gpu --num_processes {asked} ..."
         )
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and not threads_are_chosen():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)  # the launcher sets one thread where it is not told
     return accelerator
@@ -365,6 +365,14 @@ def launcher() -> list[str]:
     except OSError:
         return []
     return words if "launch" in words else []
+
+
+def threads_are_chosen() -> bool:
+    """Whether the user set OMP_NUM_THREADS. A launcher sets it too: then its own environment tells."""
+    if not launcher():
+        return "OMP_NUM_THREADS" in os.environ
+    environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment)
 
 
 def launched_processes() -> int:

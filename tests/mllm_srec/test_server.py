@@ -2,10 +2,8 @@
 
 import http.server
 import json
-import os
+import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -13,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from forked import kill
+from forked import start as start_forked
 from transformers.utils import import_utils
 
 import evaluate
@@ -31,17 +31,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(model, pixels: int, port: int) -> subprocess.Popen:
-    """`transformers serve`, once it answers."""
-    command = [sys.executable, str(ROOT / "tests" / "serve.py"), str(model), str(port), str(pixels)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(model, pixels: int, port: int):
+    """The process of `transformers serve`, once it answers."""
+    process = start_forked(ROOT / "tests" / "helpers" / "serve.py", model, port, pixels, log="/dev/null")
     for _ in range(300):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
             return process
         except OSError:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.2)
     raise TimeoutError
 
@@ -49,8 +47,9 @@ def start(model, pixels: int, port: int) -> subprocess.Popen:
 @pytest.mark.skipif(
     not getattr(import_utils, "is_serve_available", lambda: False)(), reason="transformers serve is not installed here"
 )
-def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, taught, monkeypatch, capsys):
-    data, model = prepared, str(taught / "model")
+def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, data, taught, monkeypatch, capsys):
+    shutil.copytree(prepared.parent / "raw", data.parent / "raw")  # the posters
+    model = str(taught / "model")
     common = ["--data", str(data), "--max-tokens", "48", "--batch-size", "16"]
     summarize.main([*common, "--name", "local", "--run", str(taught)])
     local = data / "summaries" / "local"
@@ -63,8 +62,7 @@ def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, taugh
         add(record, found)
         batches.append(len(found))
         if len(batches) == 2:
-            process.kill()
-            process.wait()
+            kill(process)
 
     monkeypatch.setattr(records.Record, "add", add_then_die)
     argv = [*common, "--name", "served", "--server", f"http://127.0.0.1:{port}/v1", "--server-model", model]
@@ -76,8 +74,7 @@ def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, taugh
     try:
         summarize.main(argv)
     finally:
-        process.kill()
-        process.wait()
+        kill(process)
     assert batches[:2] == [16, 16] and sum(batches) == sum(len(lines(local / name)) for name in NAMES)  # none twice
     for name in NAMES:
         assert lines(served / name) == lines(local / name)

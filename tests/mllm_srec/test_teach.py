@@ -4,8 +4,9 @@ import json
 
 import describe
 import pytest
+from forked import launch
 from PIL import Image
-from test_scripts import launch, lines, refused, training
+from stages import lines, refused, training
 
 import evaluate
 import sft
@@ -62,21 +63,21 @@ def test_lessons_are_summarizes_own_prompts(prepared, taught):
     assert [lessons.sample(3 * row, 1)[1] for row in range(10)] == items
 
 
-def test_the_taught_backbone_writes_and_is_trained_further(prepared, taught, tmp_path):
+def test_the_taught_backbone_writes_and_is_trained_further(data, taught, tmp_path):
     log = training(taught / "metrics.jsonl")
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    common = ["--data", str(prepared), "--run", str(taught), "--max-tokens", "48"]
+    common = ["--data", str(data), "--run", str(taught), "--max-tokens", "48"]
     summarize.main([*common, "--name", "one", "--batch-size", "7"])
-    launch(2, "-m", "mllm_srec.summarize", *common, "--name", "two")
+    launch(2, "-m", "mllm_srec.summarize", *common, "--name", "two", folder=tmp_path)
     for name in ("items.jsonl", "preferences.jsonl"):  # two processes, other batches: the same texts
-        found = lines(prepared / "summaries" / "one" / name)
-        assert found == lines(prepared / "summaries" / "two" / name) and found
+        found = lines(data / "summaries" / "one" / name)
+        assert found == lines(data / "summaries" / "two" / name) and found
     argv = "--prompt cot --summaries one --max-steps 1 --warmup-steps 0 --batch-size 4 --eval-limit 4".split()
     argv += ["--lr", "1e-9"]
-    sft.main(["--data", str(prepared), "--start", str(taught), "--out", str(tmp_path / "sft"), *argv])
-    lora = ["--data", str(prepared), "--tune", "lora", "--out", str(tmp_path / "lora"), "--batch-size", "4"]
+    sft.main(["--data", str(data), "--start", str(taught), "--out", str(tmp_path / "sft"), *argv])
+    lora = ["--data", str(data), "--tune", "lora", "--out", str(tmp_path / "lora"), "--batch-size", "4"]
     sft.main([*lora, "--max-steps", "1", "--eval-limit", "4"])
-    full = ["--data", str(prepared), "--start", str(tmp_path / "lora"), "--out", str(tmp_path / "full")]
+    full = ["--data", str(data), "--start", str(tmp_path / "lora"), "--out", str(tmp_path / "full")]
     sft.main([*full, *argv[4:]])  # the adapter merged into what is trained
     assert mllm.load_model(tmp_path / "full" / "model")
     one, other = (mllm.load_model(run / "model").state_dict() for run in (taught, tmp_path / "sft"))
@@ -89,3 +90,11 @@ def test_showing_writes_nothing(prepared, taught, capsys):
     out = capsys.readouterr().out
     assert "chain of thought" in out and "is not finished" not in out and ">>> 1. The user: ..." in out
     assert sorted(path.name for path in prepared.rglob("*")) == before
+
+
+def test_paragraphs_are_taught_by_a_rule():
+    items = [{"text": "A.", "facts": {"genre": g, "colour": c, "shape": "x"}} for g, c in ("ab", "cd", "ef", "gh")]
+    first = teach.retell(items[:2], None)
+    assert first == "Lately a b, c d." and teach.retell(items[2:], first) == "Lately e f, g h; before a b, c d."
+    assert teach.retell(items[:1], teach.retell(items[2:], first)) == "Lately a b; before e f, g h."
+    assert teach.profile("Lately Horror red, Comedy red; before Comedy blue.") == "Likes red and Comedy."

@@ -1,12 +1,13 @@
+# ruff: noqa: F401, F811 (the fixture `backbone` is imported)
 """Greedy generation on stored image tokens against the model's own `generate` on pixels, on every family."""
 
 import copy
 
-import families
 import pytest
+import tiny_backbones
 import torch
 import torch.nn.functional as F
-from test_mllm import backbone  # noqa: F401
+from tiny_backbones import backbone
 from transformers import GenerationConfig
 
 from hanorec.model import backbones, mllm
@@ -16,7 +17,7 @@ from mllm_srec import writers
 ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
 
 
-def prompt_of(backbone, items) -> prompt_trees.Node:  # noqa: F811
+def prompt_of(backbone, items) -> prompt_trees.Node:
     prompts = backbone.prompts
     node = prompt_trees.Node(None, [*prompts.before, *prompts.text("Describe these, and say what is alike in them:\n")])
     for item in items:
@@ -25,13 +26,13 @@ def prompt_of(backbone, items) -> prompt_trees.Node:  # noqa: F811
     return node
 
 
-def own_inputs(backbone, node, ids) -> dict:  # noqa: F811
+def own_inputs(backbone, node, ids) -> dict:
     """What the model's own forward takes for a prompt and what was added to it, pixels and all."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     kinds = (ids == backbone.packed.core.config.image_token_id).int()
     if node.images:
         images = [backbone.images[row] for row in node.images]
-        inputs |= families.processor_inputs(backbone.family, backbone.processor, images)
+        inputs |= tiny_backbones.processor_inputs(backbone.family, backbone.processor, images)
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = kinds
     if backbone.family == "gemma3":
@@ -40,7 +41,7 @@ def own_inputs(backbone, node, ids) -> dict:  # noqa: F811
 
 
 @pytest.fixture
-def write(backbone, monkeypatch):  # noqa: F811
+def write(backbone, monkeypatch):
     """Makes a Local that stops at given tokens. Its model comes with settings that would change every text."""
     core = backbone.packed.core
     settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "max_length": 3, "eos_token_id": 7}
@@ -55,7 +56,7 @@ def write(backbone, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
-def test_the_template_and_the_model_say_what_ends_a_text(backbone, write):  # noqa: F811
+def test_the_template_and_the_model_say_what_ends_a_text(backbone, write):
     core, turn = backbone.packed.core, backbone.prompts.end_of_turn
     for own, expected in ((7, [7]), ([9, 7], [7, 9]), (None, [])):
         core.generation_config.eos_token_id = own
@@ -63,7 +64,7 @@ def test_the_template_and_the_model_say_what_ends_a_text(backbone, write):  # no
         assert core.generation_config.eos_token_id == sorted([*expected, turn])
 
 
-def test_a_batch_equals_the_models_own_generation(backbone, write):  # noqa: F811
+def test_a_batch_equals_the_models_own_generation(backbone, write):
     """Also where texts end at different times."""
     core, nodes, expected = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS], []
     for node in nodes:
@@ -79,7 +80,7 @@ def test_a_batch_equals_the_models_own_generation(backbone, write):  # noqa: F81
         assert (text, ended) == (whole[:at], at < 12)
 
 
-def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):  # noqa: F811
+def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):
     """It would move into the next one's place."""
     node, catalogue = prompt_of(backbone, [0, 4]), backbone.catalogue
     first, last = (catalogue.image_length(item) for item in node.images)
@@ -92,11 +93,11 @@ def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch)
         write(12).inputs([node])
 
 
-def test_every_step_equals_the_models_own_forward(backbone, write):  # noqa: F811
+def test_every_step_equals_the_models_own_forward(backbone, write):
     """The logits behind given tokens, rows ending on the way; an untrained model's own texts tell little."""
     core, nodes = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS]
-    if backbone.family in families.WINDOWS:
-        assert min(len(node.ids) for node in nodes) > families.WINDOWS[backbone.family]
+    if backbone.family in tiny_backbones.WINDOWS:
+        assert min(len(node.ids) for node in nodes) > tiny_backbones.WINDOWS[backbone.family]
     given = torch.randint(20, 250, (len(nodes), 6), generator=torch.Generator().manual_seed(0))
     forced, stop, longest = F.pad(given, (0, 1)), 10, max(len(node.ids) for node in nodes)
     forced[[1, 4], 2] = stop
@@ -119,7 +120,7 @@ def test_every_step_equals_the_models_own_forward(backbone, write):  # noqa: F81
     assert len(steps) == 7 and given.unique().numel() > 20
 
 
-def test_live_pictures_give_the_texts_of_the_stored_ones(backbone, write):  # noqa: F811
+def test_live_pictures_give_the_texts_of_the_stored_ones(backbone, write):
     nodes = [prompt_of(backbone, items) for items in ITEMS]
     stored, live = write(12), write(12)
     live.catalogue = copy.copy(backbone.catalogue)

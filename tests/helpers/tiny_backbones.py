@@ -3,12 +3,15 @@
 import importlib
 from types import SimpleNamespace
 
+import pytest
 import torch
 import transformers
+from PIL import Image
 
 from hanorec.data import demo
-from hanorec.model import mllm
+from hanorec.model import mllm, packing
 
+TITLES = ["Toy Story", "Toy Story 2", "Heat", "<|im_end|> <|image_pad|> <image>", "Amélie 😀", "Up"]
 CHATML_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TOKENS = {  # the image token, what the chat template writes for an image, further tokens of the family
     "gemma3": ("<image_soft_token>", "<start_of_image>", ["<end_of_image>"]),
@@ -184,3 +187,40 @@ def build_backbone(family: str, folder, titles) -> None:
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
     build_image_processor(family).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def backbone(request, tmp_path_factory):
+    """family, folder, packed model, prompts, catalogue, image processor and PIL images, of several sizes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build_backbone(request.param, folder, TITLES)
+    model = mllm.load_model(folder)
+    try:
+        processor = mllm.load_image_processor(folder, 13000)
+    except mllm.BackboneError as error:
+        if request.param not in ("idefics3", "smolvlm") or "None of these classes could be imported" not in str(error):
+            raise
+        pytest.skip(
+            f"transformers {transformers.__version__} hides this processor where torchvision is missing: {error}"
+        )
+    sizes = [(60, 90), (112, 56), (84, 84), None, (28, 140), (100, 75)]
+    generator = torch.Generator().manual_seed(1)
+    paths = []
+    for number, size in enumerate(sizes):
+        paths.append(folder / f"{number}.png" if size else None)
+        if size:
+            pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(paths[-1])
+    encoded = folder / "encoded"
+    encoded.mkdir()
+    mllm.encode_items(model, mllm.load_tokenizer(folder), processor, TITLES, paths, encoded)
+    catalogue = mllm.Catalogue([{"item": str(i), "title": t, "image": None} for i, t in enumerate(TITLES)], encoded)
+    return SimpleNamespace(
+        family=request.param,
+        folder=folder,
+        packed=packing.PackedMLLM(model),
+        prompts=packing.load_prompts(folder, catalogue, candidate_images=True),
+        catalogue=catalogue,
+        processor=processor,
+        images=[mllm.open_image(path) if path else None for path in paths],
+    )

@@ -1,6 +1,8 @@
-"""`transformers serve` for a tiny backbone, on a port of this machine: python tests/serve.py FOLDER PORT PIXELS.
+"""`transformers serve` for a tiny backbone, on a port of this machine:
 
-The one stand-in is for the processor's video part, which needs torchvision (see families.build_processor).
+    python tests/helpers/serve.py FOLDER PORT PIXELS
+
+The one stand-in is for the processor's video part, which needs torchvision (see tiny_backbones.build_processor).
 """
 
 import sys

@@ -1,56 +1,17 @@
+# ruff: noqa: F401, F811 (the fixture `backbone` is imported)
 """The packed forward, and the plain one, against the model's own forward, on every family of backbones."""
 
 import copy
 from types import SimpleNamespace
 
-import families
 import pytest
+import tiny_backbones
 import torch
-import transformers
-from PIL import Image
+from tiny_backbones import TITLES, backbone
 
 from hanorec.model import attention, backbones, mllm, packing
 from hanorec.model import prompts as prompt_trees
 from hanorec_loss import noisy_lora
-
-TITLES = ["Toy Story", "Toy Story 2", "Heat", "<|im_end|> <|image_pad|> <image>", "Amélie 😀", "Up"]
-
-
-@pytest.fixture(scope="module", params=families.FAMILIES)
-def backbone(request, tmp_path_factory):
-    """family, folder, packed model, prompts, catalogue, image processor and PIL images, of several sizes."""
-    folder = tmp_path_factory.mktemp(request.param)
-    families.build_backbone(request.param, folder, TITLES)
-    model = mllm.load_model(folder)
-    try:
-        processor = mllm.load_image_processor(folder, 13000)
-    except mllm.BackboneError as error:
-        if request.param not in ("idefics3", "smolvlm") or "None of these classes could be imported" not in str(error):
-            raise
-        pytest.skip(
-            f"transformers {transformers.__version__} hides this processor where torchvision is missing: {error}"
-        )
-    sizes = [(60, 90), (112, 56), (84, 84), None, (28, 140), (100, 75)]
-    generator = torch.Generator().manual_seed(1)
-    paths = []
-    for number, size in enumerate(sizes):
-        paths.append(folder / f"{number}.png" if size else None)
-        if size:
-            pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(paths[-1])
-    encoded = folder / "encoded"
-    encoded.mkdir()
-    mllm.encode_items(model, mllm.load_tokenizer(folder), processor, TITLES, paths, encoded)
-    catalogue = mllm.Catalogue([{"item": str(i), "title": t, "image": None} for i, t in enumerate(TITLES)], encoded)
-    return SimpleNamespace(
-        family=request.param,
-        folder=folder,
-        packed=packing.PackedMLLM(model),
-        prompts=packing.load_prompts(folder, catalogue, candidate_images=True),
-        catalogue=catalogue,
-        processor=processor,
-        images=[mllm.open_image(path) if path else None for path in paths],
-    )
 
 
 def path_to(tree: list[prompt_trees.Node], node: prompt_trees.Node) -> list[prompt_trees.Node]:
@@ -70,7 +31,7 @@ def plain_logps(backbone, tree: list[prompt_trees.Node]) -> list[torch.Tensor]:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds = (ids == core.config.image_token_id).int()
         if images:
-            inputs |= families.processor_inputs(backbone.family, backbone.processor, images)
+            inputs |= tiny_backbones.processor_inputs(backbone.family, backbone.processor, images)
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = kinds
         if backbone.family == "gemma3":
@@ -98,8 +59,8 @@ def test_packed_and_plain_equal_separate_forwards(backbone, pack):
         expected = torch.stack([logp for tree in trees for logp in plain_logps(backbone, tree)])
     assert len(found) == 6 + 2 * 6 + 5 + 2 * 5 + 12
     assert expected.std() > 1  # the answers do differ
-    if backbone.family in families.WINDOWS:
-        assert max(map(prompt_trees.tree_length, trees)) > 2 * families.WINDOWS[backbone.family]
+    if backbone.family in tiny_backbones.WINDOWS:
+        assert max(map(prompt_trees.tree_length, trees)) > 2 * tiny_backbones.WINDOWS[backbone.family]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -182,7 +143,7 @@ def test_two_batches_before_one_backward(backbone, reentrant):
 
 def test_prompts_are_what_the_processor_makes(backbone, monkeypatch):
     """The model's own processor over the same chat, two images in it, gives the same tokens."""
-    processor = families.build_processor(backbone.family, backbone.folder, backbone.processor, monkeypatch)
+    processor = tiny_backbones.build_processor(backbone.family, backbone.folder, backbone.processor, monkeypatch)
     images = [backbone.images[0], backbone.images[1]]
     content = [{"type": "text", "text": "Toy Story\n"}, {"type": "image"}, {"type": "text", "text": "Toy Story 2\n"}]
     content += [{"type": "image"}, {"type": "text", "text": "Heat\n"}]
@@ -213,7 +174,7 @@ def test_a_loaded_model_is_checked(backbone, monkeypatch):
         packing.check(packing.PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it")
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
     plain = ("positions", lambda core, ids, grids: torch.arange(len(ids))[None] // 2)
-    if backbone.family in families.WINDOWS and backbone.family != "gemma3":
+    if backbone.family in tiny_backbones.WINDOWS and backbone.family != "gemma3":
         pieces = attention.Forest.pieces
         monkeypatch.setattr(attention.Forest, "pieces", lambda forest, window: pieces(forest, None))
     else:

@@ -1,146 +1,18 @@
-"""MLLM-SRec's texts: what a row may know, what its steps come from, and that a crash or a bad reply leaves no trace."""
+"""summarize.py: a crash or a bad reply leaves no trace, and training and ranking on what it wrote."""
 
 import json
 import re
-import shutil
-from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from echo import Echo, lines, write
 
 import dpo_hano
 import evaluate
 import sft
-from hanorec.model import packing
-from hanorec.model.prompts import PromptError
 from hanorec.run import runs
 from hanorec.run.runs import UserError
-from mllm_srec import records, srec, summarize, teach, writers
-
-
-class Echo:
-    """Writes texts that depend on every word of the prompt; `break_after` replies it falls over."""
-
-    batch_size, asked, break_after = 4, 0, None
-
-    def length(self, parts):
-        return len(str(parts))
-
-    def __call__(self, many):
-        self.asked += len(many)
-        if self.break_after is not None and self.asked > self.break_after:
-            raise KeyboardInterrupt
-        return [writers.Reply(f"Summary: w{runs.value_hash(parts)[:8]} Film") for parts in many]
-
-
-def write(data, name, writer, monkeypatch, *options):
-    """summarize.py with this writer into the folder of this name."""
-    writer = writer or Echo()
-    made_by = {"by": getattr(writer, "name", type(writer).__name__)}
-    monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, made_by))
-    summarize.main(["--data", str(data), "--name", name, *map(str, options)])
-    return data / "summaries" / name
-
-
-@pytest.fixture
-def data(prepared, tmp_path):
-    """The prepared data, in a folder that may be changed."""
-    shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("summaries", ".lock"))
-    return tmp_path / "data"
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def story_of(data):
-    """A story that is written by Echo, in memory: for folders whose files are changed at will."""
-    writer, options = Echo(), SimpleNamespace(window=3, step=3, before=0)
-    accelerator = SimpleNamespace(process_index=0, num_processes=1)
-    catalogue, timelines = data.catalogue, data.timelines()
-    record = SimpleNamespace(done=[], written=[])
-    record.finish = lambda order: list(record.written)
-    record.add = record.written.extend
-    texts = srec.read_texts(srec.TEXTS)
-    summarize.write_items(writer, texts, "both", catalogue, record, accelerator)
-    summaries = {line["item"]: line["summary"] for line in record.written}
-    story = srec.Story(texts, catalogue, timelines, [summaries[item] for item in catalogue.ids], {})
-    record.written.clear()
-    summarize.write_preferences(writer, story, summarize.chains_of(data, story, options), record, accelerator)
-    for line in sorted(record.written, key=lambda line: line["end"]):
-        story.users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
-    return story
-
-
-@pytest.mark.parametrize("position", range(-1, -7, -1))
-def test_nothing_at_or_behind_the_target_enters_a_rows_prompt(data, position):
-    """All that a user chose from the target on is exchanged: the row's prompt stays, word for word."""
-    loaded = evaluate.Data(data, None)
-    user = max(loaded.sequences(), key=lambda user: len(loaded.sequences()[user]))
-    row = [row for row in [*loaded.rows("train"), *loaded.rows("val")] if row.user == user][position]
-    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
-    before = told.show(told.yesno_questions(row, row.candidates))
-    line, ids = loaded.timelines()[user], loaded.catalogue.ids
-    later, other = line[line.index(row.target) :], [item for item in range(len(ids)) if item not in line]
-    exchange = {ids[one]: ids[two] for one, two in zip(later, other, strict=False)}
-    assert len(exchange) == len(later) >= 1
-    for name in ("sequences", "train", "val", "test"):
-        changed = []
-        for entry in lines(data / f"{name}.jsonl"):
-            for key in ("items", "history") if entry["user"] == user else ():
-                entry[key] = [exchange.get(item, item) for item in entry.get(key, [])]
-            changed.append(json.dumps(entry))
-        (data / f"{name}.jsonl").write_text("\n".join(changed) + "\n")
-    manifest = json.loads((data / "manifest.json").read_text())
-    manifest["files"] = {name: runs.file_hash(data / name) for name in manifest["files"]}
-    runs.write_json(data / "manifest.json", manifest)
-    loaded = evaluate.Data(data, None)
-    assert not set(later) & set(loaded.timelines()[user])
-    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
-    assert told.show(told.yesno_questions(row, row.candidates)) == before
-
-
-def test_a_row_has_the_last_paragraph_before_its_cut(data):
-    loaded = evaluate.Data(data, None)
-    story, ids = story_of(loaded), loaded.catalogue.ids
-    seen = set()
-    for row in [*loaded.rows("train"), *loaded.rows("val"), *loaded.rows("test")]:
-        line, cut, values = story.lines[row.user], story.cut(row), story.at(row)
-        assert line[:cut][-len(row.history) :] == row.history and row.target not in line[:cut]
-        ends = [end for end, *_ in story.users.get(row.user, []) if end <= cut]
-        assert ends == list(range(3, cut + 1, 3))  # each once, at any cut
-        since = [story.line(item) for item in row.history if item in line[len(ends) * 3 : cut]]
-        assert values["last"] == story.items[row.history[-1]]
-        assert values["since"] == ("\n".join(since) or story.texts["nothing"])
-        assert (values["profile"] == story.texts["nothing"]) == (not ends)  # every point that a row reads has one
-        seen.add(cut % 3)
-    assert seen == {0, 1, 2} and len(ids) > 10
-
-
-def test_the_steps_do_not_know_the_label(data):
-    """Target and rejected item change places: the same candidate, the same steps, and only the answer differs."""
-    loaded = evaluate.Data(data, None)
-    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
-    for row in loaded.rows("train", 20):
-        root, yes, no, *answers = told.sft_tree(row, "yesno")
-        swapped = told.sft_tree(replace(row, target=row.rejected, rejected=row.target), "yesno")
-        assert [swapped[2], swapped[1]] == [yes, no] and swapped[0] == root and swapped[3:] == answers
-        steps = told.tokenizer.decode([yes.ids[offset] for offset in yes.scored])
-        assert steps.startswith("1. The user: ") and steps.endswith("Answer:\n")
-        assert loaded.catalogue.titles[row.rejected] not in steps
-        assert [told.tokenizer.decode(answer.ids) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]
-        asked = told.evaluation_tree(row, "yesno")
-        assert [node.ids for node in asked[1:11] if node.ids == yes.ids] == [
-            yes.ids
-        ]  # what is scored is what was taught
-        assert not any(node.scored for node in asked[:11]) and len(asked) == 31
-        told.steps_share = 0.0
-        assert [node.ids for node in told.sft_tree(row, "yesno")] == [node.ids for node in (root, yes, no, *answers)]
-        assert not any(node.scored for node in told.sft_tree(row, "yesno")[:3])
-        told.steps_share = 1.0
-        pair = told.pair_tree(row, "no")
-        assert pair[1].ids == no.ids and told.tokenizer.decode(pair[2].ids) == "No.<|im_end|>"
+from mllm_srec import records, srec, summarize, writers
 
 
 @pytest.mark.parametrize("broken", [0, 9, 70, 130])
@@ -339,52 +211,12 @@ def test_what_is_at_fault_is_counted_and_never_told(data, monkeypatch, capsys):
     assert "summaries is usable" in capsys.readouterr().err
 
 
-def test_a_prompts_file_that_cannot_be_used(tmp_path):
-    good, path = srec.TEXTS.read_text(), tmp_path / "mine.txt"
-    for text, message in (
-        (good.replace("[profile]", "[profil]"), r"line \d+: \[profil\] stands there twice, or is not among"),
-        (good.replace("{title}: {summary}", "{title}: {label}"), r"\[line\]: {label} cannot stand there, only"),
-        (good.replace("[no]\nNo.", ""), r"has no \[no\]"),
-        ("hello\n" + good, "text before the first"),
-    ):
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            srec.read_texts(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        srec.read_texts(tmp_path / "none.txt")
-    assert srec.fill("{a} and {b}", a="{b}", b=3) == ["{b} and ", 3]  # what is filled in is not read again
-
-
 def test_titles_that_spell_control_tokens_are_counted(data, monkeypatch, capsys):
     tokenizer = evaluate.Data(data, None).prompts().tokenizer
     assert {"<|im_end|>", "<|image_pad|>", "<|endoftext|>"} <= set(writers.control_tokens(tokenizer))
     assert writers.spelling_control(["Heat", "<|image_pad|>", "a <|im_end|> b"], tokenizer) == 2
     write(data, "echo", None, monkeypatch)
     assert "spell control tokens" not in capsys.readouterr().out
-
-
-def test_a_row_that_cannot_fit_is_found(data):
-    loaded = evaluate.Data(data, None)
-    told = packing.load_prompts(loaded.source, loaded.catalogue, kind=partial(srec.SRecPrompts, story_of(loaded)))
-    build = partial(told.sft_tree, task="yesno")
-    told.check_fit([build], loaded.rows("train"), 4096)
-    with pytest.raises(PromptError, match="raise --max-length"):
-        told.check_fit([build], loaded.rows("train"), 100)
-    rows, most = loaded.rows("train"), 0
-    for row in rows:
-        most = max(most, *(len(path.ids) for (path,) in packing.separate_paths(build(row))))
-    unused = next(item for item in range(60) if all(item not in (row.target, row.rejected) for row in rows))
-    told.check_fit([build], rows, 2 * most + 100)
-    told.story.items[unused] = "long " * 2 * most
-    with pytest.raises(PromptError, match="raise --max-length"):
-        told.check_fit([build], rows, 2 * most + 100)
-
-
-def test_what_is_not_known_is_nothing_in_common(data):
-    story = story_of(evaluate.Data(data, None))
-    story.items[3] = "What is not known of a Zebra"
-    assert story.common(3, "not known", "not known") == "not known"
-    assert story.common(3, "a zebra", "not known") == "zebra"
 
 
 def test_options_that_would_do_nothing_are_refused(data, capsys):
@@ -406,14 +238,6 @@ def test_prompts_are_shown_as_given_and_escaped(data, monkeypatch, capsys):
     summarize.main(["--data", str(data), "--show", "1", "--prompts", str(data / "mine.txt")])
     out = capsys.readouterr().out
     assert "step \\x1b[2J by step" in out and "\x1b" not in out and text
-
-
-def test_paragraphs_are_taught_by_a_rule():
-    items = [{"text": "A.", "facts": {"genre": g, "colour": c, "shape": "x"}} for g, c in ("ab", "cd", "ef", "gh")]
-    first = teach.retell(items[:2], None)
-    assert first == "Lately a b, c d." and teach.retell(items[2:], first) == "Lately e f, g h; before a b, c d."
-    assert teach.retell(items[:1], teach.retell(items[2:], first)) == "Lately a b; before e f, g h."
-    assert teach.profile("Lately Horror red, Comedy red; before Comedy blue.") == "Likes red and Comedy."
 
 
 def test_chain_of_thought_from_training_to_ranking(data, tmp_path, monkeypatch):

@@ -1,0 +1,90 @@
+"""Pictures of every kind: read as what they show, or refused in one line."""
+
+import io
+import json
+import os
+
+import layouts
+import numpy as np
+import pytest
+from PIL import Image
+from spoilt import JUNK, half, refused
+
+import prepare_data
+from hanorec.model import mllm
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+RED = Image.new("RGB", (40, 20), (200, 0, 0))
+STEPS = Image.fromarray(np.linspace(0, 65535, 800).reshape(20, 40).astype(np.uint16))
+CLEAR = Image.new("RGBA", (40, 20), (200, 0, 0, 0))
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
+TURNED = RED.copy()
+TURNED.paste((0, 0, 200), (0, 0, 20, 20))  # its left half is blue
+PICTURES = {  # bytes, and a word of the error, or (size, colour in the middle of the left edge, tolerance)
+    "truncated": (half(encoded(RED.resize((300, 300)), "JPEG")), "truncated"),
+    "of no bytes": (b"", "cannot identify"),
+    "text": (b"this is no picture", "cannot identify"),
+    "PostScript, which a program would read": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+    "a decompression bomb": (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
+    "a smaller bomb": (encoded(Image.new("1", (11_000, 11_000)), "PNG"), "decompression bomb"),
+    "a strip": (encoded(Image.new("RGB", (1, 400)), "PNG"), "too narrow"),
+    "1x1": (encoded(Image.new("RGB", (1, 1), (200, 0, 0)), "PNG"), ((1, 1), (200, 0, 0), 0)),
+    "CMYK": (encoded(RED.convert("CMYK"), "JPEG"), ((40, 20), (200, 0, 0), 12)),
+    "16-bit": (encoded(STEPS, "PNG"), ((40, 20), (128, 128, 128), 8)),
+    "palette": (encoded(RED.convert("P"), "PNG"), ((40, 20), (204, 0, 0), 8)),
+    "grey": (encoded(RED.convert("L"), "PNG"), ((40, 20), (60, 60, 60), 3)),
+    "black and white": (encoded(Image.new("1", (40, 20), 1), "PNG"), ((40, 20), (255, 255, 255), 0)),
+    "transparent": (encoded(CLEAR, "PNG"), ((40, 20), (255, 255, 255), 0)),
+    "animated": (
+        encoded(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 20))]),
+        ((40, 20), (200, 0, 0), 8),
+    ),
+    "rotated by EXIF": (encoded(TURNED, "JPEG", exif=ROTATED, quality=95), ((20, 40), (200, 0, 0), 60)),
+    "spoilt EXIF": (encoded(RED, "JPEG", exif=b"Exif\0\0" + JUNK[:99]), ((40, 20), (200, 0, 0), 8)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(name, tmp_path, capsys):
+    content, expected = PICTURES[name]
+    argv = [*layouts.write("csv", tmp_path / "raw", images=True), "--out", tmp_path / "data", "--max-pixels", 784]
+    picture = tmp_path / "raw" / "images" / "i7.jpg"
+    picture.write_bytes(content)
+    if isinstance(expected, str):
+        error = refused(capsys, prepare_data.main, *argv)
+        assert expected in error and "i7.jpg" in error and not (tmp_path / "data" / "encoded").exists()
+        return
+    size, colour, tolerance = expected
+    image = mllm.open_image(picture)
+    assert image.mode == "RGB" and image.size == size
+    where = (size[0] // 2, size[1] // 2) if name in ("16-bit", "grey") else (0, size[1] - 1)
+    assert np.abs(np.subtract(image.getpixel(where), colour)).max() <= tolerance
+    if name in ("1x1", "16-bit"):  # to the end; the others have become like any picture
+        prepare_data.main([str(word) for word in argv])
+        counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
+        assert counts["items_without_image"] == 1
+
+
+def test_links_and_pipes_for_pictures(tmp_path, capsys, monkeypatch):
+    argv = [*layouts.write("csv", tmp_path / "raw", images=True), "--out", tmp_path / "data", "--max-pixels", 784]
+    picture = tmp_path / "raw" / "images" / "i7.jpg"
+    picture.rename(tmp_path / "elsewhere.jpg")
+    picture.symlink_to(tmp_path / "elsewhere.jpg")
+    prepare_data.main([str(word) for word in argv])
+    counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
+    assert (counts["images_that_are_links"], counts["items_without_image"]) == (1, 1)
+    (tmp_path / "elsewhere.jpg").unlink()
+    assert "i7.jpg; mend its link" in refused(capsys, prepare_data.main, *argv)
+    picture.unlink()
+    os.mkfifo(picture)  # nobody will ever write into it
+    assert "i7.jpg cannot be read (it is no file)" in refused(capsys, prepare_data.main, *argv)
+    picture.unlink()
+    picture.mkdir()
+    assert "i7.jpg cannot be read (it is no file)" in refused(capsys, prepare_data.main, *argv)

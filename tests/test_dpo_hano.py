@@ -1,0 +1,114 @@
+"""dpo_hano.py from end to end, small: what it logs and writes, its reference, its ablations, its export."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from stages import dpo, training
+
+import evaluate
+from hanorec.model import mllm, packing
+
+
+def test_dpo_logs_what_the_readme_explains(dpo_run):
+    log = training(dpo_run / "metrics.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in log[0]:
+        assert f"`{name}`" in readme, f"README does not explain {name}"
+    first = log[0]  # B = 0, so relative noise in A changes nothing yet: the loss is log 2, to LoRA dropout
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert 0.01 < first["noise"] <= 0.06 and first["lambda_mean"] == pytest.approx(1, abs=0.01)
+
+
+def test_dpo_adapter_lies_in_the_language_model_alone(dpo_run):
+    weights = load_file(dpo_run / "adapter" / "adapter_model.safetensors")
+    assert weights and all(".language_model.layers." in name for name in weights)
+    assert not any("visual" in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        "--hardness none --responsiveness none --sigma 0",
+        "--hardness cosine --responsiveness ema",
+        "--noise absolute --sigma 0.05 --gradient-checkpointing",
+    ],
+)
+def test_dpo_ablations_run(sft_run, tmp_path, capsys, switches):
+    log = training(dpo(sft_run, tmp_path / "dpo", *switches.split()) / "metrics.jsonl")
+    if "none" in switches:
+        assert all(line["lambda_mean"] == line["eta"] == 1 and line["noise"] == 0 for line in log)
+        assert all(line["beta_p01"] == line["beta_p99"] == pytest.approx(0.1) for line in log)
+    if "cosine" in switches:
+        low, high = re.search(r"lambda \(cosine\): .* 1%-99% (\S+) to (\S+)", capsys.readouterr().out).groups()
+        assert float(high) - float(low) > 1  # over all pairs: a spread that is real
+        assert log[0]["eta"] == 1
+    if "absolute" in switches:
+        assert log[0]["noise"] > 0.1
+
+
+def test_dpo_refuses_a_reference_that_is_not_its_start(sft_run, tmp_path, capsys):
+    shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
+    dpo(tmp_path / "sft", tmp_path / "dpo")
+    (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"logps": load_file(cache)["logps"] + torch.tensor([0.5, 0.0])}, cache)
+    with pytest.raises(SystemExit) as stop:
+        dpo(tmp_path / "sft", tmp_path / "dpo")
+    assert stop.value.code == 2
+    assert "reward gap is 5.00e-02, not 0" in capsys.readouterr().err
+
+
+def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
+    """The cached reference against the SFT model loaded by itself, pair by pair."""
+    shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
+    dpo(tmp_path / "sft", tmp_path / "dpo")
+    config = json.loads((sft_run / "config.json").read_text())
+    data = evaluate.Data(config["options"]["data"], None)
+    prompts, rows = data.prompts(), data.rows("train")
+    packed = packing.PackedMLLM(evaluate.load_result(sft_run, data))
+    (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
+    cached = load_file(cache)["logps"]
+    trees = [prompts.pair_tree(row, kind) for row in rows for kind in ("rank", "yes", "no")]
+    with torch.no_grad():
+        found = packed(packed.collate(trees, data.catalogue)).view(-1, 2)
+    assert len(cached) == 3 * len(rows)
+    known = ~cached.isnan().any(1)  # a short run asks for the pairs of its steps alone
+    torch.testing.assert_close(found[known], cached[known], atol=1e-4, rtol=0)
+    assert int(known.sum()) == 3 * 6
+
+
+def test_export_loads_without_this_project(prepared, sft_run, dpo_run):
+    """DIR/merged, and DIR/base with DIR/adapter, in a process that has only transformers and peft."""
+    folder = dpo_run.parent / "export"
+    code = (
+        "import sys, torch, peft, transformers as t\n"
+        "load = t.AutoModelForImageTextToText.from_pretrained\n"
+        "tok = t.AutoTokenizer.from_pretrained(sys.argv[1] + '/merged')\n"
+        "chat = tok.apply_chat_template([{'role': 'user', 'content': 'Film 3?'}], tokenize=False)\n"
+        "ids = tok(chat, return_tensors='pt')\n"
+        "one = load(sys.argv[1] + '/merged')(**ids).logits\n"
+        "other = peft.PeftModel.from_pretrained(load(sys.argv[1] + '/base'), sys.argv[1] + '/adapter')(**ids).logits\n"
+        "base = load(sys.argv[1] + '/base')(**ids).logits\n"
+        "assert not torch.allclose(one, base, atol=1e-6)\n"
+        "torch.testing.assert_close(one, other, atol=1e-4, rtol=0)\n"
+        "torch.save(one, sys.argv[1] + '/logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd="/")
+    data = evaluate.Data(prepared, None)
+    model, tokenizer = evaluate.load_result(dpo_run, data), mllm.load_tokenizer(prepared / "tiny")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Film 3?"}], tokenize=False)
+    with torch.no_grad():
+        expected = model(**tokenizer(text, return_tensors="pt")).logits
+    torch.testing.assert_close(torch.load(folder / "logits.pt", weights_only=True), expected, atol=1e-4, rtol=0)
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((folder / "base").resolve())
