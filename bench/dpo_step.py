@@ -17,7 +17,7 @@ import trl_side
 import workload
 
 import hanorec_loss
-from hanorec.model import packing
+from hanorec.model.trees import merge_trees
 
 BATCH, STEPS, ROWS = 4, 3, 64  # pairs in a step; steps in a turn, one for each kind of pairs; rows they are made of
 KINDS = {"all kinds of pairs": ("rank", "yes", "no"), "ranking pairs": ("rank",)}
@@ -29,10 +29,10 @@ def same_loss(steps: ours.Dpo, trainer, batch: int, kinds: int) -> dict:
     """Both losses of the first pairs of each kind, LoRA drawn alike in both; plain DPO."""
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
-    chosen = trl_side.in_batches(len(steps.work.rows), kinds, batch)[: batch * kinds]
+    chosen = trl_side.in_batches(len(steps.work.examples), kinds, batch)[: batch * kinds]
     inputs, reference, hardness = steps.micro(chosen)
     examples = trainer.data_collator([trainer.train_dataset[n] for n in range(len(chosen))])
-    assert trl_side.same_tokens(examples, [steps.pairs[n]() for n in chosen], pairs=True), "not the same tokens"
+    assert trl_side.same_tokens(examples, [steps.pairs.tree(n) for n in chosen], pairs=True), "not the same tokens"
     device = steps.accelerator.device
     with torch.no_grad():
         logps = steps.packed(inputs.to(device)).view(-1, 2)
@@ -48,8 +48,9 @@ def compare(
     turn. trl: further settings of TRL's."""
     kinds = KINDS[case]
     work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
-    trees = [tree for tree, _ in packing.merge_trees(pair() for pair in work.pairs(kinds))]
-    flops = measure.floor(core, trees, training=True) * batch / len(work.rows) / len(kinds)
+    pairs = work.pairs(kinds)
+    trees = [tree for tree, _ in merge_trees(map(pairs.tree, range(len(pairs))))]
+    flops = measure.floor(core, trees, training=True) * batch / len(work.examples) / len(kinds)
     steps = ours.Dpo(work, ours.trainable(core), batch, kinds)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
     trainer, losses, loader = None, None, {"ours": measure.timed(lambda: steps.micro([*range(batch)]))}

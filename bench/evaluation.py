@@ -1,6 +1,6 @@
 """Scoring ten candidates: packed, by ten plain forwards, and generating one answer instead: python bench/evaluation.py
 
-The first two are evaluate.score_rows, packed and not, on stored image tokens. The third is `generate` with greedy
+The first two are score_examples, packed and not, on stored image tokens. The third is `generate` with greedy
 decoding from the image files, a batch of rows at a time, up to the longest title: it gives one answer a row, no ranks.
 """
 
@@ -12,9 +12,9 @@ import torch
 import trl_side
 import workload
 
-import evaluate
-from hanorec.model import mllm
-from hanorec.run import runs
+from hanorec.model.images import open_image
+from hanorec.ranking.scoring import score_examples
+from hanorec.run.launch import start_accelerator
 
 ROWS, BATCH = 8, 4
 OPTIONS = {"tasks": ["rank"], "max_length": 100_000}
@@ -22,15 +22,16 @@ OPTIONS = {"tasks": ["rank"], "max_length": 100_000}
 
 def generator(work, core, batch: int):
     """A function that answers all rows by greedy decoding, as one does it without this project."""
-    examples = [trl_side.texts(work, pair()) for pair in work.pairs()]
-    longest = max(len(work.prompts.text(title)) for title in work.catalogue.titles) + 1
+    pairs = work.pairs()
+    examples = [trl_side.texts(work, pairs.tree(number)) for number in range(len(pairs))]
+    longest = max(len(work.prompts.text(title)) for title in work.items.titles) + 1
     processor = trl_side.processor(work)
 
     def answer() -> list[str]:
         found = []
         for start in range(0, len(examples), batch):
             chosen = examples[start : start + batch]
-            images = [[mllm.open_image(Path(path)) for path in paths] for _, _, paths in chosen]
+            images = [[open_image(Path(path)) for path in paths] for _, _, paths in chosen]
             inputs = processor(
                 images=images, text=[text for text, _, _ in chosen], return_tensors="pt", padding=True,
                 padding_side="left",
@@ -45,7 +46,7 @@ def generator(work, core, batch: int):
 def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows: int = ROWS) -> dict:
     """The result row of one shape at one image size. LoRA stays beside the weights, as in a half-precision run."""
     work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
-    accelerator = runs.start_accelerator()
+    accelerator = start_accelerator()
     packed = ours.trainable(core)
     plain = ours.trainable(
         workload.load(folder, device, dtype), pack=False
@@ -53,9 +54,9 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
     for model in (packed, plain):
         ours.randomize(model)
     score = {
-        name: lambda model=model: evaluate.score_rows(
-            model, work, work.prompts, work.rows, OPTIONS, accelerator, BATCH
-        )[0]
+        name: lambda model=model: score_examples(model, work, work.prompts, work.examples, OPTIONS, accelerator, BATCH)[
+            0
+        ]
         for name, model in (("ours", packed), ("plain forwards", plain))
     }
     difference = abs(score["ours"]() - score["plain forwards"]()).max()
@@ -64,7 +65,7 @@ def compare(folder: Path, shape: str, side: int, device="cpu", dtype=None, rows:
     (mine, forwards, generated), rate = measure.alternating(
         score["ours"], score["plain forwards"], answer, device=device, dtype=dtype
     )
-    trees = [work.prompts.evaluation_tree(row, "rank") for row in work.rows]
+    trees = [work.prompts.evaluation_tree(row, "rank") for row in work.examples]
     flops = measure.floor(core, trees, training=False)
     others = {"plain forwards": forwards, "generate": generated}
     row = measure.result(

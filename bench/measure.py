@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import workload
 
-from hanorec.run import checkpoints, runs
+from hanorec.run import checkpoints
+from hanorec.run.files import write_json
 
 BLOCKS = 5  # runs of each system; their median counts
 
@@ -30,7 +31,7 @@ def cpu_only() -> None:
 
 
 def threads() -> int:
-    """As many as runs.start_accelerator sets: the cores that this process may use."""
+    """As many as start_accelerator sets: the cores that this process may use."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return torch.get_num_threads()
 
@@ -275,6 +276,6 @@ def machine(device="cpu") -> dict:
 def save(path: Path | None, found: dict) -> None:
     """Write results as JSON, or print them."""
     if path:
-        runs.write_json(path, found)
+        write_json(path, found)
     else:
         print(json.dumps(found, indent=2))

@@ -2,23 +2,26 @@
 
 import itertools
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import torch
 import workload  # noqa: F401 (puts the project on the path)
 
 import dpo_hano
-import sft
-from hanorec.model import mllm, packing
-from hanorec.run import runs, training
+from hanorec.model.lora import add_lora
+from hanorec.model.packing import Batch, PackedMLLM
+from hanorec.model.reference import reference_logps
+from hanorec.model.samples import Samples
+from hanorec.model.supervised import supervised_step
+from hanorec.run import training
+from hanorec.run.launch import start_accelerator
 
 BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's; LoRA's dropout is 0 so that both systems compute the same
 
 
-def trainable(core, pack: bool = True, seed: int = 1) -> packing.PackedMLLM:
+def trainable(core, pack: bool = True, seed: int = 1) -> PackedMLLM:
     """The backbone with a fresh LoRA on its language model."""
-    return packing.PackedMLLM(mllm.add_lora(core, RANK, ALPHA, 0.0, seed), pack)
+    return PackedMLLM(add_lora(core, RANK, ALPHA, 0.0, seed), pack)
 
 
 def randomize(model, seed: int = 2, std: float = 0.05) -> None:
@@ -33,18 +36,18 @@ class Steps:
     """What both stages' loops share: batches in training order, optimizer, schedule."""
 
     def __init__(self, work, packed, batch: int, rows: int, seed: int = 42):
-        self.work, self.accelerator = work, runs.start_accelerator()
+        self.work, self.accelerator = work, start_accelerator()
         self.packed = packed.to(self.accelerator.device)
         self.parameters = [p for p in packed.parameters() if p.requires_grad]
         optimizer = training.adamw(packed, 1e-4)
         self.schedule = training.cosine(optimizer, 10_000)
         self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
         shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}
-        batches = training.micro_batches(len(work.rows), rows, batch, 1, **shape)
+        batches = training.micro_batches(len(work.examples), rows, batch, 1, **shape)
         self.loaded = training.ahead(map(self.load, itertools.count(1), batches), self.accelerator.device)
 
-    def collate(self, trees) -> packing.Batch:
-        return self.packed.collate(trees, self.work.catalogue)
+    def collate(self, trees) -> Batch:
+        return self.packed.collate(trees, self.work.tokens)
 
 
 class Dpo(Steps):
@@ -54,17 +57,15 @@ class Dpo(Steps):
         super().__init__(work, packed, batch, len(kinds))
         self.pairs = work.pairs(kinds)
         self.options = SimpleNamespace(beta=BETA, sigma=0.0 if plain else 0.05, noise="relative", seed=42)
-        self.eta = 1.0 if plain else None
+        self.eta = dpo_hano.Responsiveness("none" if plain else "batch")
         self.hardness = torch.ones(len(self.pairs))
         everything, began = list(range(len(self.pairs))), time.perf_counter()
         folder = work.folder / f"reference{work.max_pixels}-{len(kinds)}"
-        self.reference = dpo_hano.reference_logps(
-            self.packed, work, self.pairs, everything, "key", folder, self.accelerator
-        )
+        self.reference = reference_logps(self.packed, work, self.pairs, everything, "key", folder, self.accelerator)
         self.reference_seconds = (time.perf_counter() - began) / len(self.pairs)
 
     def micro(self, chosen: list[int]) -> tuple:
-        return self.collate([self.pairs[n]() for n in chosen]), self.reference[chosen], self.hardness[chosen]
+        return self.collate([self.pairs.tree(n) for n in chosen]), self.reference[chosen], self.hardness[chosen]
 
     def load(self, step: int, numbers: list[list[int]]) -> tuple[int, list[tuple]]:
         return step, [self.micro(chosen) for chosen in numbers]
@@ -88,13 +89,12 @@ class Dpo(Steps):
 class Sft(Steps):
     def __init__(self, work, packed, batch: int, tasks=("rank", "yesno")):
         super().__init__(work, packed, batch, len(tasks))
-        builds = [partial(work.prompts.sft_tree, task=task) for task in tasks]
-        self.answers = [partial(work.prompts.fitting, build, row, 100_000) for row in work.rows for build in builds]
+        self.answers = Samples(work.prompts, work.prompts.sft_tree, work.examples, tasks, 100_000)
 
-    def load(self, step: int, numbers: list[list[int]]) -> list[packing.Batch]:
-        return [self.collate([self.answers[n]() for n in chosen]) for chosen in numbers]
+    def load(self, step: int, numbers: list[list[int]]) -> list[Batch]:
+        return [self.collate([self.answers.tree(n) for n in chosen]) for chosen in numbers]
 
     def step(self) -> torch.Tensor:
         self.model.train()
         micro = next(self.loaded)
-        return sft.take_step(self.model, micro, self.parameters, self.optimizer, self.schedule, self.accelerator)[0]
+        return supervised_step(self.model, micro, self.parameters, self.optimizer, self.schedule, self.accelerator)[0]

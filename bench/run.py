@@ -16,7 +16,7 @@ import measure
 import torch
 import workload
 
-from hanorec.run import runs
+from hanorec.run.files import replacing, write_json
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling", "summaries")
@@ -88,13 +88,13 @@ NOTES = {
     "Scaling: live images": "`--images live`: the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL is given a row's three answers as three samples with a prompt each; here two of "
     "them share theirs. With ranking alone no prompt is shared, and what is saved is the vision tower.",
-    "Evaluation": "Ours and the plain forwards are `evaluate.score_rows`, packed and with `--no-pack`, both on stored "
+    "Evaluation": "Ours and the plain forwards are `score_examples`, packed and with `--no-pack`, both on stored "
     "image tokens. `generate` decodes greedily from the image files up to the longest title, in batches of 4 rows: it "
     "gives one answer a row and no ranks.",
     "Memory": "Peak of a process over two steps, less what it held before them. The whole processes, Python and its "
     "libraries included: {}.",
-    "Summaries": "The texts of `summarize.py` for the demo's films and users, by its own writer, after 400 steps of "
-    "`teach.py`; one by one, an eighth of them.",
+    "Summaries": "The texts of `mllm_srec.summarize` for the demo's films and users, by its own writer, after 400 "
+    "steps of `mllm_srec.teach`; one by one, an eighth of them.",
     "Scaling: neighbours": "`neighbor_profiles`, at MicroLens's size; the vectors themselves are not counted.",
 }
 
@@ -178,8 +178,8 @@ def main() -> None:
     if worst_difference(found) > 1e-4:
         sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
-    runs.write_json(HERE / "results.json", {**facts, **found})
-    with runs.replacing(HERE / "RESULTS.md") as beside:
+    write_json(HERE / "results.json", {**facts, **found})
+    with replacing(HERE / "RESULTS.md") as beside:
         beside.write_text(report(found, facts), encoding="utf-8")
     print(f"{HERE.relative_to(workload.ROOT)}/RESULTS.md, {facts['seconds']:.0f} s")
 

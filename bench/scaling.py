@@ -18,7 +18,8 @@ import torch
 import workload
 
 import hanorec_loss
-from hanorec.model import mllm
+from hanorec.model.images import encode_items
+from hanorec.model.load import load_image_processor, load_tokenizer
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)
@@ -36,7 +37,7 @@ def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int, dict
     work, core = workload.make(folder, SHAPE, SIDE, rows=32, history=history)
     steps = ours.Dpo(work, ours.trainable(core), batch)
     (found,), rate = measure.alternating(partial(several, steps.step))
-    trees = [pair() for pair in steps.pairs]
+    trees = [steps.pairs.tree(number) for number in range(len(steps.pairs))]
     tokens = sum(len(node.ids) for node in trees[0])
     flops = measure.floor(core, trees, training=True) * batch / len(trees)
     return each_step(found), tokens, {"flops": flops, "rate": rate}
@@ -56,10 +57,10 @@ def live(folder: Path) -> list[dict]:
     for side in LIVE_SIDES:
         work, core = workload.make(folder / f"live{side}", SHAPE, side, rows=32)
         steps = {"ours": ours.Dpo(work, ours.trainable(core), 4)}
-        live = copy.copy(work.catalogue)
-        live.paths, processor = work.paths, mllm.load_image_processor(work.folder, work.max_pixels)
+        live = copy.copy(work.tokens)
+        live.paths, processor = work.paths, load_image_processor(work.folder, work.max_pixels)
         live.live = Path("/"), processor
-        work = replace(work, catalogue=live)
+        work = replace(work, tokens=live)
         steps["live"] = ours.Dpo(work, ours.trainable(workload.load(work.folder)), 4)
         (stored, run), _ = measure.alternating(*[partial(several, each.step) for each in steps.values()])
         ratio = f"{run['median'] / stored['median']:.2f} times the stored"
@@ -126,10 +127,10 @@ def encoding(folder: Path) -> list[dict]:
     found = []
     for side in SIDES:
         work, core = workload.make(folder / f"encode{side}", SHAPE, side, rows=1)
-        tools = core, mllm.load_tokenizer(work.folder), mllm.load_image_processor(work.folder, work.max_pixels)
-        items = work.catalogue.titles[:IMAGES], work.paths[:IMAGES]
-        (seconds,), _ = measure.alternating(partial(mllm.encode_items, *tools, *items, work.folder))
-        seconds, tokens = measure.scaled(seconds, 1 / IMAGES), work.catalogue.image_length(0)
+        tools = core, load_tokenizer(work.folder), load_image_processor(work.folder, work.max_pixels)
+        items = work.items.titles[:IMAGES], work.paths[:IMAGES]
+        (seconds,), _ = measure.alternating(partial(encode_items, *tools, *items, work.folder))
+        seconds, tokens = measure.scaled(seconds, 1 / IMAGES), work.tokens.length(0)
         found.append(row("Scaling: encoding", f"{side} x {side} px, {tokens} tokens", "s per image", seconds))
     return found
 

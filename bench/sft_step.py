@@ -22,10 +22,10 @@ def same_loss(steps: ours.Sft, trainer, tasks: int, there: int) -> dict:
     token."""
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
-    trees = [steps.answers[n]() for n in range(there * tasks)]
+    trees = [steps.answers.tree(n) for n in range(there * tasks)]
     batch = steps.collate(trees).to(steps.accelerator.device)
     kinds = 2 * tasks - 1  # answers of a row
-    order = trl_side.in_batches(len(steps.work.rows), kinds, there)[: there * kinds]
+    order = trl_side.in_batches(len(steps.work.examples), kinds, there)[: there * kinds]
     numbers = sorted(range(len(order)), key=order.__getitem__)  # back to the order of rows
     examples = trainer.data_collator([trainer.train_dataset[n] for n in numbers])
     assert trl_side.same_tokens(examples, trees), "not the same tokens"
@@ -41,8 +41,8 @@ def compare(
     """The result row of one shape, image size and choice of tasks; rows, size and trl as in dpo_step.py."""
     tasks, taken, here, there = CASES[case]
     work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
-    trees = [work.prompts.sft_tree(row, task) for row in work.rows for task in tasks]
-    flops = measure.floor(core, trees, training=True) * taken / len(work.rows)
+    trees = [work.prompts.sft_tree(row, task) for row in work.examples for task in tasks]
+    flops = measure.floor(core, trees, training=True) * taken / len(work.examples)
     steps = ours.Sft(work, ours.trainable(core), here, tasks)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
     trainer, losses = None, None

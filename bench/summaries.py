@@ -1,8 +1,8 @@
 """Writing texts, batched against one by one: python bench/summaries.py [--json FILE]
 
-What summarize.py asks for, written by the demo's tiny backbone, which teach.py first teaches to write for some steps,
+What mllm_srec.summarize asks for, written by the demo's tiny backbone. mllm_srec.teach first teaches it for some steps,
 so that texts end where a text ends and differ in length. Batches are made of prompts of about one length, as
-summarize.py makes them; the same writer then gets every eighth prompt alone.
+mllm_srec.summarize makes them; the same writer then gets every eighth prompt alone.
 """
 
 from pathlib import Path
@@ -11,14 +11,19 @@ import measure
 import torch
 import workload  # noqa: F401 (puts the project on the path)
 
-import evaluate
 import prepare_data
-from hanorec.model import packing
-from mllm_srec import srec, summarize, teach, writers
+from hanorec.data.folder import DataFolder
+from hanorec.model.encoding import Encoding
+from hanorec.model.finished import load_finished
+from hanorec.model.packing import PackedMLLM
+from mllm_srec import summarize, teach, writers
+from mllm_srec.chain_of_thought import load_prompts
+from mllm_srec.preferences import load_user_texts, summaries_folder, timelines
+from mllm_srec.texts import item_prompt
 
 BATCH, EIGHTH = 64, 8
 LIMIT = 120  # tokens of a text
-STEPS = 400  # of teach.py
+STEPS = 400  # of mllm_srec.teach
 
 
 def compare(folder: Path) -> list[dict]:
@@ -28,13 +33,14 @@ def compare(folder: Path) -> list[dict]:
     prepare_data.main(["--out", str(data_folder)])
     teach.main(["--data", str(data_folder), "--out", str(run), "--max-steps", str(STEPS)])
     summarize.main(["--data", str(data_folder), "--run", str(run), "--max-tokens", str(LIMIT)])
-    data = evaluate.Data(data_folder, None, story="")
-    story = srec.load_story(data.story, data.catalogue, data.timelines(), data.encoding)
-    core = packing.PackedMLLM(evaluate.load_result(run, data, torch.float32)).core
-    writer = writers.Local(core, packing.load_prompts(data.source, data.catalogue), data.catalogue, LIMIT, BATCH)
-    items = [srec.item_prompt(story.texts, "both", data.catalogue, row) for row in range(len(data.catalogue.ids))]
-    points = ((story.lines[user], point) for user, found in story.users.items() for point in found if point[1])
-    paragraphs = [story.preference_prompt(line[max(0, end - 3) : end], told) for line, (end, told, _) in points]
+    data = DataFolder(data_folder)
+    encoding = Encoding(data)
+    texts = load_user_texts(summaries_folder(data, encoding, None), encoding, timelines(data))
+    core = PackedMLLM(load_finished(run, encoding, torch.float32)).core
+    writer = writers.Local(core, load_prompts(data, encoding), encoding.tokens, LIMIT, BATCH)
+    items = [item_prompt(texts.texts, "both", encoding, item) for item in range(len(data.items))]
+    points = ((texts.timelines[user], point) for user, found in texts.users.items() for point in found if point[1])
+    paragraphs = [texts.preference_prompt(line[max(0, end - 3) : end], before) for line, (end, before, _) in points]
     return [rates(writer, name, every[:BATCH]) for name, every in (("items", items), ("paragraphs", paragraphs))]
 
 

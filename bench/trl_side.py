@@ -11,7 +11,9 @@ from pathlib import Path
 import ours
 import workload  # noqa: F401
 
-from hanorec.model import mllm, packing
+from hanorec.model.load import load_image_processor, load_tokenizer
+from hanorec.model.lora import lora_targets
+from hanorec.model.trees import separate_paths
 
 
 def installed() -> bool:
@@ -32,14 +34,14 @@ def processor(work):
         def check_argument_for_proper_class(self, name, argument):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
 
-    tokenizer = mllm.load_tokenizer(work.folder)
-    images = mllm.load_image_processor(work.folder, work.max_pixels)
+    tokenizer = load_tokenizer(work.folder)
+    images = load_image_processor(work.folder, work.max_pixels)
     return ImagesOnly(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
 def prompt_text(work, ids: list[int]) -> str:
     """The text whose tokens are `ids`, with one placeholder for each image."""
-    image, kept = work.prompts.image_token, []
+    image, kept = work.prompts.template.image_token, []
     for token in ids:
         if token != image or not kept or kept[-1] != image:
             kept.append(token)
@@ -122,7 +124,7 @@ def between(turns):
 def dpo_examples(work, kinds, batch: int) -> list[dict]:
     """The rows' pairs of these kinds, in the order of `in_batches`."""
     pairs = work.pairs(kinds)
-    found = [texts(work, pairs[number]()) for number in in_batches(len(work.rows), len(kinds), batch)]
+    found = [texts(work, pairs.tree(number)) for number in in_batches(len(work.examples), len(kinds), batch)]
     return [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
         for prompt, (chosen, rejected), images in found
@@ -133,19 +135,19 @@ def sft_examples(work, tasks, batch: int) -> list[dict]:
     """A sample for each answer of the rows' trees, the title, and with `yesno` Yes and No, each behind its question; in
     the order of `in_batches`."""
     found = []
-    for row in work.rows:
-        for path, *_ in (path for task in tasks for path in packing.separate_paths(work.prompts.sft_tree(row, task))):
+    for row in work.examples:
+        for path, *_ in (path for task in tasks for path in separate_paths(work.prompts.sft_tree(row, task))):
             ids, first = path.ids, path.scored[0]
             images = [str(work.paths[item]) for item in path.images]
             answer = work.prompts.tokenizer.decode(ids[first:])
             found.append({"prompt": prompt_text(work, ids[:first]), "completion": answer, "images": images})
-    return [found[number] for number in in_batches(len(work.rows), len(found) // len(work.rows), batch)]
+    return [found[number] for number in in_batches(len(work.examples), len(found) // len(work.examples), batch)]
 
 
 def lora(core):
     from peft import LoraConfig
 
-    return LoraConfig(r=ours.RANK, lora_alpha=ours.ALPHA, lora_dropout=0.0, target_modules=mllm.lora_targets(core))
+    return LoraConfig(r=ours.RANK, lora_alpha=ours.ALPHA, lora_dropout=0.0, target_modules=lora_targets(core))
 
 
 def dpo_trainer(work, core, batch: int, steps: int, kinds=("rank",), device="cpu", **further):
@@ -183,7 +185,7 @@ def refusal(work, core) -> str:
 def same_tokens(batch: dict, trees: list[list], pairs: bool = False) -> bool:
     """Whether a collated batch of TRL has the tokens of these trees (their separate paths), row by row; of pairs, first
     the chosen answers, then the rejected."""
-    paths = [[path for (path,) in packing.separate_paths(tree)] for tree in trees]
+    paths = [[path for (path,) in separate_paths(tree)] for tree in trees]
     order = [path for part in (zip(*paths, strict=True) if pairs else paths) for path in part]
     kept = [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     return kept == [path.ids for path in order]

@@ -1,4 +1,4 @@
-"""What is measured: three shapes of one backbone, and films, posters and rows drawn from a seed.
+"""What is measured: three shapes of one backbone, and films, posters and examples drawn from a seed.
 
 No weights are downloaded. A random model computes exactly as fast as a trained one.
 """
@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,9 +16,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZE
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from hanorec.data import demo  # noqa: E402
-from hanorec.model import mllm, packing  # noqa: E402
-from hanorec.model.prompts import Prompts, Row  # noqa: E402
+from hanorec.data.demo import GENRES, PLACES  # noqa: E402
+from hanorec.data.folder import Example, Items  # noqa: E402
+from hanorec.model.images import ImageTokens, encode_items  # noqa: E402
+from hanorec.model.load import load_image_processor, load_tokenizer  # noqa: E402
+from hanorec.model.prompts import Prompts  # noqa: E402
+from hanorec.model.samples import Samples  # noqa: E402
+from hanorec.model.template import load_template  # noqa: E402
+from hanorec.model.tiny import build_tiny  # noqa: E402
 
 # Qwen2.5-VL-3B as its config.json has it (the initial weights are torch's draw)
 FULL_TEXT = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
@@ -47,23 +51,24 @@ class Workload:
     folder: Path
     backbone: str
     paths: list[Path]
-    catalogue: mllm.Catalogue
+    items: Items
+    tokens: ImageTokens
     prompts: Prompts
-    rows: list[Row]
+    examples: list[Example]
     max_pixels: int
     encode_seconds: float  # per image
+    tiny: bool = False  # as an Encoding has it
 
-    def pairs(self, kinds=("rank",)) -> list:
-        """Functions that build each row's pairs of these kinds, as dpo_hano.py does."""
-        builds = [partial(self.prompts.pair_tree, kind=kind) for kind in kinds]
-        return [partial(self.prompts.fitting, build, row, 100_000) for row in self.rows for build in builds]
+    def pairs(self, kinds=("rank",)) -> Samples:
+        """Each example's pairs of these kinds, as dpo_hano.py has them."""
+        return Samples(self.prompts, self.prompts.pair_tree, self.examples, kinds, 100_000)
 
 
 def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:
     """Config, tokenizer, chat template and image processor, in `folder`; the weights are drawn by `load`."""
     from transformers import AutoConfig
 
-    demo.build_tiny(folder, titles)
+    build_tiny(folder, titles)
     (folder / "model.safetensors").unlink()
     config = AutoConfig.from_pretrained(folder)
     for part, changes in zip((config.text_config, config.vision_config), SHAPES[shape], strict=True):
@@ -98,8 +103,8 @@ def make(
     """Titles, posters of side x side pixels, rows of `history` items and ten candidates, every poster encoded once; and
     the backbone, as `load` gives it."""
     rng = np.random.default_rng([seed, side])
-    places = [" and ".join(rng.choice(demo.PLACES, 2, replace=False)) for _ in range(ITEMS)]
-    titles = [f"{rng.choice(demo.GENRES)} in {place} ({1940 + i % 80})" for i, place in enumerate(places)]
+    places = [" and ".join(rng.choice(PLACES, 2, replace=False)) for _ in range(ITEMS)]
+    titles = [f"{rng.choice(GENRES)} in {place} ({1940 + i % 80})" for i, place in enumerate(places)]
     encoded = folder / f"encoded{side}"
     encoded.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
@@ -109,20 +114,21 @@ def make(
     for path in paths:
         draw_poster(path, side, rng)
     began = time.perf_counter()
-    processor = mllm.load_image_processor(folder, side * side)
-    mllm.encode_items(core, mllm.load_tokenizer(folder), processor, titles, paths, encoded)
+    processor = load_image_processor(folder, side * side)
+    encode_items(core, load_tokenizer(folder), processor, titles, paths, encoded)
     seconds = (time.perf_counter() - began) / ITEMS
-    catalogue = mllm.Catalogue([{"item": str(i), "title": title} for i, title in enumerate(titles)], encoded)
-    prompts = packing.load_prompts(folder, catalogue)
-    rows = draw_rows(rows, history, rng)
-    return Workload(folder, shape, paths, catalogue, prompts, rows, side * side, seconds), core
+    items = Items([{"item": str(i), "title": title} for i, title in enumerate(titles)])
+    tokens = ImageTokens(items, encoded)
+    prompts = Prompts(load_template(folder), items, tokens)
+    examples = draw_examples(rows, history, rng)
+    return Workload(folder, shape, paths, items, tokens, prompts, examples, side * side, seconds), core
 
 
-def draw_rows(count: int, history: int, rng: np.random.Generator) -> list[Row]:
-    rows = []
+def draw_examples(count: int, history: int, rng: np.random.Generator) -> list[Example]:
+    examples = []
     for number in range(count):
         items = rng.choice(ITEMS, history + CANDIDATES, replace=False).tolist()
         candidates = items[history:]
         target, rejected = (candidates[i] for i in rng.choice(CANDIDATES, 2, replace=False))
-        rows.append(Row(f"user{number}", items[:history], target, candidates, rejected))
-    return rows
+        examples.append(Example(f"user{number}", items[:history], target, candidates, rejected))
+    return examples

@@ -1,5 +1,4 @@
-"""Texts written by an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): many requests at once, each tried
-again where the server is busy or away."""
+"""Texts from an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): many requests at once, with retries."""
 
 import base64
 import http.client
@@ -11,28 +10,36 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-from hanorec.model import mllm
-from hanorec.run import runs
-from hanorec.run.runs import UserError
+from hanorec.model.encoding import Encoding
+from hanorec.model.images import open_image
+from hanorec.model.load import load_tokenizer
+from hanorec.run.files import UserError
 from mllm_srec.writers import Reply, control_tokens
 
-TIMEOUT = 600  # seconds for an answer: a server may hold a request back while it is busy
-LONGEST_WAIT = 30  # seconds between two tries
+TIMEOUT = 600  # seconds for an answer: a busy server may hold a request back
+LONGEST_PAUSE = 30  # seconds between two tries
+OF_THIS_PROMPT = (400, 413, 422)  # statuses that refuse one prompt, perhaps not others
 
 
 class Server:
-    """Called with prompts (lists of parts, see `srec.fill`), it gives a Reply to each. UserError where the server stays
-    away, or refuses requests for another reason than what they hold.
+    """Called with prompts (lists of parts, see `texts.fill`), it returns a Reply to each.
 
-    url: up to /v1. data: the evaluate.Data whose images are sent, at most as large as they are encoded.
+    Args:
+        url: the server's address, up to /v1.
+        model: its name for the model; None: the first that it lists.
+        encoding: whose images are sent, no larger than they are encoded.
+        options: parallel, retries, max_tokens, seed, batch_size.
+
+    Raises:
+        UserError: the server does not answer, or refuses requests for another reason than their prompts.
     """
 
-    def __init__(self, url: str, model: str | None, data, options):
-        self.url, self.data, self.options = url.rstrip("/"), data, options
+    def __init__(self, url: str, model: str | None, encoding: Encoding, options):
+        self.url, self.encoding, self.options = url.rstrip("/"), encoding, options
         self.batch_size = options.batch_size
-        self.lost = threading.Event()  # the server, for good
-        self.paths = [line["image"] for line in data.lines("items", runs.ITEM)]
-        self.control = sorted(control_tokens(mllm.load_tokenizer(data.source, data.trust)), key=len, reverse=True)
+        self.lost = threading.Event()  # set once the server is given up
+        control = control_tokens(load_tokenizer(encoding.source, encoding.trust))
+        self.control = sorted(control, key=len, reverse=True)
         self.model = model or self.first_model()
 
     def first_model(self) -> str:
@@ -44,35 +51,47 @@ class Server:
     def length(self, parts: list) -> int:
         return sum(len(part) for part in parts if isinstance(part, str))
 
-    def __call__(self, many: list[list]) -> list[Reply]:
+    def __call__(self, prompts: list[list]) -> list[Reply]:
         with ThreadPoolExecutor(self.options.parallel) as pool:
-            return list(pool.map(self.reply, many))
+            return list(pool.map(self.reply, prompts))
 
     def reply(self, parts: list) -> Reply:
         content = [self.text(part) if isinstance(part, str) else self.image(part) for part in parts]
-        body = {"model": self.model, "messages": [{"role": "user", "content": [part for part in content if part]}]}
-        body |= {"temperature": 0, "max_tokens": self.options.max_tokens, "seed": self.options.seed}
-        found = self.answer("chat/completions", body)
+        answer = self.answer(
+            "chat/completions",
+            {
+                "model": self.model,
+                "messages": [{"role": "user", "content": [part for part in content if part]}],
+                "temperature": 0,
+                "max_tokens": self.options.max_tokens,
+                "seed": self.options.seed,
+            },
+        )
         try:
-            choice = found["choices"][0]
+            choice = answer["choices"][0]
             text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
             text.encode()
         except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError):  # half a character
-            return Reply(json.dumps(found)[:200], "nonsense")
-        control = any(token in text for token in self.control)
-        whole = reason in (None, "stop")  # others: its length, a filter, an error
-        return Reply(text, "limit" if not whole else "control" if control else None).checked()
+            return Reply(json.dumps(answer)[:200], "nonsense")
+        fault = None
+        if reason not in (None, "stop"):  # its length, a filter, an error
+            fault = "limit"
+        elif any(token in text for token in self.control):
+            fault = "control"
+        return Reply(text, fault).checked()
 
     def text(self, text: str) -> dict:
-        """A text part; what spells a control token is split, since a server reads it as one."""
+        """A text part. What spells a control token is split, since a server would read it as one."""
         for token in self.control:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return {"type": "text", "text": text}
 
-    def image(self, row: int) -> dict | None:
-        if not self.paths[row]:
+    def image(self, item: int) -> dict | None:
+        """An image part, as PNG within max_pixels; None for an item without an image."""
+        path = self.encoding.items.images[item]
+        if not path:
             return None
-        image, most = mllm.open_image(self.data.folder / self.paths[row]), self.data.encoding["max_pixels"]
+        image, most = open_image(self.encoding.data.folder / path), self.encoding.manifest["max_pixels"]
         scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
         image.thumbnail((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         buffer = io.BytesIO()
@@ -81,14 +100,14 @@ class Server:
         return {"type": "image_url", "image_url": {"url": url}}
 
     def answer(self, path: str, body: dict | None = None):
-        """The server's answer in JSON, None where it is none; a busy or absent server is tried again, ever later."""
+        """The server's answer, from JSON; None if it is no JSON. A busy or absent server is tried again, ever later."""
         headers = {
             "Content-Type": "application/json",
             "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
         }
         data, reason = None if body is None else json.dumps(body).encode(), ""
-        for number in range(self.options.retries + 1):
-            if self.lost.wait(min(2**number / 2, LONGEST_WAIT) if number else 0):
+        for attempt in range(self.options.retries + 1):
+            if self.lost.wait(min(2**attempt / 2, LONGEST_PAUSE) if attempt else 0):
                 break
             try:
                 request = urllib.request.Request(f"{self.url}/{path}", data, headers)
@@ -96,7 +115,7 @@ class Server:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read()[:200].decode(errors='replace')}"
-                if body is not None and error.code in (400, 413, 422):  # of this prompt, perhaps not of others
+                if body is not None and error.code in OF_THIS_PROMPT:
                     return {"error": reason}
                 if error.code < 500 and error.code != 429:
                     self.lost.set()

@@ -1,13 +1,19 @@
-"""Who writes a text to a prompt: a model on this machine (or a server, see server.py); and what is no usable text."""
+"""Text generators: a model on this machine (a server: see server.py); and what makes a text unusable."""
 
-import functools
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
-from hanorec.model import backbones, mllm
+from hanorec.model import families
+from hanorec.model.encoding import Encoding
+from hanorec.model.images import ImageTokens, check_sizes
+from hanorec.model.load import load_tokenizer
+from hanorec.model.prompts import Prompts
+from hanorec.model.trees import Node
 
 CANNOT = (
     r"(i (can['\u2019]?t|cannot|can not|do(n['\u2019]?t| not) have the ability)|(i['\u2019]?m|i am) (unable|not able))"
@@ -23,26 +29,33 @@ SUMMARY = re.compile(r"^\W*summary\W*:", re.I | re.M)
 
 @dataclass
 class Reply:
-    """A text, and the reason why it cannot be used: `empty`, `refused`, `limit` (cut off, also by a server for another
-    reason), `control` (control tokens in it), `nonsense` (a server's answer that holds no text), `no_summary`; or
-    None."""
+    """A text, and why it cannot be used.
+
+    Args:
+        fault: None, or `empty`, `refused`, `limit` (cut off, also by a server for another reason), `control` (it has
+            control tokens), `nonsense` (a server's answer without a text), `no_summary`.
+    """
 
     text: str
     fault: str | None = None
 
     def checked(self) -> "Reply":
-        """The same with its white space in order, and its fault where the text itself is at fault."""
+        """The reply with its white space in order, and with a fault if its text is empty or a refusal."""
         lines = (" ".join(line.split()) for line in self.text.splitlines())
         text = "\n".join(line for line in lines if line)
-        fault = "empty" if not re.search(r"\w", text) else "refused" if REFUSAL.match(text) else None
-        return Reply(text, self.fault or fault)
+        fault = self.fault
+        if not fault and not re.search(r"\w", text):
+            fault = "empty"
+        elif not fault and REFUSAL.match(text):
+            fault = "refused"
+        return Reply(text, fault)
 
     def line(self) -> str | None:
-        """All of it in one line; None where it is at fault."""
+        """The text on one line; None if it cannot be used."""
         return None if self.fault else " ".join(self.text.split())
 
     def summary(self) -> "Reply":
-        """What stands behind the last "Summary:"."""
+        """The part behind the last "Summary:"."""
         parts = SUMMARY.split(self.text)
         fault = self.fault or ("no_summary" if len(parts) == 1 else None)
         return Reply(self.text, fault) if fault else Reply(parts[-1].lstrip(" *_\n")).checked()
@@ -54,24 +67,24 @@ def control_tokens(tokenizer) -> dict[str, int]:
     return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
-def spelling_control(titles: list[str], tokenizer) -> int:
-    """How many titles hold what spells a control token."""
-    control = control_tokens(tokenizer)
-    return sum(any(token in title for token in control) for title in titles)
+def titles_with_control_tokens(encoding: Encoding) -> int:
+    """How many titles contain the spelling of a control token."""
+    control = control_tokens(load_tokenizer(encoding.source, encoding.trust))
+    return sum(any(token in title for token in control) for title in encoding.items.titles)
 
 
 PADDING = 0  # stands before the shorter prompts of a batch, and is masked
 
 
-def stop_tokens(core, prompts) -> list[int]:
-    """Return the tokens that end a text: the chat template's end of turn, and the model's own."""
+def stop_tokens(core, prompts: Prompts) -> list[int]:
+    """The tokens that end a text: the chat template's end of turn, and the model's own."""
     own = core.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return sorted({prompts.end_of_turn, *(token for token in own if token is not None)})
+    return sorted({prompts.template.end_of_turn, *(token for token in own if token is not None)})
 
 
 class Local:
-    """A text generator on this machine. It is called with prompts and returns a Reply to each.
+    """A text generator on this machine. Called with prompts (lists of parts), it returns a Reply to each.
 
     Args:
         core: an image-text model of transformers. Its generation_config is replaced: the model may come with sampling,
@@ -80,58 +93,63 @@ class Local:
         batch_size: the number of prompts that the caller should give at once.
     """
 
-    def __init__(self, core, prompts, catalogue, max_tokens: int, batch_size: int):
-        from transformers import GenerationConfig
-
-        self.core, self.prompts, self.catalogue = core.eval(), prompts, catalogue
-        self.batch_size, stop = batch_size, stop_tokens(core, prompts)
-        greedy = {"max_new_tokens": max_tokens, "do_sample": False, "num_beams": 1}
-        core.generation_config = GenerationConfig(**greedy, eos_token_id=stop, pad_token_id=PADDING)
-        self.special = {*control_tokens(prompts.tokenizer).values(), prompts.image_token}
+    def __init__(self, core, prompts: Prompts, tokens: ImageTokens, max_tokens: int, batch_size: int):
+        self.core, self.prompts, self.tokens, self.batch_size = core.eval(), prompts, tokens, batch_size
+        core.generation_config = GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=stop_tokens(core, prompts),
+            pad_token_id=PADDING,
+        )
+        self.special = {*control_tokens(prompts.tokenizer).values(), prompts.template.image_token}
 
     def length(self, parts: list) -> int:
-        """Return the tokens of a prompt. Prompts of about the same length should share a batch."""
-        return len(self.prompts.whole(parts).ids)
+        """The number of tokens of a prompt. Prompts of about the same length should share a batch."""
+        return len(self.prompts.complete_prompt(parts).ids)
 
-    def __call__(self, many: list[list]) -> list[Reply]:
-        """Reply to prompts, each a list of parts (see `srec.fill`)."""
-        nodes = [self.prompts.whole(parts) for parts in many]
+    def __call__(self, prompts: list[list]) -> list[Reply]:
+        nodes = [self.prompts.complete_prompt(parts) for parts in prompts]
         return [self.reply(ids, ended) for ids, ended in self.generate(nodes)]
 
     @torch.no_grad()
-    def generate(self, nodes: list) -> list[tuple[list[int], bool]]:
+    def generate(self, nodes: list[Node]) -> list[tuple[list[int], bool]]:
         """Write the most likely continuation of each prompt, token by token.
 
-        Returns: for each prompt, its new tokens without the stop token, and whether there was a stop token.
+        Returns for each prompt its new tokens without the stop token, and whether there was a stop token.
         """
-        inputs, options, texts = self.inputs(nodes), self.core.generation_config, []
-        ids = self.core.generate(**inputs, generation_config=options)
+        inputs, config, texts = self.inputs(nodes), self.core.generation_config, []
+        ids = self.core.generate(**inputs, generation_config=config)
         for tokens in ids[:, inputs["input_ids"].shape[1] :].tolist():
-            stops = [index for index, token in enumerate(tokens) if token in options.eos_token_id]
+            stops = [position for position, token in enumerate(tokens) if token in config.eos_token_id]
             texts.append((tokens[: stops[0]] if stops else tokens, bool(stops)))
         return texts
 
-    def inputs(self, nodes: list) -> dict:
-        """Return the model's arguments for a batch of prompts, padded on the left."""
+    def inputs(self, nodes: list[Node]) -> dict:
+        """The model's arguments for a batch of prompts, padded on the left."""
         rows, items = [torch.tensor(node.ids) for node in nodes], [item for node in nodes for item in node.images]
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
         ids, valid = pad(rows, padding_value=PADDING), pad([torch.ones_like(row) for row in rows])
-        inputs = backbones.token_inputs(self.core, ids.to(self.core.device), valid.to(self.core.device))
+        inputs = families.token_inputs(self.core, ids.to(self.core.device), valid.to(self.core.device))
         if items:
-            grids = torch.stack([self.catalogue.grid(item) for item in items])
-            inputs |= backbones.encoder_outputs(self.core, self.image_tokens(items), grids)
+            grids = torch.stack([self.tokens.grid(item) for item in items])
+            inputs |= families.encoder_outputs(self.core, self.image_tokens(items), grids)
         return inputs
 
     def image_tokens(self, items: list[int]) -> torch.Tensor:
-        """Return the image tokens [all, d] of these items in order: stored, or computed from the pictures now."""
-        if not self.catalogue.live:
-            return torch.cat([self.catalogue.image_tokens(item) for item in items])
-        pixels = self.catalogue.pixels(items).items()
-        pixels = {name: value.to(self.core.device) if torch.is_tensor(value) else value for name, value in pixels}
-        images = backbones.image_tokens(self.core, pixels)
-        mllm.check_sizes(self.catalogue.sizes(items), images)
+        """[all, d]: the image tokens of these items in order, stored, or computed from the pictures now."""
+        if not self.tokens.live:
+            return torch.cat([self.tokens.of(item) for item in items])
+        pixels = self.tokens.pixels(items)
+        pixels = {n: value.to(self.core.device) if torch.is_tensor(value) else value for n, value in pixels.items()}
+        images = families.image_tokens(self.core, pixels)
+        check_sizes(self.tokens.sizes(items), images)
         return torch.cat(images)
 
     def reply(self, ids: list[int], ended: bool) -> Reply:
-        fault = "limit" if not ended else "control" if self.special & set(ids) else None
+        fault = None
+        if not ended:
+            fault = "limit"
+        elif self.special & set(ids):
+            fault = "control"
         return Reply(self.prompts.tokenizer.decode(ids, skip_special_tokens=True), fault).checked()

@@ -85,6 +85,24 @@ def words(*argv):
     return [str(word) for word in argv]
 
 
+class Opened:
+    """A data folder and one of its encodings, opened; summaries: a name of summaries, for the prompts."""
+
+    def __init__(self, folder, model=None, blank_images=False, images=None, summaries=None):
+        from hanorec.data.folder import DataFolder
+        from hanorec.model.encoding import Encoding
+
+        self.data = DataFolder(folder)
+        self.encoding = Encoding(self.data, model, blank_images, images)
+        self.items, self.tokens, self.summaries = self.data.items, self.encoding.tokens, summaries
+        self.source, self.examples, self.sequences = self.encoding.source, self.data.examples, self.data.sequences
+
+    def prompts(self, candidate_images=False):
+        from mllm_srec.chain_of_thought import load_prompts
+
+        return load_prompts(self.data, self.encoding, candidate_images, self.summaries)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A small prepared and encoded data folder, made by the real script from a small MovieLens. All workers read it: a

@@ -13,14 +13,15 @@ import re
 import sys
 from pathlib import Path
 
+from hanorec.model.images import open_image
+from hanorec.run.files import one_line_errors, read_jsonl, write_jsonl
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from hanorec.model import mllm
-from hanorec.run import runs
 
 
 def poster_facts(path: Path) -> dict[str, str]:
     """light and tone of a picture by its mean red, green and blue (0 to 255)."""
-    red, green, blue = mllm.open_image(path).resize((1, 1), resample=4).getpixel((0, 0))  # 4: the mean of a box
+    red, green, blue = open_image(path).resize((1, 1), resample=4).getpixel((0, 0))  # 4: the mean of a box
     mean = (red + green + blue) / 3
     light = "dark" if mean < 85 else "bright" if mean > 140 else "dim"
     return {"light": light, "tone": "warm" if red - blue > 15 else "cold" if blue - red > 15 else "plain"}
@@ -41,7 +42,7 @@ def describe(item: dict, genres: str, poster: Path | None) -> dict | None:
     return {"item": item["item"], "text": f"{text}.", "facts": facts} if facts else None
 
 
-@runs.one_line_errors
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py wrote")
@@ -50,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     with (options.source / "movies.csv").open(newline="", encoding="utf-8") as file:
         genres = {line["movieId"]: line["genres"] for line in csv.DictReader(file)}
     lines = []
-    for item in runs.read_jsonl(options.data / "items.jsonl", {"item": str, "title": str}, "run prepare_data.py"):
+    for item in read_jsonl(options.data / "items.jsonl", {"item": str, "title": str}, "run prepare_data.py"):
         poster = options.source / "posters" / f"{item['item']}.jpg"
         line = describe(item, genres.get(item["item"], ""), poster if poster.exists() else None)
         lines += [line] if line else []
     path = options.data / "descriptions.jsonl"
-    runs.write_jsonl(path, lines)
+    write_jsonl(path, lines)
     print(f"{path}: {len(lines)} descriptions")
 
 

@@ -27,13 +27,18 @@ from pathlib import Path
 import conftest  # noqa: F401  # puts the repository on the path
 import layouts
 import numpy as np
+from conftest import Opened
 from PIL import Image
 
-import evaluate
 import prepare_data
-from hanorec.model import mllm
+from hanorec.data.folder import DataFolder
+from hanorec.model.images import open_image
 from hanorec.ranking import exchange
-from hanorec.run import runs
+from hanorec.ranking.baselines import cooccurrence_scores, popularity_scores
+from hanorec.ranking.metrics import measure
+from hanorec.ranking.scoring import target_columns
+from hanorec.run.files import file_hash, write_json
+from hanorec.run.runs import check_out, read_run
 
 LIMIT = 10  # seconds for an input
 KINDS = [*layouts.LAYOUTS, "picture", "stages", "run", "encoding"]
@@ -137,7 +142,7 @@ def fuzz_picture(folder: Path, rng) -> None:
     picture = picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)
     picture.save(path, kind, **options)
     spoil_one(folder, rng)
-    image = mllm.open_image(path)
+    image = open_image(path)
     assert image.mode == "RGB" and len(image.tobytes()) == 3 * image.width * image.height
 
 
@@ -145,7 +150,7 @@ def sign(folder: Path) -> None:
     """Have the manifest list the files as they are, so that their contents are looked at too."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"] = {name: runs.file_hash(folder / name) for name in manifest["files"]}
+        manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"]}
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -156,30 +161,28 @@ def fuzz_stages(folder: Path, rng) -> None:
     spoil_one(folder / "data", rng, {*names, scores} if rng.random() < 0.7 else {scores})
     if rng.random() < 0.8:
         sign(folder / "data")
-    data = evaluate.Data(folder / "data", None, encoded=False)
-    rows = data.rows("test")
-    evaluate.popularity_scores(data, rows), evaluate.cooccurrence_scores(data, rows)
-    found, yes = exchange.read_scores(folder / "data" / scores, data.catalogue.ids, rows)
+    data = DataFolder(folder / "data")
+    rows = data.examples("test")
+    popularity_scores(data, rows), cooccurrence_scores(data, rows)
+    found, yes = exchange.read_scores(folder / "data" / scores, data.items.ids, rows)
     assert np.isfinite(found).all() and (yes is None or np.isfinite(yes).all())
-    assert np.isfinite(
-        list(evaluate.measure(found, yes, evaluate.target_columns(rows), resamples=2).values.values())
-    ).all()
+    assert np.isfinite(list(measure(found, yes, target_columns(rows), resamples=2).values.values())).all()
 
 
 def fuzz_run(folder: Path, rng) -> None:
     shutil.copytree(BASE / "run", folder / "run")
     spoil_one(folder / "run", rng)
-    runs.read_run(folder / "run")
-    runs.check_out(folder / "run", "sft")
+    read_run(folder / "run")
+    check_out(folder / "run", "sft")
 
 
 def fuzz_encoding(folder: Path, rng) -> None:
     shutil.copytree(BASE / "data", folder / "data")
     spoil_one(folder / "data" / "encoded", rng)
-    data = evaluate.Data(folder / "data", None)
-    for row in range(len(data.catalogue.ids)):
-        assert len(data.catalogue.image_tokens(row)) == data.catalogue.image_length(row)
-        assert len(data.catalogue.grid(row)) == 3
+    data = Opened(folder / "data")
+    for row in range(len(data.items.ids)):
+        assert len(data.tokens.of(row)) == data.tokens.length(row)
+        assert len(data.tokens.grid(row)) == 3
 
 
 def make_base(folder: Path) -> None:
@@ -200,13 +203,13 @@ def make_base(folder: Path) -> None:
     save_file(tensors, encoded / "items.safetensors")
     save_file({"image_tokens": torch.rand(2 * count, 4)}, encoded / "image_tokens.safetensors")
     manifest = {"backbone": "tiny", "max_pixels": 784, "dtype": "float32", "tokens": "0"}
-    manifest["items"] = runs.file_hash(folder / "data" / "items.jsonl")
-    runs.write_json(encoded / "manifest.json", manifest)
-    data, rng = evaluate.Data(folder / "data", None), np.random.default_rng(0)
-    rows = data.rows("test")
+    manifest["items"] = file_hash(folder / "data" / "items.jsonl")
+    write_json(encoded / "manifest.json", manifest)
+    data, rng = Opened(folder / "data"), np.random.default_rng(0)
+    rows = data.examples("test")
     scores = rng.random((len(rows), len(rows[0].candidates)))
-    exchange.write_predictions(folder / "data" / "scores.jsonl", data.catalogue.ids, rows, scores, scores)
-    exchange.write_recbole(folder / "recbole", data.catalogue, {"candidates": rows}, scores)
+    exchange.write_predictions(folder / "data" / "scores.jsonl", data.items.ids, rows, scores, scores)
+    exchange.write_recbole(folder / "recbole", data.items, {"candidates": rows}, scores)
     (folder / "recbole" / "recbole.candidates.inter").rename(folder / "data" / "scores.inter")
     options = {
         "data": "d",
@@ -217,8 +220,8 @@ def make_base(folder: Path) -> None:
         "tune": "lora",
     }
     options |= {"blank_images": False, "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}
-    runs.write_json(folder / "run" / "config.json", {"stage": "sft", "options": options, "data": "0"})
-    runs.write_json(folder / "run" / "result.json", {"weights": "0"})
+    write_json(folder / "run" / "config.json", {"stage": "sft", "options": options, "data": "0"})
+    write_json(folder / "run" / "result.json", {"weights": "0"})
 
 
 def one_input(number: int, folder: Path) -> tuple[str, str]:

@@ -23,7 +23,7 @@ import summaries
 import trl_side
 import workload
 
-from hanorec.model.prompts import Node
+from hanorec.model.trees import Node
 from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"

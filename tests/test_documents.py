@@ -197,7 +197,6 @@ def test_tests_named_in_the_documents_exist():
         assert named - defined - COUNTERS == set(), document.name
 
 
-@pytest.mark.skipif(not (ROOT / "hanorec" / "run" / "files.py").exists(), reason="the tree is being rebuilt")
 def test_files_named_in_the_documents_exist():
     named = re.compile(r"`((?:hanorec|mllm_srec|tests|bench|docs|recipes|configs)/[\w./-]*)`")
     for document in DOCUMENTS:

@@ -9,20 +9,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Opened
 from safetensors.torch import load_file
 from stages import dpo, training
 
-import evaluate
-from hanorec.model import mllm, packing
+from hanorec.model.finished import load_finished
+from hanorec.model.load import load_tokenizer
+from hanorec.model.packing import PackedMLLM
 
 
-def test_dpo_logs_what_the_readme_explains(dpo_run):
+def test_dpo_logs_what_the_documents_explain(dpo_run):
     log = training(dpo_run / "metrics.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     for name in log[0]:
-        assert f"`{name}`" in readme, f"README does not explain {name}"
+        assert f"`{name}`" in page, f"docs/training.md does not explain {name}"
     first = log[0]  # B = 0, so relative noise in A changes nothing yet: the loss is log 2, to LoRA dropout
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert 0.01 < first["noise"] <= 0.06 and first["lambda_mean"] == pytest.approx(1, abs=0.01)
@@ -73,14 +74,14 @@ def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
     shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
     dpo(tmp_path / "sft", tmp_path / "dpo")
     config = json.loads((sft_run / "config.json").read_text())
-    data = evaluate.Data(config["options"]["data"], None)
-    prompts, rows = data.prompts(), data.rows("train")
-    packed = packing.PackedMLLM(evaluate.load_result(sft_run, data))
+    data = Opened(config["options"]["data"])
+    prompts, rows = data.prompts(), data.examples("train")
+    packed = PackedMLLM(load_finished(sft_run, data.encoding))
     (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
     cached = load_file(cache)["logps"]
     trees = [prompts.pair_tree(row, kind) for row in rows for kind in ("rank", "yes", "no")]
     with torch.no_grad():
-        found = packed(packed.collate(trees, data.catalogue)).view(-1, 2)
+        found = packed(packed.collate(trees, data.tokens)).view(-1, 2)
     assert len(cached) == 3 * len(rows)
     known = ~cached.isnan().any(1)  # a short run asks for the pairs of its steps alone
     torch.testing.assert_close(found[known], cached[known], atol=1e-4, rtol=0)
@@ -104,8 +105,8 @@ def test_export_loads_without_this_project(prepared, sft_run, dpo_run):
         "torch.save(one, sys.argv[1] + '/logits.pt')\n"
     )
     subprocess.run([sys.executable, "-c", code, folder], check=True, cwd="/")
-    data = evaluate.Data(prepared, None)
-    model, tokenizer = evaluate.load_result(dpo_run, data), mllm.load_tokenizer(prepared / "tiny")
+    data = Opened(prepared)
+    model, tokenizer = load_finished(dpo_run, data.encoding), load_tokenizer(prepared / "tiny")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Film 3?"}], tokenize=False)
     with torch.no_grad():
         expected = model(**tokenizer(text, return_tensors="pt")).logits

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+from conftest import Opened
 from stages import dpo, lines, refused
 
 import evaluate
-from hanorec.model import mllm
+from hanorec.model import finished
+from hanorec.model.load import load_tokenizer
 from hanorec.ranking import exchange
-from hanorec.run import runs
+from hanorec.run.files import UserError
 
 
 def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
@@ -48,20 +50,20 @@ def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
         f"small.{n}.inter" for n in ("train", "valid", "test", "candidates")
     } | {"small.item"}
     spaced = type("Catalogue", (), {"ids": ["a b"], "titles": ["A"]})
-    with pytest.raises(runs.UserError, match="the id 'a b' holds one"):
+    with pytest.raises(UserError, match="the id 'a b' holds one"):
         exchange.write_recbole(folder, spaced, {"test": []}, None)
     path.write_text(path.read_text().replace("1.0\t", "1.0\toops", 1))
     assert "small.candidates.inter, line" in refused(capsys, evaluate.main, "--data", prepared, "--scores", path)
 
 
 def test_evaluate_recommends_by_name(sft_run, capsys):
-    data = evaluate.Data(json.loads((sft_run / "config.json").read_text())["options"]["data"], None)
-    row = data.rows("test")[2]
+    data = Opened(json.loads((sft_run / "config.json").read_text())["options"]["data"])
+    row = data.examples("test")[2]
     evaluate.main(["--run", str(sft_run), "--user", row.user, "--top-k", "3"])
     out = capsys.readouterr().out
-    assert all(data.catalogue.titles[item] in out for item in row.history)
+    assert all(data.items.titles[item] in out for item in row.history)
     assert sum(f" {place}. " in out for place in range(1, 11)) == 3
-    among = [data.catalogue.ids[item] for item in range(4)]
+    among = [data.items.ids[item] for item in range(4)]
     evaluate.main(["--run", str(sft_run), "--user", row.user, "--from", ",".join(among)])
     out = capsys.readouterr().out
     assert all(f"({item})" in out for item in among) and "top 4" in out
@@ -84,15 +86,14 @@ def test_blank_images_at_evaluation_change_the_scores(sft_run):
 
 def test_a_run_of_other_titles_is_refused(sft_run, monkeypatch, capsys):
     """The tiny backbone's tokenizer is made of the titles."""
-    load = mllm.load_tokenizer
 
     def other(name, *further):
-        tokenizer = load(name, *further)
+        tokenizer = load_tokenizer(name, *further)
         if name == sft_run / "model":
             tokenizer.add_tokens(["of other titles"])
         return tokenizer
 
-    monkeypatch.setattr(mllm, "load_tokenizer", other)
+    monkeypatch.setattr(finished, "load_tokenizer", other)
     assert "has another tokenizer than" in refused(capsys, evaluate.main, "--run", sft_run)
 
 
@@ -101,9 +102,9 @@ def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, mo
     assert "one data folder at a time" in error
     assert "give a run folder" in refused(capsys, evaluate.main, "--run", tmp_path)
     assert str(sft_run) in refused(capsys, evaluate.main, "--run", sft_run.parent)
-    assert "user nobody has no row in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
+    assert "user nobody has no example in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
     error = refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--from", "nothing")
-    assert "nothing is not in" in error or "has no row in" in error
+    assert "nothing is not in" in error or "has no example in" in error
     assert "needs --data" in refused(capsys, evaluate.main, "--scores", tmp_path / "x.jsonl")
     error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "x.jsonl")
     assert "x.jsonl does not exist" in error

@@ -11,8 +11,8 @@ import pytest
 from conftest import MOVIELENS, draw_posters, movielens
 from stages import lines, refused
 
-import evaluate
 import prepare_data
+from hanorec.data import protocol
 
 
 def prepare(monkeypatch, source, out, options=""):
@@ -137,7 +137,6 @@ def test_ties_and_images_are_counted(tmp_path, monkeypatch):
 @pytest.mark.skipif(not MOVIELENS.exists(), reason=f"real data is absent: {MOVIELENS}")
 def test_real_movielens(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(evaluate.Data, "__init__", lambda self, folder: None)
     prepare(monkeypatch, MOVIELENS, tmp_path)
     counts = json.loads((tmp_path / "manifest.json").read_text())["counts"]
     assert (counts["users"], counts["items"], counts["interactions"]) == (665, 1000, 54436)
@@ -160,7 +159,7 @@ def test_a_million_interactions_take_seconds(tmp_path, monkeypatch):
 
 def test_rows_drawn_in_parts_keep_the_invariants(tmp_path, monkeypatch):
     movielens(tmp_path / "raw")
-    monkeypatch.setattr(prepare_data, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(protocol, "AT_ONCE", 7)
     prepare(monkeypatch, tmp_path / "raw", tmp_path / "data")
     rows, counts = (
         lines(tmp_path / "data" / "train.jsonl"),

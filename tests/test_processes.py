@@ -64,7 +64,7 @@ def test_noise_and_eta_are_those_of_one_process(trained):
 
 
 @pytest.mark.parametrize("world", WORLDS[:2])
-def test_several_processes_evaluate_row_by_row_as_one_does(trained, world):
+def test_several_processes_score_each_example_as_one_does(trained, world):
     """Seven rows in batches of two do not share out evenly."""
     one, several = (trained / w / "start" / "first7_predictions.jsonl" for w in ("1", world))
     assert len(lines(one)) == 7 and one.read_text() == several.read_text()

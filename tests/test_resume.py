@@ -13,7 +13,8 @@ from stages import refused, training
 import dpo_hano
 import prepare_data
 import sft
-from hanorec.run import runs
+from hanorec.model.supervised import supervised_step
+from hanorec.run.files import delete, locked, write_json
 
 STEPS = "--batch-size 4 --grad-accum 2 --eval-limit 4 --save-every 3 --lr 1e-3".split()
 
@@ -69,15 +70,14 @@ def test_a_data_folder_that_was_not_finished_is_not_taken_and_is_made_again(prep
 def unfinished(prepared, tmp_path, monkeypatch, capsys):
     """An SFT run that was told to stop after step 4 of 8: (its options, its folder, what it said)."""
     argv = ["--data", str(prepared), "--out", str(tmp_path / "sft"), *STEPS, "--max-steps", "8", "--warmup-steps", "0"]
-    take_step = sft.take_step
 
     def told(*args):
         if args[4].last_epoch == 3:  # schedule: three steps are done
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(*args)
+        return supervised_step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "take_step", told)
+        patch.setattr(sft, "supervised_step", told)
         with pytest.raises(SystemExit) as stop:
             sft.main(argv)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -104,16 +104,16 @@ def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys)
     other = ["--data", json.loads((sft_run / "config.json").read_text())["options"]["data"]]
     manifest = tmp_path / "data" / "manifest.json"
     shutil.copytree(other[1], tmp_path / "data")
-    runs.write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
+    write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
     assert "--data (another than before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
     assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")
-    with runs.locked(out):
+    with locked(out):
         assert "is in use by another process" in refused(capsys, sft.main, *argv)
     assert left(out) == before
     state = out / "checkpoints" / "step-4" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     assert f"delete {state.parent}: then the checkpoint before it" in refused(capsys, sft.main, *argv)
-    runs.remove(state.parent)
+    delete(state.parent)
     sft.main(
         [*argv, "--save-every", "100", "--keep", "1", "--gradient-checkpointing"]
     )  # none of them changes the result

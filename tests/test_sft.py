@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_backbones
 import torch
+from conftest import Opened
 from safetensors.torch import load_file
 from stages import SMALL, dpo, lines, refused, training
 
@@ -15,7 +16,7 @@ import dpo_hano
 import evaluate
 import prepare_data
 import sft
-from hanorec.model import mllm
+from hanorec.model.load import load_model
 from hanorec.ranking import metrics
 
 
@@ -26,11 +27,11 @@ def test_sft_learns_and_writes_a_loadable_model(sft_run):
     config = json.loads((sft_run / "config.json").read_text())
     assert config["options"]["tune"] == "full" and set(config["versions"]) >= {"torch", "transformers", "peft"}
     assert (sft_run / "result.json").exists()
-    assert mllm.load_model(sft_run / "model").config.model_type == "qwen2_5_vl"
+    assert load_model(sft_run / "model").config.model_type == "qwen2_5_vl"
 
 
 def test_sft_leaves_the_vision_tower_alone(prepared, sft_run):
-    before, after = mllm.load_model(prepared / "tiny").state_dict(), mllm.load_model(sft_run / "model").state_dict()
+    before, after = load_model(prepared / "tiny").state_dict(), load_model(sft_run / "model").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("language_model" in name or "lm_head" in name for name in changed)
     assert not any("visual" in name for name in changed)
@@ -53,10 +54,10 @@ def test_sft_warm_up_and_blank_images(prepared, tmp_path):
     sft.main(["--data", str(prepared), "--out", str(tmp_path / "sft"), *argv])
     log = training(tmp_path / "sft" / "metrics.jsonl")
     assert log[0]["warmup"] == 1 and log[-1]["warmup"] == 0 and log[-1]["step"] == 5
-    data = evaluate.Data(prepared, None, blank_images=True)
-    with_image = [row for row in range(len(data.catalogue.ids)) if data.catalogue.has_image(row)]
-    assert len({data.catalogue.image_tokens(row).sum().item() for row in with_image}) == 1
-    assert len(with_image) < len(data.catalogue.ids)  # an item without an image stays without
+    data = Opened(prepared, blank_images=True)
+    with_image = [row for row in range(len(data.items.ids)) if data.tokens.length(row)]
+    assert len({data.tokens.of(row).sum().item() for row in with_image}) == 1
+    assert len(with_image) < len(data.items.ids)  # an item without an image stays without
 
 
 def test_the_same_seed_gives_the_same_run(prepared, tmp_path):

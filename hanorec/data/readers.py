@@ -1,18 +1,14 @@
 """Raw datasets in their own layouts.
 
 A reader is one function from the options of prepare_data.py to a `Raw`: interactions in input order, titles, images.
-READERS names them all. To add a dataset, write one such function.
+READERS lists them all. To add a dataset, write one such function.
 """
 
 import argparse
-import csv
-import gzip
 import html
 import itertools
-import json
 import math
 import re
-import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,14 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hanorec.run.runs import UserError
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a reader gives
+from hanorec.data.tables import column, encoding_of, find_file, header_of, json_fields, table_rows, text_rows
+from hanorec.run.files import UserError
 
 
 class Interactions:
-    """Interactions as they are read; users and items are numbered by first appearance."""
+    """Interactions in input order. Users and items have codes: numbers in order of first appearance."""
 
     def __init__(self):
         self.user_codes: dict[str, int] = {}
@@ -49,133 +43,41 @@ class Interactions:
         self.ratings.append(rating)
 
 
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters
 
 
 @dataclass
 class Raw:
-    """A dataset as its reader finds it. An item with an empty title is known but untitled."""
+    """A dataset as its reader finds it.
 
-    found: Interactions
+    Args:
+        titles: by item id. An empty title: the item is known but untitled.
+        images: path of each item's image, by item id.
+        files: the files that were read, for the manifest.
+        split: user id to train, val or test, if the source has its own split.
+    """
+
+    interactions: Interactions
     titles: dict[str, str]
     images: dict[str, Path]
     files: list[Path]
-    split: dict[str, str] = field(default_factory=dict)  # user to train, val or test, where the source has its own
+    split: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        texts = itertools.chain(self.found.user_codes, self.found.item_codes, self.titles, self.titles.values())
-        for text in texts:
-            if NO_TEXT.search(text):
+        ids = itertools.chain(self.interactions.user_codes, self.interactions.item_codes)
+        for text in itertools.chain(ids, self.titles, self.titles.values()):
+            if NOT_TEXT.search(text):
                 names = " and ".join(map(str, self.files))
                 raise UserError(f"{names}: {text!r} is no text (UTF-16, perhaps); save the files as UTF-8")
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """users and items (codes by first appearance), times, ratings: [M] each, in input order."""
-        arrays = (self.found.users, self.found.items, self.found.times, self.found.ratings)
-        return tuple(np.frombuffer(values, dtype=values.typecode) for values in arrays)
+        """Return users and items (codes), times, ratings: [M] each, in input order."""
+        own = self.interactions
+        return tuple(np.frombuffer(v, dtype=v.typecode) for v in (own.users, own.items, own.times, own.ratings))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading files
-
-
-def only(source: Path | None, *patterns: str) -> Path:
-    """The one file in `source` that matches the first pattern that any matches."""
-    if source is None or not source.is_dir():
-        raise UserError(f"--source {source} is not a folder; give the unpacked dataset")
-    for pattern in patterns:
-        found = sorted(source.glob(pattern))
-        if len(found) > 1:
-            raise UserError(f"{source} holds {len(found)} files {pattern}; keep one dataset in a folder")
-        if found:
-            return found[0]
-    raise UserError(f"{source} holds no {' or '.join(patterns)}; --source is the folder that holds it")
-
-
-def text_rows(
-    path: Path, delimiter: str = ",", encoding: str = "utf-8-sig", quotes: bool = True
-) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a delimited text file, empty lines left out."""
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            if quotes:
-                reader = csv.reader(file, delimiter=delimiter, strict=True)
-                yield from ((reader.line_num, row) for row in reader if row and row != [""])
-            else:
-                rows = (line.rstrip("\r\n").split(delimiter) for line in file)
-                yield from ((number, row) for number, row in enumerate(rows, 1) if row != [""])
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def encoding_of(path: Path) -> str:
-    """utf-8 where the whole file is, else latin-1: MovieLens 10M is the one, MovieLens 1M the other."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            while file.read(1 << 20):
-                pass
-        return "utf-8"
-    except UnicodeDecodeError:
-        return "latin-1"
-    except OSError:
-        return "utf-8"  # text_rows says what is wrong with it
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSON Lines file, gzipped or not."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("not a JSON object")
-                    yield number, row
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path}, near line {max(number, 1)}, cannot be read: {error}") from error
-
-
-def json_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """(line number, these fields as text) of a JSON Lines file; a field that is missing is empty."""
-    for number, row in json_rows(path):
-        try:
-            yield number, [field_text(row.get(name)) for name in names]
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
-
-
-def field_text(value) -> str:
-    """A value of JSON or Parquet as a CSV would spell it; ValueError for one that holds others."""
-    if value is None or value != value:  # pandas writes NaN for what is missing
-        return ""
-    if isinstance(value, (list, dict)):
-        raise ValueError(f"expected a text or a number, got {value}")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # ids in a column that also has nulls
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def header_of(rows: Iterator[tuple[int, list[str]]], path: Path) -> list[str]:
-    for _, row in rows:
-        return row
-    raise UserError(f"{path} is empty")
-
-
-def column(header: list[str], given: str | None, usual: tuple[str, ...], path: Path, option: str) -> int:
-    """The place of a column in a header: the one that the option gives, else the first of its usual names."""
-    names = (given,) if given else usual
-    for name in names:
-        if name in header:
-            return header.index(name)
-    raise UserError(f"{path} has no column {' or '.join(names)}, only {', '.join(header)}; name it with {option}")
-
-
-def moment(text: str) -> float:
-    """A time as a number: a number as it is, an ISO date in seconds since 1970 (UTC where it names no zone)."""
+def timestamp(text: str) -> float:
+    """A number as it is; an ISO date in seconds since 1970, UTC if it names no zone."""
     try:
         return float(text)
     except ValueError:
@@ -183,20 +85,27 @@ def moment(text: str) -> float:
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
-def collect(rows: Iterable[tuple[int, list]], path: Path, user: int, item: int, time=None, rating=None) -> Interactions:
-    """Interactions from rows of fields, whose places are given; times may be missing (input order then), or ratings."""
-    found = Interactions()
-    found.timed, found.rated = time is not None, rating is not None
+def read_interactions(
+    rows: Iterable[tuple[int, list]], path: Path, user: int, item: int, time: int | None = None, rating=None
+) -> Interactions:
+    """Read interactions from numbered rows.
+
+    Args:
+        path: the file, for errors.
+        user, item, time, rating: positions in a row. Without times the input order is the order of time.
+    """
+    interactions = Interactions()
+    interactions.timed, interactions.rated = time is not None, rating is not None
     for number, row in rows:
         try:
-            when = moment(row[time]) if time is not None else 0.0
-            found.add(row[user], row[item], when, float(row[rating]) if rating is not None else 1.0)
+            when = timestamp(row[time]) if time is not None else 0.0
+            interactions.add(row[user], row[item], when, float(row[rating]) if rating is not None else 1.0)
         except (IndexError, ValueError, OverflowError) as error:
-            what = "user, item" + ", time" * (time is not None) + ", rating" * (rating is not None)
-            raise UserError(f"{path}, line {number}: expected {what}, got {row} ({error})") from error
-    if not found.users:
+            expected = "user, item" + ", time" * (time is not None) + ", rating" * (rating is not None)
+            raise UserError(f"{path}, line {number}: expected {expected}, got {row} ({error})") from error
+    if not interactions.users:
         raise UserError(f"{path} holds no interactions")
-    return found
+    return interactions
 
 
 def one_line(title: str) -> str:
@@ -205,15 +114,21 @@ def one_line(title: str) -> str:
 
 
 def read_titles(path: Path, rows: Iterable[tuple[int, list[str]]], item: int, title: int, width: int) -> dict[str, str]:
-    """Titles by item, from rows of at most `width` fields (more of them: a comma in a title that has no quotes)."""
+    """Read titles by item id.
+
+    Args:
+        item, title: positions in a row.
+        width: the most fields of a row. More of them come from a comma in a title without quotes.
+    """
     titles: dict[str, str] = {}
     for number, row in rows:
         if not max(item, title) < len(row) <= width:
             raise UserError(f"{path}, line {number}: expected an item and its title, {width} fields, got {row}")
         name, text = row[item].strip(), one_line(row[title])
-        if text and titles.get(name, text) != text and titles[name]:
-            raise UserError(f"{path}, line {number}: item {name} is {titles[name]!r} above and {text!r} here")
-        titles[name] = text or titles.get(name, "")
+        before = titles.get(name, "")
+        if text and before and text != before:
+            raise UserError(f"{path}, line {number}: item {name} is {before!r} above and {text!r} here")
+        titles[name] = text or before
     return titles
 
 
@@ -221,18 +136,21 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_images(given: Path | None, source: Path | None, *names: str) -> dict[str, Path]:
-    """Item to picture, from --images or the first of these folders of `source` that exists; a file's name is the id."""
+    """Return the image of each item id: files named <item id>.jpg and the like.
+
+    Args:
+        given: the folder of --images. Without it, the first existing folder of `source` with one of these names.
+    """
     if given and not given.is_dir():
         raise UserError(f"--images {given} is not a folder")
-    if given:
-        folders = [given]
-    else:
-        folders = [path for name in names if source for path in sorted(source.glob(name)) if path.is_dir()]
+    folders = [given] if given else []
+    for name in names if source and not given else ():
+        folders += [path for path in sorted(source.glob(name)) if path.is_dir()]
     paths = sorted(folders[0].iterdir()) if folders else []
-    found = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS}
-    if given and not found:
+    images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS}
+    if given and not images:
         raise UserError(f"--images {given} holds no picture; they are named <item>{', '.join(IMAGE_ENDINGS)}")
-    return found
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,26 +159,28 @@ def find_images(given: Path | None, source: Path | None, *names: str) -> dict[st
 
 def read_movielens(options: argparse.Namespace) -> Raw:
     """MovieLens as GroupLens ships it: ratings.dat and movies.dat (1M, 10M), or ratings.csv and movies.csv (20M, 25M,
-    32M, latest); posters, which it does not ship, in posters/<movieId>.jpg."""
-    ratings = only(options.source, "ratings.dat", "ratings.csv")
+    32M, latest). Posters, which it does not ship, in posters/<movieId>.jpg."""
+    ratings = find_file(options.source, "ratings.dat", "ratings.csv")
     movies = ratings.with_name(f"movies{ratings.suffix}")
     if ratings.suffix == ".dat":
-        rows, names = (text_rows(path, "::", encoding_of(path), quotes=False) for path in (ratings, movies))
+        rating_rows, movie_rows = (text_rows(p, "::", encoding_of(p), quotes=False) for p in (ratings, movies))
     else:
-        rows, names = text_rows(ratings), text_rows(movies)
-        for path, table, expected in (
-            (ratings, rows, "userId,movieId,rating,timestamp"),
-            (movies, names, "movieId,title,genres"),
-        ):
-            if (header := ",".join(header_of(table, path))) != expected:
-                raise UserError(f"{path}, line 1: expected {expected}, got {header}")
-    found = collect(rows, ratings, user=0, item=1, time=3, rating=2)
-    titles = read_titles(movies, names, 0, 1, width=3)
-    return Raw(found, titles, find_images(options.images, options.source, "posters"), [ratings, movies])
+        rating_rows, movie_rows = text_rows(ratings), text_rows(movies)
+        check_header(ratings, rating_rows, "userId,movieId,rating,timestamp")
+        check_header(movies, movie_rows, "movieId,title,genres")
+    interactions = read_interactions(rating_rows, ratings, user=0, item=1, time=3, rating=2)
+    titles = read_titles(movies, movie_rows, 0, 1, width=3)
+    return Raw(interactions, titles, find_images(options.images, options.source, "posters"), [ratings, movies])
+
+
+def check_header(path: Path, rows: Iterator, expected: str) -> None:
+    header = ",".join(header_of(rows, path))
+    if header != expected:
+        raise UserError(f"{path}, line 1: expected {expected}, got {header}")
 
 
 def item_titles(path: Path) -> dict[str, str]:
-    """`item,title` with that header or with none."""
+    """Read `item,title`, with that header or with none."""
     rows = text_rows(path)
     first = header_of(rows, path)
     headed = [name.strip().lower() for name in first[:2]] == ["item", "title"]
@@ -268,7 +188,7 @@ def item_titles(path: Path) -> dict[str, str]:
 
 
 def sequence_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, [user, item]) of `user<TAB>item item ...`, items in order of time."""
+    """Yield (line number, [user, item]) of `user<TAB>item item ...`, items in order of time."""
     for number, row in text_rows(path, "\t", quotes=False):
         if len(row) != 2 or not row[0].strip() or not row[1].split():
             raise UserError(f"{path}, line {number}: expected a user, a tab, and items with spaces between, got {row}")
@@ -279,70 +199,74 @@ def sequence_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 def read_microlens(options: argparse.Namespace) -> Raw:
     """MicroLens: <Name>_pairs.tsv (`user<TAB>item item ...`, in order of time) or <Name>_pairs.csv (`user,item,
     timestamp`), <Name>_titles.csv (`item,title`), covers in <Name>_covers/<item>.jpg."""
-    pairs, names = only(options.source, "*_pairs.tsv", "*_pairs.csv"), only(options.source, "*_titles.csv")
+    pairs, names = find_file(options.source, "*_pairs.tsv", "*_pairs.csv"), find_file(options.source, "*_titles.csv")
     if pairs.suffix == ".tsv":
-        found = collect(sequence_rows(pairs), pairs, user=0, item=1)
+        interactions = read_interactions(sequence_rows(pairs), pairs, user=0, item=1)
     else:
         rows = text_rows(pairs)
         header = header_of(rows, pairs)
-        places = (column(header, None, (name,), pairs, "its header") for name in ("user", "item", "timestamp"))
-        found = collect(rows, pairs, *places)
+        positions = [column(header, None, (name,), pairs, "its header") for name in ("user", "item", "timestamp")]
+        interactions = read_interactions(rows, pairs, *positions)
     images = find_images(options.images, options.source, "*_covers", "covers", "images")
-    return Raw(found, item_titles(names), images, [pairs, names])
+    return Raw(interactions, item_titles(names), images, [pairs, names])
 
 
 def read_hanorec(options: argparse.Namespace) -> Raw:
     """The layout of HaNoRec's authors: train.tsv, val.tsv and test.tsv (`user<TAB>item item ...`), whose users are the
     split, <Name>_titles.csv, images/<item>.jpg."""
-    files = {split: only(options.source, f"{split}.tsv") for split in ("train", "val", "test")}
-    found, owner = Interactions(), {}
+    files = {split: find_file(options.source, f"{split}.tsv") for split in ("train", "val", "test")}
+    interactions, first_line = Interactions(), {}  # user id to (split, line number)
     for split, path in files.items():
-        before = len(owner)
+        users_before = len(first_line)
         for number, (user, item) in sequence_rows(path):
-            if owner.setdefault(user, (split, number)) != (split, number):
-                told = f"user {user} stands in {owner[user][0]}.tsv too"
-                raise UserError(f"{path}, line {number}: {told}; one row a user")
-            found.add(user, item)
-        if len(owner) == before:
+            owner, line = first_line.setdefault(user, (split, number))
+            if (owner, line) != (split, number):
+                raise UserError(f"{path}, line {number}: user {user} stands in {owner}.tsv too; one row a user")
+            interactions.add(user, item)
+        if len(first_line) == users_before:
             raise UserError(f"{path} holds no interactions")
-    names = only(options.source, "*_titles.csv")
+    names = find_file(options.source, "*_titles.csv")
     images = find_images(options.images, options.source, "images", "*_images", "covers")
-    return Raw(found, item_titles(names), images, [*files.values(), names], {u: s for u, (s, _) in owner.items()})
+    splits = {user: split for user, (split, _) in first_line.items()}
+    return Raw(interactions, item_titles(names), images, [*files.values(), names], splits)
 
 
 def read_amazon(options: argparse.Namespace) -> Raw:
     """Amazon Reviews 2023: <Category>.jsonl[.gz] (user_id, parent_asin, rating, timestamp), meta_<Category>.jsonl[.gz]
     (parent_asin, title), pictures in images/<parent_asin>.jpg. Products without a title are known but untitled."""
-    meta = only(options.source, "meta_*.jsonl", "meta_*.jsonl.gz")
+    meta = find_file(options.source, "meta_*.jsonl", "meta_*.jsonl.gz")
     category = meta.name.removeprefix("meta_").split(".jsonl")[0]
-    reviews = only(options.source, f"{category}.jsonl", f"{category}.jsonl.gz")
+    reviews = find_file(options.source, f"{category}.jsonl", f"{category}.jsonl.gz")
     rows = json_fields(reviews, ("user_id", "parent_asin", "timestamp", "rating"))
-    found = collect(rows, reviews, user=0, item=1, time=2, rating=3)
-    titles = dict.fromkeys(found.item_codes, "")
+    interactions = read_interactions(rows, reviews, user=0, item=1, time=2, rating=3)
+    titles = dict.fromkeys(interactions.item_codes, "")
     for _, (item, title) in json_fields(meta, ("parent_asin", "title")):
         if item.strip() in titles:
             titles[item.strip()] = one_line(html.unescape(title))
-    return Raw(found, titles, find_images(options.images, options.source, "images"), [reviews, meta])
+    return Raw(interactions, titles, find_images(options.images, options.source, "images"), [reviews, meta])
 
 
-def from_tables(options, interactions: Path, items: Path, rows_of: Callable, titled: tuple, suffix: str = "") -> Raw:
-    """A dataset of two tables with headers. A column is the one that its option names, else the usual one: `user` and
-    `item` with this suffix, `timestamp`, `rating`, one of `titled`. Times and ratings may be missing."""
+def read_two_tables(
+    options: argparse.Namespace, interactions: Path, items: Path, rows_of: Callable, titled: tuple, suffix: str = ""
+) -> Raw:
+    """Read a dataset of two tables with headers. Times and ratings may be missing.
+
+    Args:
+        rows_of: from a path to its numbered rows.
+        titled: the usual names of the title's column.
+        suffix: of the usual names of users and items, `user_id`; then a header's types (`user_id:token`) are cut off.
+    """
     rows = rows_of(interactions)
     header = [name.split(":")[0] if suffix else name for name in header_of(rows, interactions)]
-    places = []
-    for name, usual in (
-        ("user", f"user{suffix}"),
-        ("item", f"item{suffix}"),
-        ("time", "timestamp"),
-        ("rating", "rating"),
-    ):
+    usual_names = {"user": f"user{suffix}", "item": f"item{suffix}", "time": "timestamp", "rating": "rating"}
+    positions = {}
+    for name, usual in usual_names.items():
         given = getattr(options, f"{name}_column")
         optional = name in ("time", "rating") and not given and usual not in header
-        places.append(None if optional else column(header, given, (usual,), interactions, f"--{name}-column"))
-    if places[2] is None:
+        positions[name] = None if optional else column(header, given, (usual,), interactions, f"--{name}-column")
+    if positions["time"] is None:
         print(f"{interactions} has no column timestamp: its order is taken for the order of time (see --time-column)")
-    found = collect(rows, interactions, *places)
+    found = read_interactions(rows, interactions, **positions)
     rows = rows_of(items)
     header = [name.split(":")[0] if suffix else name for name in header_of(rows, items)]
     item = column(header, options.item_column, (f"item{suffix}",), items, "--item-column")
@@ -354,36 +278,15 @@ def from_tables(options, interactions: Path, items: Path, rows_of: Callable, tit
 def read_recbole(options: argparse.Namespace) -> Raw:
     """RecBole's atomic files: <name>.inter and <name>.item, with types in the header (`user_id:token`), tabs between;
     pictures in images/<item_id>.jpg."""
-    inter, item = only(options.source, "*.inter"), only(options.source, "*.item")
-    titled = ("title", "movie_title", "name")
-    return from_tables(options, inter, item, partial(text_rows, delimiter="\t", quotes=False), titled, suffix="_id")
-
-
-def frame_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a CSV file or, where pyarrow is installed, a Parquet file; the header comes first."""
-    if path.suffix != ".parquet":
-        yield from text_rows(path, "\t" if path.suffix == ".tsv" else ",")
-        return
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{path}: Parquet needs pyarrow; install it, or give a CSV file") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield 1, list(file.schema_arrow.names)
-            number = 1
-            for batch in file.iter_batches():
-                for row in zip(*(values.to_pylist() for values in batch.columns), strict=True):
-                    number += 1
-                    yield number, [field_text(value) for value in row]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    inter, item = find_file(options.source, "*.inter"), find_file(options.source, "*.item")
+    rows_of = partial(text_rows, delimiter="\t", quotes=False)
+    return read_two_tables(options, inter, item, rows_of, ("title", "movie_title", "name"), suffix="_id")
 
 
 def read_csv(options: argparse.Namespace) -> Raw:
     """Any two tables: --interactions FILE and --items FILE (CSV, .tsv or .parquet, with a header), pictures in
-    --images; columns are named by --user-column, --item-column, --time-column, --rating-column and --title-column."""
-    return from_tables(options, options.interactions, options.items, frame_rows, ("title",))
+    --images. --user-column, --item-column, --time-column, --rating-column and --title-column name their columns."""
+    return read_two_tables(options, options.interactions, options.items, table_rows, ("title",))
 
 
 READERS: dict[str, Callable[[argparse.Namespace], Raw]] = {

@@ -1,11 +1,12 @@
 """Attention over prompt trees laid end to end, as an attention function of transformers.
 
 The rows of a batch stand behind one another in one sequence, so that nothing is padding. The tokens of a row's root
-attend to what comes before them in it, which needs no mask (and has fused kernels); the questions and answers behind it
-attend to it and to their own branch, by a mask of their own. In the last layer, only of the tokens that predict
-something the queries, the output and the MLP are computed.
+attend to the tokens before them, which needs no mask (and has fused kernels). The questions and answers behind the root
+attend to it and to their own branch, with a mask. In the last layer, queries, output and MLP are computed only for the
+tokens that predict something.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,12 +19,15 @@ NAME = "prompt_trees"
 
 @dataclass
 class Forest:
-    """What the tokens of a batch, T of them in rows end to end, may attend to.
+    """What the T tokens of a batch may attend to.
 
-    rows: (tokens of its root, tokens in all) of each row. node, depth [T]: the node a token is of, numbered over all
-    rows, and how many tokens come before it on its path; visible [nodes, nodes]: True where a node's ancestor-or-self.
-    wanted: the tokens whose last hidden states are used. image [T]: the number of a token's image, 0 where it is none,
-    where images are attended in both directions (else None).
+    Args:
+        rows: (tokens of its root, tokens in all) of each row.
+        node: [T], the node of each token, numbered over all rows.
+        depth: [T], how many tokens come before each token on its path.
+        visible: [nodes, nodes], True for a node's ancestors and the node itself.
+        wanted: the tokens whose last hidden states are used.
+        image: [T], the number of each token's image, 0 for text; None if images are attended to like text.
     """
 
     rows: list[tuple[int, int]]
@@ -35,13 +39,16 @@ class Forest:
     _pieces: dict = field(default_factory=dict)
 
     def pieces(self, window: int | None) -> list[tuple[slice, slice, torch.Tensor | None]]:
-        """(queries, keys, mask), in the order of the tokens; without a mask, a key attends to those before it. window:
-        how many tokens back a layer looks, the token itself counted."""
-        if window not in self._pieces:  # the layers share it
+        """The attention in pieces, in the order of the tokens: (queries, keys, mask). No mask means causal.
+
+        Args:
+            window: how many tokens back a layer looks, the token itself counted; None for no limit.
+        """
+        if window not in self._pieces:  # the layers share them
             self._pieces[window] = list(self._cut(window))
         return self._pieces[window]
 
-    def _cut(self, window: int | None):
+    def _cut(self, window: int | None) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
         start = 0
         for root, length in self.rows:
             row = slice(start, start + length)
@@ -68,14 +75,14 @@ class Forest:
 def attend(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, forest=None, **kwargs
 ):
-    """Attend by the forest, an argument that the language model passes on, or as `sdpa` where there is none."""
+    """An attention function of transformers: by the forest that the language model passes on, or `sdpa` without one."""
     if forest is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    found = []
+    outputs = []
     for queries, keys, mask in forest.pieces(sliding_window):
         qkv = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        found.append(sdpa_attention_forward(module, *qkv, mask, dropout, scaling, **kwargs | {"is_causal": True})[0])
-    return torch.cat(found, dim=1), None  # [1, T, heads, d]
+        outputs.append(sdpa_attention_forward(module, *qkv, mask, dropout, scaling, **kwargs | {"is_causal": True})[0])
+    return torch.cat(outputs, dim=1), None  # [1, T, heads, d]
 
 
 AttentionInterface.register(NAME, attend)
@@ -83,7 +90,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for the model's own forward
 
 
 def install(core) -> None:
-    """Have the language model of `core` attend by `attend`, and its last layer compute only what is wanted."""
+    """Let the language model of `core` attend by `attend`, and its last layer compute only the wanted tokens."""
     core.config.get_text_config()._attn_implementation = NAME
     layer = getattr(core.get_decoder(), "layers", [None])[-1]
     if layer is None or hasattr(layer, "forest"):  # installed before

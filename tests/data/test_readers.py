@@ -213,7 +213,7 @@ def test_negative_ratings_are_kept_unless_asked(tmp_path, monkeypatch):
         prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files, "--min-rating", "0")
 
 
-def test_official_rows_never_hold_a_title_twice(tmp_path, monkeypatch):
+def test_official_examples_never_hold_a_title_twice(tmp_path, monkeypatch):
     microlens(tmp_path / "raw")
     text = "".join(f"u{n}\t{' '.join(ITEMS[7 + n : 12 + n])} i5 i6\n" for n in range(12))  # i5 and i6 share a title
     (tmp_path / "raw" / "MicroLens-50k_pairs.tsv").write_text(text + f"other\t{' '.join(ITEMS[10:18])}\n")

@@ -5,20 +5,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from conftest import Opened
 
-import evaluate
-from hanorec.model import mllm, packing
+from hanorec.model.load import load_model
+from hanorec.model.lora import add_lora
+from hanorec.model.packing import PackedMLLM
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes
-data = evaluate.Data(Path(sys.argv[1]), None)
-prompts, rows = data.prompts(), data.rows("train", 8)
+data = Opened(Path(sys.argv[1]))
+prompts, rows = data.prompts(), data.examples("train", 8)
 batches = [[prompts.sft_tree(row, "rank") for row in rows[start : start + 4]] for start in (0, 4)]
 
 
 def fresh():
     torch.manual_seed(0)
-    return packing.PackedMLLM(mllm.add_lora(mllm.load_model(data.source), 4, 8, 0.0, seed=0))
+    return PackedMLLM(add_lora(load_model(data.source), 4, 8, 0.0, seed=0))
 
 
 def gradients(model, scored):
@@ -29,10 +31,10 @@ def gradients(model, scored):
 expected = []
 for batch in batches:
     alone = fresh()
-    expected.append(gradients(alone, alone(alone.collate(batch, data.catalogue))))
+    expected.append(gradients(alone, alone(alone.collate(batch, data.tokens))))
 packed = fresh()
 model = accelerator.prepare(packed)
-found = gradients(packed, model(packed.collate(batches[accelerator.process_index], data.catalogue)))
+found = gradients(packed, model(packed.collate(batches[accelerator.process_index], data.tokens)))
 assert max(float((a - b).abs().max()) for a, b in zip(*expected, strict=True)) > 1e-3  # the two do differ
 for one, first, second in zip(found, *expected, strict=True):
     torch.testing.assert_close(one, (first + second) / 2)

@@ -3,8 +3,13 @@
 import json
 from types import SimpleNamespace
 
-from hanorec.run import runs
-from mllm_srec import srec, summarize, writers
+from hanorec.model.template import load_template
+from hanorec.run.files import value_hash
+from mllm_srec import summarize, writers
+from mllm_srec.chain_of_thought import ThoughtPrompts
+from mllm_srec.preferences import UserTexts, timelines
+from mllm_srec.texts import PROMPTS_FILE, read_texts
+from mllm_srec.writing import users_windows, write_items, write_preferences
 
 
 class Echo:
@@ -19,14 +24,14 @@ class Echo:
         self.asked += len(many)
         if self.break_after is not None and self.asked > self.break_after:
             raise KeyboardInterrupt
-        return [writers.Reply(f"Summary: w{runs.value_hash(parts)[:8]} Film") for parts in many]
+        return [writers.Reply(f"Summary: w{value_hash(parts)[:8]} Film") for parts in many]
 
 
 def write(data, name, writer, monkeypatch, *options):
-    """summarize.py with this writer into the folder of this name."""
+    """mllm_srec.summarize with this writer into the folder of this name."""
     writer = writer or Echo()
-    made_by = {"by": getattr(writer, "name", type(writer).__name__)}
-    monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, made_by))
+    identity = {"by": getattr(writer, "name", type(writer).__name__)}
+    monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, identity))
     summarize.main(["--data", str(data), "--name", name, *map(str, options)])
     return data / "summaries" / name
 
@@ -35,20 +40,25 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def story_of(data):
-    """A story that is written by Echo, in memory: for folders whose files are changed at will."""
+def texts_of(loaded):
+    """UserTexts that are written by Echo, in memory: for folders whose files are changed at will."""
     writer, options = Echo(), SimpleNamespace(window=3, step=3, before=0)
     accelerator = SimpleNamespace(process_index=0, num_processes=1)
-    catalogue, timelines = data.catalogue, data.timelines()
+    lines_of, items = timelines(loaded.data), loaded.items
     record = SimpleNamespace(done=[], written=[])
     record.finish = lambda order: list(record.written)
     record.add = record.written.extend
-    texts = srec.read_texts(srec.TEXTS)
-    summarize.write_items(writer, texts, "both", catalogue, record, accelerator)
+    texts = read_texts(PROMPTS_FILE)
+    write_items(writer, texts, "both", loaded.encoding, record, accelerator)
     summaries = {line["item"]: line["summary"] for line in record.written}
-    story = srec.Story(texts, catalogue, timelines, [summaries[item] for item in catalogue.ids], {})
+    user_texts = UserTexts(texts, items, lines_of, [summaries[item] for item in items.ids], {})
     record.written.clear()
-    summarize.write_preferences(writer, story, summarize.chains_of(data, story, options), record, accelerator)
+    examples = [example for split in ("train", "val", "test") for example in loaded.examples(split)]
+    write_preferences(writer, user_texts, users_windows(examples, user_texts, options), record, accelerator)
     for line in sorted(record.written, key=lambda line: line["end"]):
-        story.users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
-    return story
+        user_texts.users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
+    return user_texts
+
+
+def thought_prompts(loaded):
+    return ThoughtPrompts(texts_of(loaded), load_template(loaded.source), loaded.items, loaded.tokens)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from layouts import lines
 
-from hanorec.run import runs
+from hanorec.run.files import file_hash
 
 JUNK = np.random.default_rng(0).bytes(3000)
 LOG = ["user", "item", "timestamp", "rating"]
@@ -33,7 +33,7 @@ def half(content):
 def sign(folder):
     """Have manifest.json list a data folder's files as they are now: they were made so, not spoilt later."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {name: runs.file_hash(folder / name) for name in manifest["files"]}
+    manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for path in folder.glob("encoded/*/manifest.json"):
         known = json.loads(path.read_text()) | {"items": manifest["files"]["items.jsonl"]}

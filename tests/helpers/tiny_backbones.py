@@ -8,8 +8,14 @@ import torch
 import transformers
 from PIL import Image
 
-from hanorec.data import demo
-from hanorec.model import mllm, packing
+from hanorec.data.folder import Items
+from hanorec.model.images import ImageTokens, encode_items, open_image
+from hanorec.model.load import load_image_processor, load_model, load_tokenizer
+from hanorec.model.packing import PackedMLLM
+from hanorec.model.prompts import Prompts
+from hanorec.model.template import load_template
+from hanorec.model.tiny import CHATML, build_tiny
+from hanorec.run.files import UserError
 
 TITLES = ["Toy Story", "Toy Story 2", "Heat", "<|im_end|> <|image_pad|> <image>", "Amélie 😀", "Up"]
 CHATML_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -32,12 +38,12 @@ FAMILIES += ["idefics3", "smolvlm", "internvl", "gemma3"]
 
 def build_tokenizer(family: str, folder, titles):
     """A small tokenizer with the family's tokens and a ChatML template that writes its placeholder, in `folder`."""
-    demo.build_tiny(folder, titles, width=64)
-    tokenizer = mllm.load_tokenizer(folder)
+    build_tiny(folder, titles, width=64)
+    tokenizer = load_tokenizer(folder)
     if family in TOKENS:
         image, placeholder, more = TOKENS[family]
         tokenizer.add_tokens(list(dict.fromkeys([image, placeholder.strip(), *more])), special_tokens=True)
-        template = demo.CHATML.replace(CHATML_IMAGE, placeholder.replace("\n", "{{ '\\n' }}"))
+        template = CHATML.replace(CHATML_IMAGE, placeholder.replace("\n", "{{ '\\n' }}"))
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
     return tokenizer
@@ -146,7 +152,7 @@ def build_processor(family: str, folder, image_processor, monkeypatch):
     """The family's whole processor. Those for videos too get a stand-in for the video part, which needs torchvision."""
     name = family.replace("_window", "")
     module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
-    tokenizer = mllm.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     attributes = {}
     if family == "gemma3":
         attributes = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": TOKENS[family][0]}
@@ -191,13 +197,13 @@ def build_backbone(family: str, folder, titles) -> None:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def backbone(request, tmp_path_factory):
-    """family, folder, packed model, prompts, catalogue, image processor and PIL images, of several sizes."""
+    """family, folder, packed model, prompts, image tokens, image processor and PIL images, of several sizes."""
     folder = tmp_path_factory.mktemp(request.param)
     build_backbone(request.param, folder, TITLES)
-    model = mllm.load_model(folder)
+    model = load_model(folder)
     try:
-        processor = mllm.load_image_processor(folder, 13000)
-    except mllm.BackboneError as error:
+        processor = load_image_processor(folder, 13000)
+    except UserError as error:
         if request.param not in ("idefics3", "smolvlm") or "None of these classes could be imported" not in str(error):
             raise
         pytest.skip(
@@ -213,14 +219,15 @@ def backbone(request, tmp_path_factory):
             Image.fromarray(pixels.numpy()).save(paths[-1])
     encoded = folder / "encoded"
     encoded.mkdir()
-    mllm.encode_items(model, mllm.load_tokenizer(folder), processor, TITLES, paths, encoded)
-    catalogue = mllm.Catalogue([{"item": str(i), "title": t, "image": None} for i, t in enumerate(TITLES)], encoded)
+    encode_items(model, load_tokenizer(folder), processor, TITLES, paths, encoded)
+    items = Items([{"item": str(i), "title": t, "image": None} for i, t in enumerate(TITLES)])
+    tokens = ImageTokens(items, encoded)
     return SimpleNamespace(
         family=request.param,
         folder=folder,
-        packed=packing.PackedMLLM(model),
-        prompts=packing.load_prompts(folder, catalogue, candidate_images=True),
-        catalogue=catalogue,
+        packed=PackedMLLM(model),
+        prompts=Prompts(load_template(folder), items, tokens, candidate_images=True),
+        tokens=tokens,
         processor=processor,
-        images=[mllm.open_image(path) if path else None for path in paths],
+        images=[open_image(path) if path else None for path in paths],
     )

@@ -10,19 +10,22 @@ import torch.nn.functional as F
 from tiny_backbones import backbone
 from transformers import GenerationConfig
 
-from hanorec.model import backbones, mllm
+from hanorec.model import families
 from hanorec.model import prompts as prompt_trees
+from hanorec.model.prompts import fit_to_length
+from hanorec.model.trees import Node
+from hanorec.run.files import UserError
 from mllm_srec import writers
 
 ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
 
 
-def prompt_of(backbone, items) -> prompt_trees.Node:
+def prompt_of(backbone, items) -> Node:
     prompts = backbone.prompts
-    node = prompt_trees.Node(None, [*prompts.before, *prompts.text("Describe these, and say what is alike in them:\n")])
+    node = Node(None, [*prompts.template.head, *prompts.text("Describe these, and say what is alike in them:\n")])
     for item in items:
-        prompts.item(node, item, image=True)
-    node.ids += prompts.after
+        prompts.add_item(node, item, image=True)
+    node.ids += prompts.template.tail
     return node
 
 
@@ -48,7 +51,7 @@ def write(backbone, monkeypatch):
     monkeypatch.setattr(core, "generation_config", GenerationConfig(**settings, suppress_tokens=list(range(200))))
 
     def make(max_tokens, stop=()):
-        local = writers.Local(core, backbone.prompts, backbone.catalogue, max_tokens, len(ITEMS))
+        local = writers.Local(core, backbone.prompts, backbone.tokens, max_tokens, len(ITEMS))
         core.generation_config.eos_token_id = list(stop)
         return local
 
@@ -57,10 +60,10 @@ def write(backbone, monkeypatch):
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
 def test_the_template_and_the_model_say_what_ends_a_text(backbone, write):
-    core, turn = backbone.packed.core, backbone.prompts.end_of_turn
+    core, turn = backbone.packed.core, backbone.prompts.template.end_of_turn
     for own, expected in ((7, [7]), ([9, 7], [7, 9]), (None, [])):
         core.generation_config.eos_token_id = own
-        writers.Local(core, backbone.prompts, backbone.catalogue, 12, 5)
+        writers.Local(core, backbone.prompts, backbone.tokens, 12, 5)
         assert core.generation_config.eos_token_id == sorted([*expected, turn])
 
 
@@ -82,14 +85,14 @@ def test_a_batch_equals_the_models_own_generation(backbone, write):
 
 def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):
     """It would move into the next one's place."""
-    node, catalogue = prompt_of(backbone, [0, 4]), backbone.catalogue
-    first, last = (catalogue.image_length(item) for item in node.images)
-    monkeypatch.setattr(type(catalogue), "live", property(lambda self: True, lambda self, value: None), raising=False)
-    monkeypatch.setattr(catalogue, "pixels", lambda items: {})
+    node, tokens = prompt_of(backbone, [0, 4]), backbone.tokens
+    first, last = (tokens.length(item) for item in node.images)
+    monkeypatch.setattr(type(tokens), "live", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(tokens, "pixels", lambda items: {})
     width = backbone.packed.core.config.get_text_config().hidden_size
     images = [torch.zeros(first + 1, width), torch.zeros(last - 1, width)]
-    monkeypatch.setattr(backbones, "image_tokens", lambda core, pixels: images)
-    with pytest.raises(mllm.BackboneError, match=f"image of item {catalogue.ids[node.images[0]]} is another than when"):
+    monkeypatch.setattr(families, "image_tokens", lambda core, pixels: images)
+    with pytest.raises(UserError, match=f"image of item {tokens.ids[node.images[0]]} is another than when"):
         write(12).inputs([node])
 
 
@@ -123,7 +126,7 @@ def test_every_step_equals_the_models_own_forward(backbone, write):
 def test_live_pictures_give_the_texts_of_the_stored_ones(backbone, write):
     nodes = [prompt_of(backbone, items) for items in ITEMS]
     stored, live = write(12), write(12)
-    live.catalogue = copy.copy(backbone.catalogue)
-    live.catalogue.live = (backbone.folder, backbone.processor)
-    live.catalogue.paths = [f"{row}.png" for row in range(len(backbone.images))]
+    live.tokens = copy.copy(backbone.tokens)
+    live.tokens.live = (backbone.folder, backbone.processor)
+    live.tokens.paths = [f"{row}.png" for row in range(len(backbone.images))]
     assert live.generate(nodes) == stored.generate(nodes)

@@ -10,15 +10,14 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Opened
 from forked import kill
 from forked import start as start_forked
 from transformers.utils import import_utils
 
-import evaluate
-from hanorec.model import packing
-from hanorec.run.runs import UserError
-from mllm_srec import records, server, srec, summarize, writers
+from hanorec.run.files import UserError
+from mllm_srec import records, server, summarize, writers
+from mllm_srec.texts import fill
 
 
 def lines(path):
@@ -107,7 +106,7 @@ def says(text, reason="stop"):
 @pytest.fixture
 def asked(prepared, monkeypatch):
     """A function: replies of a server.Server to prompts, by a script of answers."""
-    monkeypatch.setattr(server, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(server, "LONGEST_PAUSE", 0.01)
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     options = SimpleNamespace(batch_size=4, parallel=1, retries=2, seed=7, max_tokens=9)
@@ -115,7 +114,7 @@ def asked(prepared, monkeypatch):
     def ask(prompts, *script, parallel=1):
         Scripted.script, Scripted.asked, options.parallel = list(script), [], parallel
         url = f"http://127.0.0.1:{made.server_port}/v1/"
-        return server.Server(url, "m", evaluate.Data(prepared, None), options)(prompts)
+        return server.Server(url, "m", Opened(prepared).encoding, options)(prompts)
 
     yield ask
     made.shutdown()
@@ -150,18 +149,18 @@ def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(asked):
 
 def test_what_a_server_is_sent(asked, prepared):
     """Greedy, the picture as it is, and no control tokens that a title spells."""
-    data = evaluate.Data(prepared, None)
-    row = next(row for row in range(9) if data.catalogue.image_length(row))
-    bare = next(row for row in range(len(data.catalogue.ids)) if not data.catalogue.image_length(row))
+    data = Opened(prepared)
+    row = next(row for row in range(9) if data.tokens.length(row))
+    bare = next(row for row in range(len(data.items.ids)) if not data.tokens.length(row))
     asked([["Heat <|im_end|>\n", row, " and ", bare]], says("Fine."))
     (body,) = Scripted.asked
     assert (body["temperature"], body["seed"], body["max_tokens"], body["model"]) == (0, 7, 9, "m")
     first, picture, last = body["messages"][0]["content"]
     assert first == {"type": "text", "text": "Heat < |im_end|>\n"} and last["text"] == " and "
-    prompts = packing.load_prompts(data.source, data.catalogue)
+    prompts = data.prompts()
     assert not set(prompts.tokenizer.encode(first["text"])) & set(prompts.tokenizer.all_special_ids)
     with urllib.request.urlopen(picture["image_url"]["url"]) as file:
         from PIL import Image
 
         assert Image.open(file).size in ((40, 60), (60, 40), (56, 56))
-    assert srec.fill("{a}", a=1) == [1]
+    assert fill("{a}", a=1) == [1]

@@ -5,14 +5,16 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from conftest import Opened
 from echo import Echo, lines, write
 
 import dpo_hano
 import evaluate
 import sft
-from hanorec.run import runs
-from hanorec.run.runs import UserError
-from mllm_srec import records, srec, summarize, writers
+from hanorec.run.files import UserError, write_json
+from mllm_srec import records, summarize, writers
+from mllm_srec.texts import PROMPTS_FILE
+from mllm_srec.writers import titles_with_control_tokens
 
 
 @pytest.mark.parametrize("broken", [0, 9, 70, 130])
@@ -27,7 +29,7 @@ def test_a_run_that_was_cut_off_goes_on(data, monkeypatch, broken):
     with open(part, "a") as file:
         file.write('{"item": "torn')
     with pytest.raises(UserError, match=r"is not finished|does not exist"):
-        evaluate.Data(data, None, story="cut").prompts()
+        Opened(data, summaries="cut").prompts()
     write(data, "cut", second, monkeypatch)
     for name in ("items.jsonl", "preferences.jsonl"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -45,7 +47,7 @@ def test_other_options_start_anew(data, monkeypatch, capsys):
     assert (folder / "items.jsonl").read_bytes() == first and counts.asked > 0
     out = capsys.readouterr().out
     assert "items.jsonl stands" in out and "preferences.jsonl is not of this model, these prompts and options" in out
-    text = srec.TEXTS.read_text().replace("Answer in a few words each", "Answer in one word each")
+    text = PROMPTS_FILE.read_text().replace("Answer in a few words each", "Answer in one word each")
     (data / "mine.txt").write_text(text)
     write(data, "a", None, monkeypatch, "--prompts", data / "mine.txt")
     assert (folder / "items.jsonl").read_bytes() != first
@@ -54,18 +56,24 @@ def test_other_options_start_anew(data, monkeypatch, capsys):
 
 def test_files_that_were_changed_are_refused(data, monkeypatch):
     folder = write(data, "a", None, monkeypatch)
-    loaded = evaluate.Data(data, None, story="a")
+    loaded = Opened(data, summaries="a")
     loaded.prompts()
     (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("Film", "Movie"))
-    with pytest.raises(UserError, match=r"items.jsonl is not what manifest.json lists; delete it and run summarize.py"):
+    with pytest.raises(
+        UserError, match=r"items.jsonl is not what manifest.json lists; delete it and run mllm_srec.summarize"
+    ):
         loaded.prompts()
     (folder / "prompts.txt").write_text((folder / "prompts.txt").read_text().replace("No.", "Never."))
-    with pytest.raises(UserError, match=r"prompts.txt is not what manifest.json lists; run summarize.py --name a"):
+    with pytest.raises(
+        UserError, match=r"prompts.txt is not what manifest.json lists; run mllm_srec.summarize --name a"
+    ):
         loaded.prompts()
     write(data, "a", None, monkeypatch)
     assert "Movie" not in (folder / "items.jsonl").read_text()
-    with pytest.raises(UserError, match=r"nothing/manifest.json does not exist; run summarize.py --name nothing"):
-        evaluate.Data(data, None, story="nothing").prompts()
+    with pytest.raises(
+        UserError, match=r"nothing/manifest.json does not exist; run mllm_srec.summarize --name nothing"
+    ):
+        Opened(data, summaries="nothing").prompts()
 
 
 def test_parts_of_several_processes_and_of_other_keys(tmp_path):
@@ -127,8 +135,8 @@ def test_a_writer_of_nothing_is_refused_each_time_and_leaves_no_finished_folder(
         with pytest.raises(SystemExit):
             write(data, "mute", Mute(), monkeypatch)
         assert "summaries is usable (60 limit); the first reply is 'on and on'" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"is not finished; run summarize.py"):
-        evaluate.Data(data, None, story="mute").prompts()
+    with pytest.raises(UserError, match=r"is not finished; run mllm_srec.summarize"):
+        Opened(data, summaries="mute").prompts()
     assert folder.exists()
 
 
@@ -147,7 +155,7 @@ def test_one_bad_text_behind_many_good_ones_of_an_earlier_run_stops_nothing(data
 def test_items_stand_when_a_run_dies_before_the_preferences(data, monkeypatch):
     first, second = Echo(), Echo()
     with monkeypatch.context() as patch:
-        patch.setattr(summarize, "chains_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(summarize, "users_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write(data, "cut", first, monkeypatch)
     write(data, "cut", second, monkeypatch)
@@ -159,10 +167,10 @@ def test_summaries_of_other_pictures_are_refused(data, monkeypatch):
     write(data, "a", None, monkeypatch)
     write(data, "text", None, monkeypatch, "--sees", "text")
     (encoded,) = data.glob("encoded/*/manifest.json")
-    runs.write_json(encoded, json.loads(encoded.read_text()) | {"tokens": "of other pictures"})
+    write_json(encoded, json.loads(encoded.read_text()) | {"tokens": "of other pictures"})
     with pytest.raises(UserError, match="was written for another state of its data"):
-        evaluate.Data(data, None, story="a").prompts()
-    evaluate.Data(data, None, story="text").prompts()
+        Opened(data, summaries="a").prompts()
+    Opened(data, summaries="text").prompts()
 
 
 def test_a_bad_paragraph_leaves_the_one_before_with_its_profile(data, monkeypatch, capsys):
@@ -179,10 +187,10 @@ def test_a_bad_paragraph_leaves_the_one_before_with_its_profile(data, monkeypatc
     points = lines(folder / "preferences.jsonl")
     later = [point for point in points if point["end"] > 3]
     assert later and all(point["fault"] == "limit" and point["profile_fault"] is None for point in later)
-    loaded = evaluate.Data(data, None, story="once")
+    loaded = Opened(data, summaries="once")
     told, first = loaded.prompts(), {point["user"]: point for point in points if point["end"] == 3}
-    for row in loaded.rows("test"):
-        values = told.story.at(row)
+    for row in loaded.examples("test"):
+        values = told.user_texts.at(row)
         assert values["preference"] == first[row.user]["paragraph"] and values["profile"] != "not known"
 
 
@@ -201,9 +209,9 @@ def test_what_is_at_fault_is_counted_and_never_told(data, monkeypatch, capsys):
     assert re.search(r"items.jsonl: \d+ lines, \d+ limit, \d+ usable", capsys.readouterr().out)
     bad = {line["item"] for line in lines(folder / "items.jsonl") if line["fault"]}
     assert bad and all(line["summary"] is None for line in lines(folder / "items.jsonl") if line["item"] in bad)
-    loaded = evaluate.Data(data, None, story="moody")
+    loaded = Opened(data, summaries="moody")
     told = loaded.prompts()
-    text = "".join(told.show(told.sft_tree(row, "yesno")) for row in loaded.rows("train"))
+    text = "".join(told.show(told.sft_tree(row, "yesno")) for row in loaded.examples("train"))
     assert "in the mid" not in text and "not known" in text
     monkeypatch.setattr(Moody, "__call__", lambda self, many: [writers.Reply("", "limit") for _ in many])
     with pytest.raises(SystemExit):
@@ -212,9 +220,10 @@ def test_what_is_at_fault_is_counted_and_never_told(data, monkeypatch, capsys):
 
 
 def test_titles_that_spell_control_tokens_are_counted(data, monkeypatch, capsys):
-    tokenizer = evaluate.Data(data, None).prompts().tokenizer
+    tokenizer, encoding = Opened(data).prompts().tokenizer, Opened(data).encoding
+    encoding.items.titles = ["Heat", "<|image_pad|>", "a <|im_end|> b"]
     assert {"<|im_end|>", "<|image_pad|>", "<|endoftext|>"} <= set(writers.control_tokens(tokenizer))
-    assert writers.spelling_control(["Heat", "<|image_pad|>", "a <|im_end|> b"], tokenizer) == 2
+    assert titles_with_control_tokens(encoding) == 2
     write(data, "echo", None, monkeypatch)
     assert "spell control tokens" not in capsys.readouterr().out
 
@@ -234,7 +243,7 @@ def test_options_that_would_do_nothing_are_refused(data, capsys):
 def test_prompts_are_shown_as_given_and_escaped(data, monkeypatch, capsys):
     text = (data / "items.jsonl").read_text()
     write(data, "tiny", None, monkeypatch)
-    (data / "mine.txt").write_text(srec.TEXTS.read_text().replace("step by step", "step \x1b[2J by step"))
+    (data / "mine.txt").write_text(PROMPTS_FILE.read_text().replace("step by step", "step \x1b[2J by step"))
     summarize.main(["--data", str(data), "--show", "1", "--prompts", str(data / "mine.txt")])
     out = capsys.readouterr().out
     assert "step \\x1b[2J by step" in out and "\x1b" not in out and text

@@ -4,27 +4,30 @@ import json
 
 import describe
 import pytest
+from conftest import Opened
 from forked import launch
 from PIL import Image
 from stages import lines, refused, training
 
-import evaluate
 import sft
-from hanorec.model import mllm, packing
-from mllm_srec import srec, summarize, teach
+from hanorec.model.load import load_model
+from hanorec.model.trees import merge_trees, separate_paths
+from mllm_srec import summarize, teach
+from mllm_srec.lessons import Lessons, profile_of, score_summaries, taught_items, window_paragraph
+from mllm_srec.texts import PROMPTS_FILE, item_prompt, read_texts
 
 
 def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):
     """Shares against a count by hand, of summaries made up for it."""
-    catalogue = evaluate.Data(prepared, None).catalogue
-    half = set(teach.taught_items(60, 0.5, 1))
-    assert len(half) == 30 and half != set(teach.taught_items(60, 0.5, 2))
+    data = Opened(prepared).data
+    half = set(taught_items(60, 0.5, 1))
+    assert len(half) == 30 and half != set(taught_items(60, 0.5, 2))
     colours = ["red", "blue"] * 30
     truth = {row: {"text": "?", "facts": {"colour": colours[row]}} for row in range(60)}
     said = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing, a hundred"}  # right, both named, none, right
-    items = [{"item": catalogue.ids[row], "summary": said.get(row, "a green one"), "fault": None} for row in range(60)]
+    items = [{"item": data.items.ids[row], "summary": said.get(row, "a green one"), "fault": None} for row in range(60)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in items))
-    found = teach.measure(tmp_path, truth, half, catalogue)
+    found = score_summaries(tmp_path, truth, half, data)
     assert found["colour"] == pytest.approx(sum(row not in half for row in (0, 3)) / 30)
     assert "colour: " in capsys.readouterr().out
     error = refused(capsys, teach.main, "--data", prepared, "--score", tmp_path, "--out", tmp_path)
@@ -45,21 +48,21 @@ def test_movielens_descriptions_say_what_is_known(tmp_path):
 
 def test_lessons_are_summarizes_own_prompts(prepared, taught):
     """Each path of a batch's trees is a whole prompt of summarize.py, followed by its reply."""
-    data, texts = evaluate.Data(prepared, None), srec.read_texts(srec.TEXTS)
-    prompts = packing.load_prompts(data.source, data.catalogue)
+    data, texts = Opened(prepared), read_texts(PROMPTS_FILE)
+    prompts = data.prompts()
     truth = {row: {"text": f"Thing {row}.", "facts": {"kind": f"k{row}", "colour": "red"}} for row in range(10)}
-    lessons = teach.Lessons(teach.parse(["--window", "2"]), data, prompts, texts, truth)
+    lessons = Lessons(data.encoding, prompts, texts, truth, window=2, seed=42)
     trees = lessons.trees(list(range(30)), step=1)
-    paths = [path for tree in trees for (path,) in packing.separate_paths(tree)]
+    paths = [path for tree in trees for (path,) in separate_paths(tree)]
     expected = []
     for _, parts, reply in (lessons.sample(number, 1) for number in range(30)):
-        expected.append([*prompts.whole(parts).ids, *prompts.answer(reply, 0).ids])
+        expected.append([*prompts.complete_prompt(parts).ids, *prompts.answer(reply, 0).ids])
     assert sorted(path.ids for path in paths) == sorted(expected)
-    assert len(packing.merge_trees(trees)) <= 4  # what one kind of prompt begins with is there once
+    assert len(merge_trees(trees)) <= 4  # what one kind of prompt begins with is there once
     told = ["".join(map(str, lessons.sample(number, 1)[1])) for number in range(1, 30, 3)]
     assert {text.count("Paragraph: Lately") for text in told} == {0, 1}
     assert {text.count("; before") for text in told} == {0, 1}  # a paragraph that was itself made of one before
-    items = [srec.item_prompt(texts, "both", data.catalogue, row) for row in range(10)]
+    items = [item_prompt(texts, "both", data.encoding, row) for row in range(10)]
     assert [lessons.sample(3 * row, 1)[1] for row in range(10)] == items
 
 
@@ -79,8 +82,8 @@ def test_the_taught_backbone_writes_and_is_trained_further(data, taught, tmp_pat
     sft.main([*lora, "--max-steps", "1", "--eval-limit", "4"])
     full = ["--data", str(data), "--start", str(tmp_path / "lora"), "--out", str(tmp_path / "full")]
     sft.main([*full, *argv[4:]])  # the adapter merged into what is trained
-    assert mllm.load_model(tmp_path / "full" / "model")
-    one, other = (mllm.load_model(run / "model").state_dict() for run in (taught, tmp_path / "sft"))
+    assert load_model(tmp_path / "full" / "model")
+    one, other = (load_model(run / "model").state_dict() for run in (taught, tmp_path / "sft"))
     assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
 
 
@@ -94,7 +97,7 @@ def test_showing_writes_nothing(prepared, taught, capsys):
 
 def test_paragraphs_are_taught_by_a_rule():
     items = [{"text": "A.", "facts": {"genre": g, "colour": c, "shape": "x"}} for g, c in ("ab", "cd", "ef", "gh")]
-    first = teach.retell(items[:2], None)
-    assert first == "Lately a b, c d." and teach.retell(items[2:], first) == "Lately e f, g h; before a b, c d."
-    assert teach.retell(items[:1], teach.retell(items[2:], first)) == "Lately a b; before e f, g h."
-    assert teach.profile("Lately Horror red, Comedy red; before Comedy blue.") == "Likes red and Comedy."
+    first = window_paragraph(items[:2], None)
+    assert first == "Lately a b, c d." and window_paragraph(items[2:], first) == "Lately e f, g h; before a b, c d."
+    assert window_paragraph(items[:1], window_paragraph(items[2:], first)) == "Lately a b; before e f, g h."
+    assert profile_of("Lately Horror red, Comedy red; before Comedy blue.") == "Likes red and Comedy."

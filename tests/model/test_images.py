@@ -11,7 +11,7 @@ from PIL import Image
 from spoilt import JUNK, half, refused
 
 import prepare_data
-from hanorec.model import mllm
+from hanorec.model.images import open_image
 
 
 def encoded(image, kind, **options):
@@ -62,7 +62,7 @@ def test_pictures(name, tmp_path, capsys):
         assert expected in error and "i7.jpg" in error and not (tmp_path / "data" / "encoded").exists()
         return
     size, colour, tolerance = expected
-    image = mllm.open_image(picture)
+    image = open_image(picture)
     assert image.mode == "RGB" and image.size == size
     where = (size[0] // 2, size[1] // 2) if name in ("16-bit", "grey") else (0, size[1] - 1)
     assert np.abs(np.subtract(image.getpixel(where), colour)).max() <= tolerance

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 (the fixture `backbone` is imported)
-"""The packed forward, and the plain one, against the model's own forward, on every family of backbones."""
+"""The packed forward, and the plain one, against the model's own forward, on every family of tiny_backbones."""
 
 import copy
 from types import SimpleNamespace
@@ -9,19 +9,30 @@ import tiny_backbones
 import torch
 from tiny_backbones import TITLES, backbone
 
-from hanorec.model import attention, backbones, mllm, packing
+from hanorec.data.folder import Example, Items
+from hanorec.model import attention, families
 from hanorec.model import prompts as prompt_trees
+from hanorec.model.check import check
+from hanorec.model.families import check_layers, decoder_name
+from hanorec.model.images import encode_images
+from hanorec.model.load import load_model, load_tokenizer
+from hanorec.model.lora import add_lora
+from hanorec.model.packing import PackedMLLM
+from hanorec.model.prompts import Prompts, fit_to_length
+from hanorec.model.template import ChatTemplate, load_template
+from hanorec.model.trees import Node, tree_length
+from hanorec.run.files import UserError
 from hanorec_loss import noisy_lora
 
 
-def path_to(tree: list[prompt_trees.Node], node: prompt_trees.Node) -> list[prompt_trees.Node]:
+def path_to(tree: list[Node], node: Node) -> list[Node]:
     path = [node]
     while path[0].parent is not None:
         path.insert(0, tree[path[0].parent])
     return path
 
 
-def plain_logps(backbone, tree: list[prompt_trees.Node]) -> list[torch.Tensor]:
+def plain_logps(backbone, tree: list[Node]) -> list[torch.Tensor]:
     """The log-probability of each scored node by the model's own forward over its whole path, pixels and all."""
     core, result = backbone.packed.core, []
     for node in (node for node in tree if node.scored):
@@ -44,34 +55,34 @@ def plain_logps(backbone, tree: list[prompt_trees.Node]) -> list[torch.Tensor]:
 
 
 def rows():
-    first = prompt_trees.Row("a", [0, 1, 3, 4], 5, [2, 5, 0, 1, 3, 4], 2)
-    second = prompt_trees.Row("b", [4], 0, [0, 3, 2, 5, 1], 3)
+    first = Example("a", [0, 1, 3, 4], 5, [2, 5, 0, 1, 3, 4], 2)
+    second = Example("b", [4], 0, [0, 3, 2, 5, 1], 3)
     return [first, second]
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_packed_and_plain_equal_separate_forwards(backbone, pack):
-    packed, prompts = packing.PackedMLLM(backbone.packed.core, pack), backbone.prompts
+    packed, prompts = PackedMLLM(backbone.packed.core, pack), backbone.prompts
     trees = [prompts.evaluation_tree(row, task) for row in rows() for task in ("rank", "yesno")]
     trees += [prompts.pair_tree(row, kind) for row in rows() for kind in ("rank", "yes", "no")]
     with torch.no_grad():
-        found = packed(packed.collate(trees, backbone.catalogue))
+        found = packed(packed.collate(trees, backbone.tokens))
         expected = torch.stack([logp for tree in trees for logp in plain_logps(backbone, tree)])
     assert len(found) == 6 + 2 * 6 + 5 + 2 * 5 + 12
     assert expected.std() > 1  # the answers do differ
     if backbone.family in tiny_backbones.WINDOWS:
-        assert max(map(prompt_trees.tree_length, trees)) > 2 * tiny_backbones.WINDOWS[backbone.family]
+        assert max(map(tree_length, trees)) > 2 * tiny_backbones.WINDOWS[backbone.family]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_gradients_equal_separate_forwards(backbone, pack):
-    packed, prompts = packing.PackedMLLM(backbone.packed.core, pack), backbone.prompts
+    packed, prompts = PackedMLLM(backbone.packed.core, pack), backbone.prompts
     weights = [p.requires_grad_(True) for p in packed.core.get_decoder().parameters()]
     trees = [prompts.pair_tree(rows()[0], "rank"), prompts.pair_tree(rows()[1], "yes")]
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
     try:
-        found = torch.autograd.grad((packed(packed.collate(trees, backbone.catalogue)) * signs).sum(), weights)
+        found = torch.autograd.grad((packed(packed.collate(trees, backbone.tokens)) * signs).sum(), weights)
         expected = torch.stack([logp for tree in trees for logp in plain_logps(backbone, tree)])
         expected = torch.autograd.grad((expected * signs).sum(), weights)
     finally:
@@ -86,29 +97,29 @@ def test_plain_language_modelling_equals_the_packed(backbone):
     assert all(tree[0].scored for tree in trees)
     found = []
     for pack in (True, False):
-        model = packing.PackedMLLM(backbone.packed.core, pack)
+        model = PackedMLLM(backbone.packed.core, pack)
         with torch.no_grad():
-            found.append(model(model.collate(trees, backbone.catalogue)))
+            found.append(model(model.collate(trees, backbone.tokens)))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_images_encoded_in_the_step_give_the_stored_numbers(backbone, pack):
     """Gradients too; an image that occurs several times is encoded once."""
-    live = copy.copy(backbone.catalogue)
+    live = copy.copy(backbone.tokens)
     live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
-    model = packing.PackedMLLM(backbone.packed.core, pack).train()
+    model = PackedMLLM(backbone.packed.core, pack).train()
     trees = [backbone.prompts.pair_tree(rows()[0], kind) for kind in ("rank", "yes")]
     weights = [p.requires_grad_(True) for p in model.core.get_decoder().parameters()]
     found = []
     try:
-        for catalogue in (backbone.catalogue, live):
-            batch = model.collate(trees, catalogue)
+        for tokens in (backbone.tokens, live):
+            batch = model.collate(trees, tokens)
             logps = model(batch)
             found.append((logps.detach(), *torch.autograd.grad(logps[0] - logps[1], weights)))
     finally:
         model.eval().requires_grad_(False)
-    assert len(set(batch.seen)) < len(batch.seen) == len(batch.grids) and not len(batch.image_tokens)
+    assert len(set(batch.distinct)) < len(batch.distinct) == len(batch.grids) and not len(batch.image_tokens)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())), rtol=1e-4)
 
@@ -116,21 +127,21 @@ def test_images_encoded_in_the_step_give_the_stored_numbers(backbone, pack):
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "llava_next"], indirect=True)
 def test_an_image_that_was_exchanged_is_refused(backbone):
     """Else its tokens, more or fewer, would move those of the images after it."""
-    live = copy.copy(backbone.catalogue)
+    live = copy.copy(backbone.tokens)
     live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
     live.paths[0] = "4.png"
     batch = backbone.packed.collate([backbone.prompts.pair_tree(rows()[0], "rank")], live)
-    with pytest.raises(mllm.BackboneError, match="image of item 0 is another than when it was prepared"):
+    with pytest.raises(UserError, match="image of item 0 is another than when it was prepared"):
         backbone.packed(batch)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_batches_before_one_backward(backbone, reentrant):
     """Checkpointing computes the first one again after the second: by its own forest."""
-    batches = [backbone.packed.collate([backbone.prompts.pair_tree(row, "rank")], backbone.catalogue) for row in rows()]
+    batches = [backbone.packed.collate([backbone.prompts.pair_tree(row, "rank")], backbone.tokens) for row in rows()]
     gradients = []
     for checkpointing in (False, True):
-        model = packing.PackedMLLM(mllm.load_model(backbone.folder))
+        model = PackedMLLM(load_model(backbone.folder))
         weights = [p.requires_grad_(True) for p in model.core.get_decoder().parameters()]
         if checkpointing:
             model.enable_checkpointing(reentrant)
@@ -150,39 +161,39 @@ def test_prompts_are_what_the_processor_makes(backbone, monkeypatch):
     messages = [{"role": "user", "content": content}]
     text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = processor(text=[text], images=[images], return_tensors="pt")["input_ids"][0].tolist()
-    node = prompt_trees.Node(None, list(backbone.prompts.before))
+    node = Node(None, list(backbone.prompts.template.head))
     for row, image in ((0, True), (1, True), (2, False)):
-        backbone.prompts.item(node, row, image)
-    assert node.ids + backbone.prompts.after == expected
+        backbone.prompts.add_item(node, row, image)
+    assert node.ids + backbone.prompts.template.tail == expected
 
 
 def test_images_are_encoded_one_as_many(backbone):
     """An image's tokens do not depend on its batch, and fill the placeholder."""
     images = [image for image in backbone.images if image]
-    together, _ = mllm.encode_images(backbone.packed.core, backbone.processor, images)
+    together, _ = encode_images(backbone.packed.core, backbone.processor, images)
     for image, tokens in zip(images, together, strict=True):
-        (alone,), _ = mllm.encode_images(backbone.packed.core, backbone.processor, [image])
+        (alone,), _ = encode_images(backbone.packed.core, backbone.processor, [image])
         torch.testing.assert_close(alone, tokens, atol=1e-5, rtol=1e-4)
     layers = 3 if backbone.family == "qwen3_vl" else 1
     assert {tokens.shape[1] for tokens in together} == {32 * layers}
-    assert backbone.catalogue.image_means().shape == (len(TITLES), 32)
+    assert backbone.tokens.means().shape == (len(TITLES), 32)
 
 
 def test_a_loaded_model_is_checked(backbone, monkeypatch):
     """A model passes as it is; what is wrong with its mask, positions or features stops it in one line."""
     for pack in (True, False):
-        packing.check(packing.PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it")
+        check(PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it")
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
     plain = ("positions", lambda core, ids, grids: torch.arange(len(ids))[None] // 2)
     if backbone.family in tiny_backbones.WINDOWS and backbone.family != "gemma3":
         pieces = attention.Forest.pieces
         monkeypatch.setattr(attention.Forest, "pieces", lambda forest, window: pieces(forest, None))
     else:
-        monkeypatch.setattr(backbones, *broken.get(backbone.family, plain))
+        monkeypatch.setattr(families, *broken.get(backbone.family, plain))
     line = r"packing does not hold for it .log-probabilities differ by .*; --no-pack runs its own forward"
-    with pytest.raises(mllm.BackboneError, match=line):
-        packing.check(packing.PackedMLLM(backbone.packed.core), backbone.folder, 13000, "it")
-    packing.check(packing.PackedMLLM(backbone.packed.core, pack=False), backbone.folder, 13000, "it")
+    with pytest.raises(UserError, match=line):
+        check(PackedMLLM(backbone.packed.core), backbone.folder, 13000, "it")
+    check(PackedMLLM(backbone.packed.core, pack=False), backbone.folder, 13000, "it")
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
@@ -190,15 +201,15 @@ def test_a_forward_that_breaks_is_a_disagreement(backbone, monkeypatch):
     def broken(*_, **__):
         raise TypeError("unexpected keyword")
 
-    monkeypatch.setattr(backbones, "positions", broken)
-    with pytest.raises(mllm.BackboneError, match=r"packing does not hold for it .TypeError: unexpected keyword"):
-        packing.check(backbone.packed, backbone.folder, 13000, "it")
+    monkeypatch.setattr(families, "positions", broken)
+    with pytest.raises(UserError, match=r"packing does not hold for it .TypeError: unexpected keyword"):
+        check(backbone.packed, backbone.folder, 13000, "it")
 
 
 def test_layers_without_a_known_mask_are_no_full_ones():
     text = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(mllm.BackboneError, match="no mask for layers of linear_attention: give --no-pack"):
-        backbones.check_layers(SimpleNamespace(get_text_config=lambda: text))
+    with pytest.raises(UserError, match="no mask for layers of linear_attention: give --no-pack"):
+        check_layers(SimpleNamespace(get_text_config=lambda: text))
 
 
 @pytest.mark.parametrize("backbone", ["smolvlm"], indirect=True)
@@ -220,32 +231,33 @@ def test_layers_without_a_known_mask_are_no_full_ones():
 )
 def test_chat_templates_that_place_images_otherwise(backbone, template, after):
     """The text around an image does not take in what the template writes elsewhere."""
-    tokenizer = mllm.load_tokenizer(backbone.folder)
+    tokenizer = load_tokenizer(backbone.folder)
     tokenizer.chat_template = (
         "{% set m = messages %}" + template + "{% endfor %}{% for x in m[1:] %}{{ x.content[0].text }}"
     )
     tokenizer.chat_template += "{% endfor %}"
     text = ("<image>", "[{}]")
-    prompts = prompt_trees.Prompts(tokenizer, backbone.prompts.image_token, backbone.catalogue, False, text)
-    assert tokenizer.decode(prompts.image_wrapper) == "[<image>]" + after
+    template = ChatTemplate(tokenizer, backbone.prompts.template.image_token, text)
+    around = [*template.image_head, template.image_token, *template.image_tail]
+    assert tokenizer.decode(around) == "[<image>]" + after
 
 
 @pytest.mark.parametrize("backbone", ["idefics3"], indirect=True)
 def test_a_tokenizer_without_the_familys_tokens_is_refused(backbone):
     text = ("<image>", "<no_such_token>{}")
-    with pytest.raises(prompt_trees.PromptError, match="does not know <no_such_token>"):
-        prompt_trees.Prompts(backbone.prompts.tokenizer, backbone.prompts.image_token, backbone.catalogue, False, text)
+    with pytest.raises(UserError, match="does not know <no_such_token>"):
+        ChatTemplate(backbone.prompts.tokenizer, backbone.prompts.template.image_token, text)
 
 
 @pytest.mark.parametrize(("relative", "pack"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "qwen3_vl", "llava_next", "gemma3"], indirect=True)
 def test_noisy_gradients_do_not_depend_on_checkpointing(backbone, relative, pack):
-    batch = packing.PackedMLLM(backbone.packed.core, pack).collate(
-        [backbone.prompts.pair_tree(rows()[0], "rank")], backbone.catalogue
+    batch = PackedMLLM(backbone.packed.core, pack).collate(
+        [backbone.prompts.pair_tree(rows()[0], "rank")], backbone.tokens
     )
     found = {}
     for mode in (None, False, True):
-        model = packing.PackedMLLM(mllm.add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0), pack)
+        model = PackedMLLM(add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0), pack)
         assert all(".language_model." in name for name, p in model.named_parameters() if p.requires_grad)
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # zero in a fresh adapter: nothing would flow into A
@@ -263,7 +275,7 @@ def test_noisy_gradients_do_not_depend_on_checkpointing(backbone, relative, pack
 
 
 def test_lora_lies_in_the_language_model_alone(backbone):
-    model = mllm.add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0)
+    model = add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    decoder = backbones.decoder_name(backbone.packed.core)
+    decoder = decoder_name(backbone.packed.core)
     assert names and all(f".{decoder}.layers." in name for name in names)

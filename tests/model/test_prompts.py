@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from conftest import Opened
 
-import evaluate
-from hanorec.model import prompts as prompt_trees
+from hanorec.model.prompts import fit_to_length
+from hanorec.model.trees import tree_length
+from hanorec.run.files import UserError
 
 
 @pytest.fixture(scope="module")
 def data(prepared):
-    return evaluate.Data(prepared, None)
+    return Opened(prepared)
 
 
 def scored_text(prompts, node):
@@ -19,19 +21,19 @@ def scored_text(prompts, node):
 
 def test_a_yesno_sample_asks_about_the_target_and_the_rejected_item(data):
     """Yes about the one, No about the other, behind one history and in the same words."""
-    prompts, titles = data.prompts(), data.catalogue.titles
-    for row in data.rows("train", 20):
+    prompts, titles = data.prompts(), data.items.titles
+    for row in data.examples("train", 20):
         root, *questions, yes, no = prompts.sft_tree(row, "yesno")
         assert (yes.parent, no.parent) == (1, 2) and [q.parent for q in questions] == [0, 0]
         assert [scored_text(prompts, answer) for answer in (yes, no)] == ["Yes<|im_end|>", "No<|im_end|>"]
         texts = [prompts.tokenizer.decode(question.ids) for question in questions]
         assert texts[0].replace(titles[row.target], titles[row.rejected]) == texts[1]
-        assert not root.scored and root.images == [i for i in row.history if data.catalogue.has_image(i)]
+        assert not root.scored and root.images == [i for i in row.history if data.tokens.length(i)]
 
 
 def test_the_warm_up_predicts_every_title_but_the_first(data):
-    prompts, titles = data.prompts(), data.catalogue.titles
-    row = max(data.rows("train"), key=lambda row: len(row.history))
+    prompts, titles = data.prompts(), data.items.titles
+    row = max(data.examples("train"), key=lambda row: len(row.history))
     items = [*row.history, row.target]
     (root,) = prompts.language_tree(items, 10_000)
     assert scored_text(prompts, root) == "".join(titles[item] + "\n" for item in items[1:])
@@ -39,24 +41,24 @@ def test_the_warm_up_predicts_every_title_but_the_first(data):
     assert scored_text(prompts, root) == "".join(titles[item] + "\n" for item in items[1:-1])
     assert scored_text(prompts, answer) == titles[row.target] + "<|im_end|>"
     assert root.ids == prompts.sft_tree(row, "rank")[0].ids  # the prompt that is trained and scored later
-    short = prompts.language_tree(items, prompt_trees.tree_length([root, answer]) - 1, row.candidates)
-    assert short[0].images == [item for item in items[1:-1] if data.catalogue.has_image(item)]
+    short = prompts.language_tree(items, tree_length([root, answer]) - 1, row.candidates)
+    assert short[0].images == [item for item in items[1:-1] if data.tokens.length(item)]
 
 
-def test_a_row_that_cannot_fit_is_found_before_training(data):
-    prompts, rows = data.prompts(), data.rows("train")
+def test_an_example_that_cannot_fit_is_found_before_training(data):
+    prompts, rows = data.prompts(), data.examples("train")
     one = [replace(row, history=row.history[-1:]) for row in rows]
-    longest = max(prompt_trees.tree_length(prompts.sft_tree(row, "rank")) for row in one)
+    longest = max(tree_length(prompts.sft_tree(row, "rank")) for row in one)
     prompts.check_fit([lambda row: prompts.sft_tree(row, "rank")], rows, longest)
-    with pytest.raises(prompt_trees.PromptError, match=f"{longest} tokens with one history item; raise --max-length"):
+    with pytest.raises(UserError, match=f"{longest} tokens with one history item; raise --max-length"):
         prompts.check_fit([lambda row: prompts.sft_tree(row, "rank")], rows, longest - 1)
 
 
 def test_chosen_and_rejected_differ_in_nothing_but_the_item(data):
-    prompts, rows = data.prompts(), data.rows("train", 20)
+    prompts, rows = data.prompts(), data.examples("train", 20)
     text = prompts.tokenizer.decode
     for row in rows:
-        titles = data.catalogue.titles
+        titles = data.items.titles
         for kind, chosen, rejected in (
             ("rank", titles[row.target], titles[row.rejected]),
             ("yes", "Yes", "No"),
@@ -68,18 +70,18 @@ def test_chosen_and_rejected_differ_in_nothing_but_the_item(data):
 
 def test_a_long_history_loses_its_oldest_items(data):
     prompts = data.prompts()
-    row = max(data.rows("train"), key=lambda row: len(row.history))
+    row = max(data.examples("train"), key=lambda row: len(row.history))
 
     def build(row):
         return prompts.sft_tree(row, "rank")
 
-    whole = prompts.fitting(build, row, 10_000)
+    whole = fit_to_length(build, row, 10_000)
     limit = sum(len(node.ids) for node in whole) - 1
-    shorter = prompts.fitting(build, row, limit)
+    shorter = fit_to_length(build, row, limit)
     assert sum(len(node.ids) for node in shorter) <= limit
     text = prompts.show(shorter)
     history = text.split("History, oldest first:\n")[1]
-    assert data.catalogue.titles[row.history[0]] not in history
-    assert all(data.catalogue.titles[item] in history for item in row.history[1:])
-    images = sum(data.catalogue.image_length(item) for node in shorter for item in node.images)
-    assert sum(token == prompts.image_token for node in shorter for token in node.ids) == images  # never cut
+    assert data.items.titles[row.history[0]] not in history
+    assert all(data.items.titles[item] in history for item in row.history[1:])
+    images = sum(data.tokens.length(item) for node in shorter for item in node.images)
+    assert sum(token == prompts.template.image_token for node in shorter for token in node.ids) == images  # never cut

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from conftest import Opened
 from safetensors import safe_open
 
 import dpo_hano
-import evaluate
 import sft
-from hanorec.model import mllm
+from hanorec.model.finished import load_finished
+from hanorec.model.load import load_model, load_tokenizer
+from hanorec.model.lora import add_lora, without_trained_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 # On CPUs with bf16 instructions it packs weights anew at the first evaluation, and cannot train after that
@@ -41,22 +43,22 @@ def quantized(prepared, tmp_path_factory):
 
 
 def test_the_sft_adapter_stays_a_frozen_adapter(prepared, quantized):
-    data = evaluate.Data(prepared, None)
-    model = evaluate.load_result(quantized / "sft", data, torch.float32)
-    model = mllm.add_lora(model, 8, 32, 0.0, 1)
+    data = Opened(prepared)
+    model = load_finished(quantized / "sft", data.encoding, torch.float32)
+    model = add_lora(model, 8, 32, 0.0, 1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all(".default." in name for name in trained)
     assert any(".sft." in name for name, _ in model.named_parameters())
     layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__ == "Linear4bit" and layer.active_adapters == ["sft", "default"]
-    with mllm.reference(model):
+    with without_trained_adapter(model):
         assert layer.active_adapters == ["sft"]
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_the_vision_tower_is_not_quantized(prepared):
     """Its image tokens are those that were stored."""
-    model = mllm.load_model(prepared / "tiny", quantize="4bit")
+    model = load_model(prepared / "tiny", quantize="4bit")
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     quantized = {name for name, kind in kinds.items() if kind == "Linear4bit"}
     assert quantized == {name for name in kinds if name.startswith("model.language_model.")}
@@ -72,10 +74,10 @@ def test_dpo_moves_its_own_adapter_alone(quantized):
 
 
 def test_the_exported_model_scores_as_the_quantized_one(prepared, quantized):
-    data = evaluate.Data(prepared, None)
-    beside = evaluate.load_result(quantized / "dpo", data, torch.float32)
-    merged = mllm.load_model(quantized / "export" / "merged")
-    text = mllm.load_tokenizer(prepared / "tiny")("Film 3, The (1999)", return_tensors="pt")
+    data = Opened(prepared)
+    beside = load_finished(quantized / "dpo", data.encoding, torch.float32)
+    merged = load_model(quantized / "export" / "merged")
+    text = load_tokenizer(prepared / "tiny")("Film 3, The (1999)", return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(merged(**text).logits, beside(**text).logits, atol=1e-3, rtol=0)
 

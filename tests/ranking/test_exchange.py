@@ -8,6 +8,7 @@ from spoilt import refused
 
 import evaluate
 from hanorec.ranking import exchange
+from hanorec.run.files import UserError
 
 IDS = ["a", "b", "c"]
 
@@ -33,7 +34,7 @@ def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"user": "u2"}, "no row of this data: user u1"),
+        ({"user": "u2"}, "no example of this data: user u1"),
         ({"candidates": ["b", "a"]}, "not the candidates"),
         ({"scores": [1.0]}, "one finite number"),
         ({"scores": [1.0, float("nan")]}, "one finite number"),
@@ -42,7 +43,7 @@ def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
 def test_wrong_scores_are_refused(tmp_path, changes, message):
     path = tmp_path / "scores.jsonl"
     write(path, **changes)
-    with pytest.raises(exchange.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         exchange.read_scores(path, IDS, [Row])
 
 
@@ -52,10 +53,10 @@ def row_of(prepared):
 
 
 PREDICTIONS = {
-    "empty": (lambda row: "", "has no row of this data"),
+    "empty": (lambda row: "", "has no example of this data"),
     "junk": (lambda row: "\0\1\2", "not JSON"),
     "a list": (lambda row: "[]", "no JSON object"),
-    "no scores": (lambda row: json.dumps(row | {"scores": None}), "has no row of this data"),
+    "no scores": (lambda row: json.dumps(row | {"scores": None}), "has no example of this data"),
     "a string for candidates": (lambda row: json.dumps(row | {"candidates": "abc"}), "'candidates' cannot be"),
     "another candidate": (lambda row: json.dumps(row | {"candidates": row["candidates"][1:]}), "not the candidates"),
     "NaN": (lambda row: json.dumps(row | {"scores": [float("nan")] * 10}), "finite number"),
@@ -70,7 +71,7 @@ def test_spoilt_predictions(name, prepared, tmp_path, capsys):
     made, expected = PREDICTIONS[name]
     (tmp_path / "scores.jsonl").write_text(made(row_of(prepared)) + "\n" * bool(made(row_of(prepared))))
     error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "scores.jsonl")
-    assert expected in error or "has no row" in error
+    assert expected in error or "has no example" in error
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_spoilt_predictions(name, prepared, tmp_path, capsys):
         ("user_id:token\titem_id:token\n1\t2\n", "lacks user_id, item_id, label, score"),
         ("user_id\titem_id\tlabel\tscore\n1\t2\tyes\t1\n", "line 2: expected user_id"),
         ("user_id\titem_id\tlabel\tscore\n1\t2\t1\n", "line 2: expected user_id"),
-        ("user_id\titem_id\tlabel\tscore\n1\t2\t1\tinf\n", "has no row of this data"),
+        ("user_id\titem_id\tlabel\tscore\n1\t2\t1\tinf\n", "has no example of this data"),
         ("\0\1\2", "lacks user_id"),
     ],
 )

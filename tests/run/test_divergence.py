@@ -11,11 +11,12 @@ from spoilt import refused
 
 import dpo_hano
 import sft
+from hanorec.model.supervised import supervised_step
 
 
 def test_divergence_names_the_samples_and_keeps_the_weights(prepared, tmp_path, capsys, monkeypatch):
     """One epoch goes well and is kept; then a step's gradient is no number. Nothing is written after it."""
-    out, real, seen = tmp_path / "sft", sft.take_step, []
+    out, real, seen = tmp_path / "sft", supervised_step, []
     users = [row["user"] for row in lines(prepared / "train.jsonl")]
     steps = len(users) // 32
 
@@ -26,7 +27,7 @@ def test_divergence_names_the_samples_and_keeps_the_weights(prepared, tmp_path, 
         seen.append(1)
         return real(model, micro, parameters, optimizer, *rest)
 
-    monkeypatch.setattr(sft, "take_step", step)
+    monkeypatch.setattr(sft, "supervised_step", step)
     argv = ["--data", prepared, "--out", out, "--epochs", 2, "--tasks", "yesno", "--batch-size", 32, "--eval-limit", 4]
     error = refused(capsys, sft.main, *argv, "--warmup-steps", 0)
     told = rf"at step (\d+) \(users (.*)\); lower --lr .*the weights of step {steps} stay"

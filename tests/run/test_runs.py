@@ -12,13 +12,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hanorec.run import runs, training
+from hanorec.run import training
+from hanorec.run.files import UserError, locked, read_jsonl, replacing, write_json
+from hanorec.run.launch import requested_processes
+from hanorec.run.log import Log
+from hanorec.run.runs import begin_run, read_run
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
-    runs.write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError), runs.replacing(path) as beside:
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), replacing(path) as beside:
         beside.write_text("half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"old": 1}
@@ -27,24 +31,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     for name in ("first", "second"):
-        with runs.replacing(tmp_path / "folder") as beside:
+        with replacing(tmp_path / "folder") as beside:
             beside.mkdir()
             (beside / name).touch()
     assert os.listdir(tmp_path / "folder") == ["second"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    other = "import sys, time, pathlib\nfrom hanorec.run import runs\nwith runs.locked(pathlib.Path(sys.argv[1])):\n"
+    other = "import sys, time, pathlib\nfrom hanorec.run.files import locked\nwith locked(pathlib.Path(sys.argv[1])):\n"
     other += " print('held', flush=True)\n time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", other, tmp_path], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout.readline() == b"held\n"
     try:
-        with pytest.raises(runs.UserError, match="in use by another process"), runs.locked(tmp_path):
+        with pytest.raises(UserError, match="in use by another process"), locked(tmp_path):
             pass
     finally:
         process.kill()
         process.wait()
-    with runs.locked(tmp_path):  # a killed process leaves no lock behind
+    with locked(tmp_path):  # a killed process leaves no lock behind
         pass
 
 
@@ -81,7 +85,7 @@ def test_micro_batches_refuse_too_few_samples():
 
 def test_cosine_by_hand():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    schedule = training.cosine(optimizer, steps=4, before=2, before_scale=3.0)
+    schedule = training.cosine(optimizer, steps=4, warmup_steps=2, warmup_peak=3.0)
     rates = []
     for _ in range(6):
         rates.append(schedule.get_last_lr()[0])
@@ -90,40 +94,42 @@ def test_cosine_by_hand():
     half = 0.5**0.5
     assert rates == pytest.approx([0.3, 0.15, 0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)])
     assert schedule.get_last_lr()[0] == pytest.approx(0)
-    schedule = training.cosine(optimizer, steps=1, before=40, before_scale=1.0)  # a rise over two steps comes first
+    schedule = training.cosine(
+        optimizer, steps=1, warmup_steps=40, warmup_peak=1.0
+    )  # a rise over two steps comes first
     start = optimizer.param_groups[0]["initial_lr"]
     assert schedule.get_last_lr()[0] == pytest.approx(start / 2)
 
 
 def test_readers_name_file_line_and_remedy(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(runs.UserError, match=r"rows.jsonl does not exist; make it"):
-        runs.read_jsonl(path, {"a": int}, "make it")
+    with pytest.raises(UserError, match=r"rows.jsonl does not exist; make it"):
+        read_jsonl(path, {"a": int}, "make it")
     path.write_text('{"a": 1}\n{"b": 2}\n')
-    with pytest.raises(runs.UserError, match=r"line 2: no 'a'; make it"):
-        runs.read_jsonl(path, {"a": int}, "make it")
+    with pytest.raises(UserError, match=r"line 2: no 'a'; make it"):
+        read_jsonl(path, {"a": int}, "make it")
     path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(runs.UserError, match=r"line 2: not JSON"):
-        runs.read_jsonl(path, {"a": int}, "make it")
+    with pytest.raises(UserError, match=r"line 2: not JSON"):
+        read_jsonl(path, {"a": int}, "make it")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(runs.UserError, match="no run folder"):
-        runs.begin_run(tmp_path, "sft", {})
-    with pytest.raises(runs.UserError, match="does not exist"):
-        runs.read_run(tmp_path)
-    runs.write_json(tmp_path / "config.json", {"stage": "sft", "options": {}})
-    with pytest.raises(runs.UserError, match="not finished"):
-        runs.read_run(tmp_path)
-    with pytest.raises(runs.UserError, match=r"no run of dpo_hano.py"):
-        runs.read_run(tmp_path, ["dpo_hano"])
+    with pytest.raises(UserError, match="no run folder"):
+        begin_run(tmp_path, "sft", {})
+    with pytest.raises(UserError, match="does not exist"):
+        read_run(tmp_path)
+    write_json(tmp_path / "config.json", {"stage": "sft", "options": {}})
+    with pytest.raises(UserError, match="not finished"):
+        read_run(tmp_path)
+    with pytest.raises(UserError, match=r"no run of dpo_hano.py"):
+        read_run(tmp_path, ["dpo_hano"])
 
 
 def test_processes_that_the_launcher_was_asked_for(monkeypatch):
     def launched(line):
         monkeypatch.setattr(Path, "read_text", lambda path: "\0".join(line.split()))
-        return runs.launched_processes()
+        return requested_processes()
 
     assert launched("python accelerate launch --cpu --num_processes 2 sft.py") == 2
     assert launched("python accelerate launch --num-processes=4 sft.py") == 4
@@ -153,10 +159,10 @@ def one_process():
 
 def test_speed_is_of_the_steps_not_of_when_they_are_read(tmp_path):
     options = SimpleNamespace(report_to=None, out=tmp_path)
-    log = training.Log("sft", one_process(), options, 3)
+    log = Log("sft", one_process(), options, 3)
     for step in (1, 2):
         time.sleep(0.1)
-        log.step(step, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}, 4, "--lr 1", lambda: "")
+        log.step(step, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}, ["a"] * 4)
     log.flush()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
@@ -164,11 +170,11 @@ def test_speed_is_of_the_steps_not_of_when_they_are_read(tmp_path):
 
 
 def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
-    log = training.Log("sft", one_process(), SimpleNamespace(out=tmp_path, report_to=None), 3)
+    log = Log("sft", one_process(), SimpleNamespace(out=tmp_path, report_to=None, lr=1), 3)
     good = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
-    log.step(1, good, 4, "--lr 1", lambda: "users a, b")
+    log.step(1, good, ["a", "b", "a", "b"])
     assert (tmp_path / "metrics.jsonl").read_text() == ""  # read when the next step has been started
-    log.step(2, good | {"grad_norm": torch.tensor(float("inf"))}, 4, "--lr 1", lambda: "users c, d")
-    with pytest.raises(runs.UserError, match=r"grad_norm is inf at step 2 \(users c, d\); lower --lr 1"):
+    log.step(2, good | {"grad_norm": torch.tensor(float("inf"))}, ["c", "d", "d", "c"])
+    with pytest.raises(UserError, match=r"grad_norm is inf at step 2 \(users c, d\); lower --lr 1"):
         log.flush()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]

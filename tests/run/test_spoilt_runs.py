@@ -7,7 +7,7 @@ import pytest
 from spoilt import SPOILT, refused, spoil
 
 import evaluate
-from hanorec.run import runs
+from hanorec.run.runs import RUN_OPTIONS
 
 RUN_FILES = ["config.json", "result.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
 
@@ -40,6 +40,6 @@ def test_spoilt_run_folders(name, how, sft_run, lora_run, tmp_path, capsys):
 def test_wrong_types_in_a_runs_config(change, expected, lora_run, tmp_path, capsys):
     shutil.copytree(lora_run, tmp_path / "run")
     config = json.loads((lora_run / "config.json").read_text())
-    (config["options"] if set(change) < set(runs.RUN_OPTIONS) - {"data"} | {"tune"} else config).update(change)
+    (config["options"] if set(change) < set(RUN_OPTIONS) - {"data"} | {"tune"} else config).update(change)
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert expected in refused(capsys, evaluate.main, "--run", tmp_path / "run", "--limit", 2)

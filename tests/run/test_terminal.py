@@ -51,6 +51,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
 
 def test_a_terminal_without_the_titles_characters(prepared):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    code = "from hanorec.run import runs\n@runs.one_line_errors\ndef main(argv):\n    print('\\U0001f600')\nmain([])"
+    code = "from hanorec.run.files import one_line_errors\n@one_line_errors\ndef main(argv):\n"
+    code += "    print('\\U0001f600')\nmain([])"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, cwd=ROOT)
     assert done.stdout.strip() == rb"\U0001f600", done.stderr

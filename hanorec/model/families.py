@@ -3,11 +3,11 @@
 Each family's processor writes other text around an image's tokens, each image processor has another knob for the size,
 and some models want more than the tokens: grids for their positions (Qwen), features for deeper layers (Qwen3-VL),
 attention in both directions inside an image (Gemma 3), a window in some layers (Gemma 3, Mistral, Qwen2). A family that
-is not named here is treated like the rest, and `packing.check` decides whether that holds for it.
+is not named here is treated like the rest, and the check of a loaded model (check.py) decides whether that is right.
 
 Left out: splitting an image into tiles with text between them (Idefics3, SmolVLM, Gemma 3's pan and scan) is switched
-off, since one tile is about as many pixels as --max-pixels allows; LLaVA-OneVision sees each image in one view, as it
-does by itself where a prompt holds several.
+off, since one tile has about as many pixels as --max-pixels allows. LLaVA-OneVision sees each image in one view, as it
+does by itself if a prompt has several.
 """
 
 import inspect
@@ -16,12 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-
-class BackboneError(ValueError):
-    """A backbone, an encoding or an image that cannot be used; the message says what, where and what to do."""
-
-    exit_code = 2
-
+from hanorec.run.files import UserError
 
 # What the chat template writes for an image, and what the family's processor makes of it; {} are the image tokens
 IMAGE_TEXTS = {
@@ -34,15 +29,7 @@ BIDIRECTIONAL = ("gemma3",)  # the tokens of an image attend to each other in bo
 # Families whose forward takes all image tokens as one tensor; the others take a list of tensors
 ONE_TENSOR = ("aria", "aya_vision", "cohere2_vision", "fast_vlm", "gemma3", "gemma3n", "got_ocr2", "idefics3")
 ONE_TENSOR += ("internvl", "ovis2", "paligemma", "perception_lm", "qianfan_ocr", "smolvlm", "vipllava")
-NOT_FOR_THE_MODEL = ("num_patches", "num_crops", "rows", "cols")  # an image processor's word to its processor
-
-
-def image_placeholder(config) -> tuple[int, tuple[str, str] | None]:
-    """(id of the token that stands for an image token, (placeholder, what replaces it) or None where nothing does)."""
-    token = getattr(config, "image_token_id", None)
-    if token is None:
-        raise BackboneError(f"a {config.model_type} has no image_token_id: its prompts cannot be written")
-    return token, IMAGE_TEXTS.get(config.model_type)
+NOT_FOR_THE_MODEL = ("num_patches", "num_crops", "rows", "cols")  # an image processor tells them its processor alone
 
 
 def limit_pixels(processor, max_pixels: int) -> None:
@@ -62,7 +49,7 @@ def limit_pixels(processor, max_pixels: int) -> None:
 
 
 def image_inputs(processor, images: list, device) -> dict[str, torch.Tensor]:
-    """What the image processor makes of PIL images, each taken as an image of its own in one prompt; on `device`."""
+    """The image processor's outputs for PIL images, each an image of its own in one prompt, on `device`."""
     if "batch_num_images" in processor.model_input_names:  # LLaVA-OneVision: one view each, if there are several
         inputs = processor(images=[[*images, images[-1]]], return_tensors="pt")
         inputs = {name: inputs[name][:-1] for name in ("pixel_values", "image_sizes")}
@@ -74,15 +61,16 @@ def image_inputs(processor, images: list, device) -> dict[str, torch.Tensor]:
 
 
 def match_tiles(core, processor) -> None:
-    """Have a model that derives an image's tiles anew (LLaVA-NeXT) choose among those of the image processor."""
+    """Let a model that computes an image's tiles itself (LLaVA-NeXT) choose among those of the image processor."""
     if getattr(processor, "image_grid_pinpoints", None):
         core.config.image_grid_pinpoints = processor.image_grid_pinpoints
 
 
 def image_tokens(core, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """[n, d] of each image of `image_inputs`; [n, d + layers * d] where deeper layers take features too (Qwen3-VL)."""
+    """The image tokens of each image of `image_inputs`: [n, d], or [n, d + layers * d] if deeper layers take features
+    too (Qwen3-VL)."""
     if not hasattr(core, "get_image_features"):
-        raise BackboneError(f"a {core.config.model_type} has no get_image_features: its images cannot be encoded")
+        raise UserError(f"a {core.config.model_type} has no get_image_features: its images cannot be encoded")
     output = core.get_image_features(**for_model(inputs), return_dict=True)
     tokens = list(output.pooler_output)
     if "num_patches" in inputs:  # InternVL answers by tile
@@ -94,7 +82,7 @@ def image_tokens(core, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def for_model(inputs: dict) -> dict:
-    """The inputs without what an image processor tells its processor alone."""
+    """The inputs without those that only a processor needs."""
     return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
 
 
@@ -107,17 +95,17 @@ def decoder_name(core) -> str:
     decoder = core.get_decoder()
     name = next((name for name, module in core.named_modules() if module is decoder), "")
     if not name:
-        raise BackboneError(f"a {core.config.model_type} has no language model inside that could be trained by itself")
+        raise UserError(f"a {core.config.model_type} has no language model inside that could be trained by itself")
     return name
 
 
 def inner(core):
-    """The model inside, without a head: where the vision tower is called and positions are made."""
+    """The model inside, without a head. It calls the vision tower and computes positions."""
     return getattr(core, "model", core)
 
 
 def positions(core, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
-    """[P, len(ids)] positions from 0; P = 3 where the backbone has multimodal positions (Qwen), else 1."""
+    """[P, len(ids)]: positions from 0. P is 3 if the backbone has multimodal positions (Qwen), else 1."""
     if not hasattr(inner(core), "get_rope_index"):
         return torch.arange(len(ids))[None]
     if not grids:
@@ -128,15 +116,17 @@ def positions(core, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
 
 
 def check_layers(config) -> None:
-    """BackboneError where a layer of the language model attends otherwise than back to the beginning or to a window."""
+    """UserError if a layer of the language model attends otherwise than to all earlier tokens or to a window."""
     other = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if other:
-        raise BackboneError(f"packing knows no mask for layers of {', '.join(sorted(other))}: give --no-pack")
+        raise UserError(f"packing knows no mask for layers of {', '.join(sorted(other))}: give --no-pack")
 
 
 def image_numbers(config, ids: torch.Tensor) -> torch.Tensor | None:
-    """[T]: 1, 2, ... for the tokens of the first, second, ... image in ids [T] and 0 for others; None where images are
-    attended to like text."""
+    """[T]: 1, 2, ... for the tokens of the first, second, ... image in ids [T], 0 for others.
+
+    None if the family attends to images like text.
+    """
     if config.model_type not in BIDIRECTIONAL:
         return None
     is_image = ids == config.image_token_id
@@ -145,7 +135,7 @@ def image_numbers(config, ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> dict:
-    """The language model's further arguments: features [n, layers * width] to be added behind its first layers."""
+    """The language model's further arguments, for features [n, layers * width] that its first layers add."""
     if tokens.shape[-1] <= width:
         return {}
     return {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(tokens[:, width:].split(width, dim=-1))}
@@ -158,8 +148,8 @@ def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> d
 def token_inputs(core, ids: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the arguments of the model's own forward for tokens ids [B, L]. valid [B, L] is 0 for padding."""
     is_image = (ids == core.config.image_token_id).int()
-    known = inspect.signature(core.forward).parameters
-    types = {name: is_image for name in ("mm_token_type_ids", "token_type_ids") if name in known}
+    accepted = inspect.signature(core.forward).parameters
+    types = {name: is_image for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
     return {"input_ids": ids, "attention_mask": valid, **types}
 
 
@@ -168,7 +158,7 @@ def encoder_outputs(core, tokens: torch.Tensor, grids: torch.Tensor) -> dict:
 
     Args:
         tokens: [all, d], the image tokens of all images in order (see `image_tokens`).
-        grids: [images, 3], zeros where the model's positions need none.
+        grids: [images, 3], zeros if the model's positions need none.
     """
     if not len(grids):
         return {}
@@ -188,7 +178,7 @@ def own_logits(core, ids: torch.Tensor, images: dict, keep: int = 0) -> torch.Te
 
     Args:
         images: `image_inputs`, or what stands for them (`encoder_outputs`).
-        keep: only the last `keep` tokens are computed, where the model knows how; 0 is all of them.
+        keep: only the last `keep` tokens are computed, if the model can; 0: all of them.
 
     Returns: [1, L or keep, V].
     """

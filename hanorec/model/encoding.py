@@ -1,0 +1,60 @@
+"""A data folder encoded for one backbone: which backbone, where its files are, and the image tokens of the items."""
+
+from hanorec.data.folder import DataFolder
+from hanorec.model.images import ImageTokens
+from hanorec.model.load import TINY, load_image_processor
+from hanorec.run.files import UserError, value_hash
+
+
+class Encoding:
+    """One backbone's encoding of a data folder.
+
+    Args:
+        model: the backbone, a hub name or a folder, or `tiny`; None if the data folder has only one encoding.
+        blank_images: replace every image by one neutral image.
+        images: `stored` (read image tokens from the folder) or `live` (compute them from the pictures in each batch).
+            None: stored if they are.
+        trust: run the backbone's own Python code.
+
+    Attributes:
+        backbone: its name. source: where its files are (a hub name or a folder).
+        items: the Items of the data folder. tokens: their ImageTokens.
+        manifest: encoded/<backbone>/manifest.json.
+    """
+
+    def __init__(
+        self,
+        data: DataFolder,
+        model: str | None = None,
+        blank_images: bool = False,
+        images: str | None = None,
+        trust: bool = False,
+    ):
+        encodings = data.encodings()
+        names = ", ".join(encodings) or "no backbone"
+        if model is None and len(encodings) > 1:
+            raise UserError(f"{data.folder} is encoded for {names}; say which with --model")
+        model = model or next(iter(encodings), TINY)
+        remedy = f"run prepare_data.py --out {data.folder} --encode-only --model {model}"
+        if model not in encodings:
+            raise UserError(f"{data.folder} is encoded for {names}, not for {model}; {remedy}")
+        self.folder, self.manifest = encodings[model]
+        if self.manifest["items"] != data.manifest["files"]["items.jsonl"]:
+            pixels = self.manifest["max_pixels"]
+            raise UserError(f"{self.folder} is of another items.jsonl; {remedy} --max-pixels {pixels}")
+        if images == "stored" and self.manifest["tokens"] is None:
+            raise UserError(f"{self.folder} holds no image tokens; go without --images, or {remedy}")
+        self.data, self.items, self.trust = data, data.items, trust
+        self.backbone, self.tiny = model, model == TINY
+        self.source = data.folder / "tiny" if self.tiny else model
+        live = None
+        if (images == "live" or self.manifest["tokens"] is None) and not blank_images:
+            live = (data.folder, self.image_processor())
+        self.tokens = ImageTokens(self.items, self.folder, blank_images, live)
+
+    def image_processor(self):
+        return load_image_processor(self.source, self.manifest["max_pixels"], self.trust)
+
+    def hash(self, *further: str) -> str:
+        """SHA-256 of everything that training reads. further: hashes of what prompts use beside the data."""
+        return value_hash([self.data.manifest, self.manifest, *further])
