@@ -59,6 +59,11 @@ def pytest_xdist_auto_num_workers(config):
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_server.py"))
+
+
 def made_once(tmp_path_factory, name, make):
     """The folder of this name that all workers share. The first that asks has make(folder) fill it, the others wait."""
     base = tmp_path_factory.getbasetemp()
