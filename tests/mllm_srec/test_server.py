@@ -108,7 +108,7 @@ def asked(prepared, monkeypatch):
     """A function: replies of a server.Server to prompts, by a script of answers."""
     monkeypatch.setattr(server, "LONGEST_PAUSE", 0.01)
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     options = SimpleNamespace(batch_size=4, parallel=1, retries=2, seed=7, max_tokens=9)
 
     def ask(prompts, *script, parallel=1):
