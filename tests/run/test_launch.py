@@ -18,7 +18,7 @@ def threads():
 
 
 def test_omp_num_threads_is_obeyed(monkeypatch, threads):
-    monkeypatch.setattr(launch, "launcher_command", lambda: [])
+    monkeypatch.setattr(launch, "launcher_command", list)
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch.start_accelerator()
