@@ -105,18 +105,20 @@ def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys)
     manifest = tmp_path / "data" / "manifest.json"
     shutil.copytree(other[1], tmp_path / "data")
     write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
-    assert "--data (another than before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
+    assert "--data (not the same as before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
     assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")
     with locked(out):
         assert "is in use by another process" in refused(capsys, sft.main, *argv)
     assert left(out) == before
     state = out / "checkpoints" / "step-4" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
-    assert f"delete {state.parent}: then the checkpoint before it" in refused(capsys, sft.main, *argv)
+    assert f"delete {state.parent}: then the run continues from the checkpoint before it" in refused(
+        capsys, sft.main, *argv
+    )
     delete(state.parent)
     sft.main(
         [*argv, "--save-every", "100", "--keep", "1", "--gradient-checkpointing"]
     )  # none of them changes the result
     assert "continues after step 3" in capsys.readouterr().out
-    sft.main([*argv, "--resume", "never", "--seed", "7"])  # it is finished: trained anew
+    sft.main([*argv, "--resume", "never", "--seed", "7"])  # it is finished: trained again
     assert json.loads((out / "config.json").read_text())["options"]["seed"] == 7

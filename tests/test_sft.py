@@ -155,7 +155,7 @@ def test_a_backbone_that_cannot_be_packed_is_refused_and_runs_without(prepared, 
 
 def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
-    assert "manifest.json does not exist; prepare it with prepare_data.py" in refused(
+    assert "manifest.json does not exist; prepare the data with prepare_data.py" in refused(
         capsys, sft.main, "--data", tmp_path, *out
     )
     error = refused(capsys, sft.main, "--data", prepared, "--model", "Qwen/Qwen2-VL-2B-Instruct", *out)
@@ -164,7 +164,7 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     shutil.copytree(prepared, stale)
     with open(stale / "items.jsonl", "a") as file:
         file.write('{"item": "new", "title": "New", "image": null}\n')
-    assert "not what manifest.json lists; prepare it" in refused(capsys, sft.main, "--data", stale, *out)
+    assert "not what manifest.json lists; prepare the data" in refused(capsys, sft.main, "--data", stale, *out)
     error = refused(capsys, sft.main, "--data", prepared, *out, "--batch-size", 100000)
     assert "do not fill a step" in error
     assert "tokens with one history item; raise --max-length" in refused(
@@ -182,4 +182,4 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     error = refused(capsys, dpo_hano.main, "--sft", sft_run, "--max-steps", 1, "--out", sft_run)  # would destroy it
     assert "is no run folder of dpo_hano.py" in error and (sft_run / "model").exists()
     error = refused(capsys, sft.main, "--data", prepared, "--out", tmp_path / "new", "--report-to", "nonsense")
-    assert "accelerate knows no such tracker" in error
+    assert "accelerate has no such tracker" in error

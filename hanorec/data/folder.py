@@ -1,7 +1,7 @@
-"""A data folder, data/<name>/: the schema of its files, and the classes that they are read into.
+"""Read a data folder, data/<name>/. This module defines the fields of its files and a class for each.
 
-Items are identified by their item index, their line number in items.jsonl, and by their item id, the source's. Files
-hold ids; in memory everything is an index.
+An item has an item index, its line number in items.jsonl from 0, and an item id, its name in the source. Files contain
+item ids; objects in memory contain item indices.
 """
 
 from dataclasses import dataclass
@@ -9,24 +9,25 @@ from pathlib import Path
 
 from hanorec.run.files import UserError, file_hash, read_json, read_jsonl
 
-FILES = ("items", "train", "val", "test", "sequences")  # .jsonl each, listed with their hashes in manifest.json
+FILES = ("items", "train", "val", "test", "sequences")  # names without .jsonl; manifest.json lists their hashes
 
-# The fields of the lines, and their types
+# The fields of the files, and their types
 ITEM = {"item": str, "title": str, "image": (str, type(None))}
 EXAMPLE = {"user": str, "history": list, "target": str, "candidates": list, "rejected": str}
 SEQUENCE = {"user": str, "items": list}
 MANIFEST = {"options": dict, "seed": int, "files": dict}
 ENCODING = {"backbone": str, "max_pixels": int, "dtype": str, "items": str, "tokens": (str, type(None))}
 
-PREPARE_AGAIN = "prepare it with prepare_data.py"
+PREPARE_AGAIN = "prepare the data with prepare_data.py"
 
 
 class Items:
     """The items of a data folder, by item index.
 
     Attributes:
-        ids, titles: of each item.
-        images: path of each item's image, relative to the data folder; None without one.
+        ids: item id of each item.
+        titles: title of each item.
+        images: path of each item's image, relative to the data folder; None without an image.
         index_of: item index by item id.
     """
 
@@ -42,7 +43,7 @@ class Items:
         return len(self.ids)
 
     def indices(self, ids: list, user: str) -> list[int]:
-        """Item indices of item ids. UserError, naming the user, if items.jsonl lacks one."""
+        """Convert item ids to item indices. Raise UserError, with the user's name, for an id that is unknown."""
         for item in ids:
             if not isinstance(item, str) or item not in self.index_of:
                 raise UserError(f"user {user}: {item!r} is not in items.jsonl; prepare the data again")
@@ -51,8 +52,14 @@ class Items:
 
 @dataclass
 class Example:
-    """A line of train.jsonl, val.jsonl or test.jsonl: a user's history (oldest first), target, candidates with the
-    target among them, and one rejected item. Items are item indices."""
+    """A line of train.jsonl, val.jsonl or test.jsonl. Items are item indices.
+
+    Args:
+        history: items before the target, oldest first.
+        target: the item to predict.
+        candidates: items to rank, with the target.
+        rejected: one candidate that is not the target.
+    """
 
     user: str
     history: list[int]
@@ -62,23 +69,23 @@ class Example:
 
     @classmethod
     def from_line(cls, line: dict, items: Items) -> "Example":
-        """Raises UserError if the line names an unknown item, or lacks a history or a target among its candidates."""
+        """Convert a line. Raise UserError for an unknown item, an empty history or wrong candidates."""
         user = line["user"]
-        history, candidates = (items.indices(line[name], user) for name in ("history", "candidates"))
+        history = items.indices(line["history"], user)
+        candidates = items.indices(line["candidates"], user)
         target, rejected = items.indices([line["target"], line["rejected"]], user)
         if not history or target not in candidates or len(set(candidates)) < len(candidates):
-            raise UserError(
-                f"user {user}: an example has a history, and its target once among its candidates; {PREPARE_AGAIN}"
-            )
+            fault = "an example has no history, or its target is not once among its candidates"
+            raise UserError(f"user {user}: {fault}; {PREPARE_AGAIN}")
         return cls(user, history, target, candidates, rejected)
 
 
 class DataFolder:
-    """A folder that prepare_data.py wrote. It opens no model and renders no prompt.
+    """A data folder that prepare_data.py wrote.
 
     Attributes:
-        manifest: manifest.json.
-        items: the Items.
+        manifest: content of manifest.json.
+        items: the items of items.jsonl.
     """
 
     def __init__(self, folder: Path):
@@ -87,7 +94,7 @@ class DataFolder:
         self.items = Items(self.lines("items", ITEM))
 
     def lines(self, name: str, fields: dict) -> list[dict]:
-        """Read <name>.jsonl. UserError if it is not the file that manifest.json lists."""
+        """Read <name>.jsonl. Raise UserError if its hash is not the one in manifest.json."""
         path = self.folder / f"{name}.jsonl"
         lines = read_jsonl(path, fields, PREPARE_AGAIN)
         if not lines or self.manifest["files"].get(path.name) != file_hash(path):
@@ -95,19 +102,19 @@ class DataFolder:
         return lines
 
     def examples(self, split: str, limit: int = 0) -> list[Example]:
-        """The examples of train, val or test; only the first `limit` if that is not 0."""
+        """Return the examples of train, val or test; only the first `limit` if `limit` is not 0."""
         lines = self.lines(split, EXAMPLE)
         if len({len(line["candidates"]) for line in lines}) != 1:
             raise UserError(f"{self.folder / split}.jsonl has candidates of several lengths; {PREPARE_AGAIN}")
-        return [Example.from_line(line, self.items) for line in (lines[:limit] if limit else lines)]
+        return [Example.from_line(line, self.items) for line in lines[: limit or None]]
 
     def sequences(self) -> dict[str, list[int]]:
-        """Each training user's whole training sequence, oldest first, as item indices."""
+        """Return the complete training sequence of each training user: item indices, oldest first."""
         lines = self.lines("sequences", SEQUENCE)
         return {line["user"]: self.items.indices(line["items"], line["user"]) for line in lines}
 
     def encodings(self) -> dict[str, tuple[Path, dict]]:
-        """The encodings of this folder by backbone: (folder, manifest)."""
+        """Return (folder, manifest) of each encoding of this data folder, by backbone."""
         encodings = {}
         for path in sorted(self.folder.glob("encoded/[!.]*/manifest.json")):
             manifest = read_json(path, ENCODING, PREPARE_AGAIN)

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: <out>/checkpoints/step-<n>/, from which it continues as if it had never stopped.
+"""Save and load checkpoints of a training run, <out>/checkpoints/step-<n>/. A run that continues loses nothing.
 
-state.safetensors holds the trained weights, AdamW's state by the names of the weights, and every process's random
-state. state.json holds what is small: the schedule, the log's place in metrics.jsonl, moving averages. Nothing is
-pickled. The options, versions and the machine stand in the run's config.json. Only whole optimizer steps are saved; a
-step that was cut off is done again, with the same samples and the same draws.
+state.safetensors holds the trained weights, AdamW's state by the names of the weights, and the random state of every
+process. state.json holds the small values: the schedule, the size of metrics.jsonl, moving averages. Nothing is
+pickled. The run's config.json holds the options, versions and machine. A checkpoint is saved after a complete optimizer
+step. If a step is interrupted, it is repeated with the same samples and the same random numbers.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from hanorec.run.files import UserError, delete, locked, read_json, replacing, write_json
 from hanorec.run.runs import json_options, versions
 
-# Options that do not change the result, and those that name a folder, which is compared by its hash
-FREE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}
-FACTS = {  # what config.json has beside the options, and where it comes from
+# A run may continue with other values of these options. They do not change the result, or they name a folder, and
+# `check` compares the hash of the folder.
+MAY_CHANGE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}
+COMPARED = {  # fields of config.json that must not change, and the option that each comes from
     "data": "--data",
     "sft_weights": "--sft",
     "processes": "the launcher's --num_processes",
@@ -30,24 +31,24 @@ FACTS = {  # what config.json has beside the options, and where it comes from
 
 
 def folders(out: Path) -> list[Path]:
-    """The checkpoints in a run folder, the oldest first."""
+    """Return the checkpoints in a run folder, the oldest first."""
     return sorted(out.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest(out: Path) -> Path | None:
-    """The checkpoint that an unfinished run in `out` continues from, None if there is none."""
+    """Return the last checkpoint of an unfinished run in `out`. None if the run is finished or has no checkpoint."""
     if (out / "result.json").exists():
         return None
     return next(reversed(folders(out)), None)
 
 
-def facts(accelerator, **hashes) -> dict:
-    """What config.json keeps of a run beside its options."""
+def config_fields(accelerator, **hashes) -> dict:
+    """Return the fields of config.json that describe a run's inputs and machine."""
     return hashes | {"processes": accelerator.num_processes, "machine": machine(accelerator.device)}
 
 
 def machine(device) -> dict[str, str]:
-    """What the last digits of a result depend on."""
+    """Describe the hardware, threads and versions that the last digits of a result depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -58,56 +59,62 @@ def machine(device) -> dict[str, str]:
 
 
 def check(options: argparse.Namespace, accelerator, **hashes) -> None:
-    """UserError if the run in --out is in use, or is unfinished and cannot continue with these options.
+    """Check that a run with these options can continue or replace the run in --out.
 
-    A finished run is trained anew. So is an unfinished one without a checkpoint: nothing of it would be lost.
+    A finished run is replaced, and an unfinished run without a checkpoint too.
+
+    Raises:
+        UserError: the run in --out is in use, or is unfinished and began with other options.
     """
     out, config = options.out, options.out / "config.json"
     if accelerator.is_main_process and out.exists():
-        with locked(out):  # held again, until the end, once everything is loaded
+        with locked(out):  # fail now if it is in use; `started` locks it again after everything is loaded
             pass
     if (out / "result.json").exists() or not config.exists():
         return
     remedy = f"choose another --out, or delete {out}"
     if options.resume == "never":
-        raise UserError(f"{out} holds an unfinished run: leave --resume never away to continue it, {remedy}")
+        raise UserError(f"{out} holds an unfinished run: continue it without --resume never, {remedy}")
     if not folders(out):
         return
     config = read_json(config, {"options": dict}, remedy)
     before, changed = config["options"], []
     for name, value in json_options(options).items():
-        if name not in FREE and before.get(name) != value:
+        if name not in MAY_CHANGE and before.get(name) != value:
             changed.append(f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})")
-    now = facts(accelerator, **hashes)
-    for name in FACTS.keys() & now:
-        if config.get(name) != now[name]:
-            changed.append(f"{FACTS[name]} (another than before)")
+    fields = config_fields(accelerator, **hashes)
+    for name, origin in COMPARED.items():
+        if name in fields and config.get(name) != fields[name]:
+            changed.append(f"{origin} (not the same as before)")
     if changed:
-        raise UserError(
-            f"{out} holds an unfinished run of other options: {', '.join(changed)}; "
-            f"continue it as it began, or {remedy}"
-        )
+        raise UserError(f"{out} began with other options: {', '.join(changed)}; continue it with the same, or {remedy}")
 
 
-def possible(accelerator) -> bool:
-    """Whether a run can have checkpoints: DeepSpeed and FSDP's first version keep AdamW's state in their own layout."""
+def supported(accelerator) -> bool:
+    """Return whether checkpoints can be saved. DeepSpeed and FSDP 1 keep AdamW's state in a layout of their own."""
     kind = accelerator.distributed_type.value
     return kind != "DEEPSPEED" and (kind != "FSDP" or accelerator.is_fsdp2)
 
 
 def trained_weights(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the name and the parameter of each trained weight."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def named_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The trained weights and AdamW's state of each, whole even if sharded. All processes must iterate together."""
+    """Yield the name and value of each trained weight and of AdamW's state. All processes must iterate together.
+
+    A sharded tensor is gathered from all processes.
+    """
     for name, parameter in trained_weights(model):
-        for key, value in ({"weight": parameter} | optimizer.state[parameter]).items():
-            yield f"{key}/{name}", (value.full_tensor() if hasattr(value, "full_tensor") else value).detach()
+        tensors = {"weight": parameter, **optimizer.state[parameter]}
+        for key, value in tensors.items():
+            complete = value.full_tensor() if hasattr(value, "full_tensor") else value
+            yield f"{key}/{name}", complete.detach()
 
 
 def sharded_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`value`, a whole tensor, on the device of `tensor` and sharded as that is (a scalar never is)."""
+    """Move `value`, a complete tensor, to the device of `tensor` and shard it like `tensor`. Scalars stay complete."""
     if not hasattr(tensor, "device_mesh") or not value.dim():
         return value.to(tensor.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
@@ -116,11 +123,11 @@ def sharded_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save(out: Path, step: int, model, optimizer, parts: dict, keep: int, accelerator) -> None:
-    """Write a checkpoint, and delete all but the last `keep`. All processes must call this; they return together.
+    """Write a checkpoint, and delete the oldest so that `keep` remain. All processes must call this.
 
     Args:
         model: the module with the trained weights.
-        parts: whatever else has a state, by name; each has state_dict(), in JSON values.
+        parts: other objects with a state, by name. state_dict() of each returns JSON values.
     """
     tensors = {}
     for name, value in named_tensors(model, optimizer):
@@ -131,21 +138,21 @@ def save(out: Path, step: int, model, optimizer, parts: dict, keep: int, acceler
         random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     for rank, states in enumerate(gather_object([random])):
         tensors |= {f"random/{kind}/{rank}": state for kind, state in states.items()}
-    small = {name: part.state_dict() for name, part in parts.items()}
+    states_of_parts = {name: part.state_dict() for name, part in parts.items()}
     if accelerator.is_main_process:
         with replacing(out / "checkpoints" / f"step-{step}") as new:
             new.mkdir()
             save_file(tensors, new / "state.safetensors")
-            write_json(new / "state.json", {"step": step, **small})
+            write_json(new / "state.json", {"step": step, **states_of_parts})
         for old in folders(out)[:-keep]:
             delete(old)
     accelerator.wait_for_everyone()
 
 
 def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
-    """Set everything to the state that a checkpoint holds. Return its step."""
-    remedy = f"delete {folder}: then the checkpoint before it is taken"
-    small = read_json(folder / "state.json", {"step": int, **dict.fromkeys(parts, dict)}, remedy)
+    """Restore the model, the optimizer, the parts and the random state from a checkpoint. Return its step."""
+    remedy = f"delete {folder}: then the run continues from the checkpoint before it"
+    state = read_json(folder / "state.json", {"step": int, **dict.fromkeys(parts, dict)}, remedy)
     try:
         tensors = load_file(folder / "state.safetensors")
     except (OSError, SafetensorError) as error:
@@ -155,11 +162,11 @@ def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
         optimizer.state[parameter] = {key: sharded_like(tensors[f"{key}/{name}"], parameter) for key in keys}
     for name, part in parts.items():
-        part.load_state_dict(small[name])
+        part.load_state_dict(state[name])
     for group, rate in zip(optimizer.param_groups, parts["schedule"].get_last_lr(), strict=True):
         group["lr"] = rate
     rank = accelerator.process_index
     torch.set_rng_state(tensors[f"random/cpu/{rank}"].clone())
     if accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"random/cuda/{rank}"].clone(), accelerator.device)
-    return small["step"]
+    return state["step"]

@@ -1,6 +1,6 @@
 """Files between the stages: errors in one line, atomic writes, locks, JSON with a schema, hashes.
 
-A file is written beside its final name and then renamed. A reader sees the old file or the new one, never a half.
+A file is written beside its final name and then renamed. A reader sees the complete old file or the complete new one.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message says what is wrong, where, and what to do."""
+    """A mistake that the user can correct. The message names the cause, the place and the remedy."""
 
     exit_code = 2
 
@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 def printable(text) -> str:
-    r"""Return text from the data on one line, with control characters and marks of direction escaped.
+    r"""Escape control characters, line ends and direction marks in a text from the data.
 
     >>> printable("a\x1b[2Jb\u202ec\n")
     'a\\x1b[2Jb\\u202ec\\n'
@@ -37,25 +37,32 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-LONGEST_MESSAGE = 1000  # characters; a message may quote a line of a file, which may be of any length
+REMEDIES = {  # by the error number of the operating system
+    errno.ENOSPC: "make room on that disk, or choose a folder on another one",
+    errno.EDQUOT: "make room within your quota, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.EACCES: "change its permissions, or choose another file or folder",
+    errno.EPERM: "change its permissions, or choose another file or folder",
+}
+LONGEST_MESSAGE = 1000  # characters; a message may quote a line of a file, and lines have no maximum length
 
 
 def disk_message(error: Exception) -> str | None:
-    """Return a message for an error of a disk that is full or read-only; None for any other error."""
+    """Return a message for an error of the disk or of permissions, None for any other error."""
     if isinstance(error, OSError):
         number = error.errno
     else:  # libraries written in Rust keep the number in the text of their error
         match = re.search(r"\(os error (\d+)\)", str(error))
         number = int(match[1]) if match else None
-    if number not in UNWRITABLE:
+    if number not in REMEDIES:
         return None
-    where = getattr(error, "filename", None) or ", ".join(getattr(error, "__notes__", ["a file"]))
-    return f"{where}: {os.strerror(number)}; make room or give leave to write there, or choose another folder"
+    place = getattr(error, "filename", None) or ", ".join(getattr(error, "__notes__", ["a file"]))
+    return f"{place}: {os.strerror(number)}; {REMEDIES[number]}"
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Wrap a script's main: a UserError, or a disk that is full or read-only, ends in one line on stderr and exit 2."""
+    """Wrap a script's main: end a UserError, or an error in REMEDIES, with one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
@@ -82,14 +89,14 @@ def one_line_errors(main: Callable) -> Callable:
 
 
 def partial_name(path: Path, kind: str) -> Path:
-    """Return a name beside `path` that no reader uses. `locked` removes what a killed process leaves under it."""
+    """Return a name beside `path` that no reader uses. `locked` cleans up the files of killed processes."""
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}.partial")
 
 
 def delete(path: Path) -> None:
-    """Delete a file or a folder that may be absent. A reader sees all of a folder or nothing."""
+    """Delete a file or a folder, if it exists. A reader sees the complete folder or no folder."""
     if path.is_dir():
-        renamed = partial_name(path, "old")
+        renamed = partial_name(path, "deleted")
         os.replace(path, renamed)
         shutil.rmtree(renamed)
     else:
@@ -97,7 +104,7 @@ def delete(path: Path) -> None:
 
 
 def sync_to_disk(*paths: Path) -> None:
-    """Wait until the disk holds these files and folders, so that no power cut can take them back."""
+    """Wait until these files and folders are on the disk, so that a power cut cannot lose them."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -106,7 +113,10 @@ def sync_to_disk(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write a file or a folder at. It takes the final name once the block ends well."""
+    """Yield a path beside `path` to write a file or a folder to. It is renamed to `path` when the block ends.
+
+    After an error, `path` is what it was before.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = partial_name(path, "new"), partial_name(path, "old")
@@ -117,30 +127,42 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             os.replace(path, old)
         os.replace(new, path)
-        sync_to_disk(path.parent)  # the new name too
+        sync_to_disk(path.parent)
     except Exception as error:
         error.add_note(str(path))
         raise
     finally:
+        if old.exists() and not path.exists():  # the second rename failed
+            os.replace(old, path)
         delete(new)
         delete(old)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` (created if absent) for one writer at a time. UserError if another process holds it."""
+    """Create and lock `folder`, so that one process at a time writes to it. Clean up after killed processes.
+
+    Raises:
+        UserError: another process has locked the folder, or it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # closed below; its lock ends with it, also by a kill
+        file = open(folder / ".lock", "w")  # the lock ends when this file is closed, or the process is killed
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}); choose another --out") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
-        for leftover in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:  # of a killed writer
-            delete(leftover)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be locked ({error}); choose an --out on another disk") from error
+        for partial in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
+            match = re.fullmatch(r"\.(.+)\.\d+\.old\.partial", partial.name)
+            if match and not partial.with_name(match[1]).exists():  # killed between the two renames of `replacing`
+                os.replace(partial, partial.with_name(match[1]))
+            else:
+                delete(partial)
         yield
 
 
@@ -154,57 +176,69 @@ def write_json(path: Path, value) -> None:
 
 
 def write_jsonl(path: Path, lines: Iterable) -> None:
-    """Write one line each: a dict, or a string that is JSON already."""
+    """Write each element on one line: a dict, or a string that is JSON already."""
     with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
         for line in lines:
             file.write((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n")
 
 
-def require(value, fields: dict, where: str, remedy: str) -> dict:
-    """Return `value` if it is an object with these fields (name to type); else UserError with the remedy."""
+def require(value, fields: dict, place: str, remedy: str) -> dict:
+    """Return `value` if it is a JSON object with these fields, else raise UserError.
+
+    Args:
+        fields: the type of each field, by name.
+        place: the file, and the line if there are several, for the message.
+        remedy: what the user can do, for the message.
+    """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: no JSON object; {remedy}")
+        raise UserError(f"{place}: no JSON object; {remedy}")
     for name, kind in fields.items():
         if name not in value:
-            raise UserError(f"{where}: no {name!r}; {remedy}")
+            raise UserError(f"{place}: no {name!r}; {remedy}")
         if not isinstance(value[name], kind):
-            raise UserError(f"{where}: {name!r} cannot be {json.dumps(value[name])}; {remedy}")
+            raise UserError(f"{place}: {name!r} cannot be {json.dumps(value[name])}; {remedy}")
     return value
 
 
-def read_json(path: Path, fields: dict, remedy: str) -> dict:
-    """Read the JSON object in `path`, with these fields (name to type). UserError if it is missing or bad."""
+def parse_object(text: str, fields: dict, place: str, remedy: str) -> dict:
+    """Parse a JSON object and check it as `require` does."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error}); {remedy}") from error
+    return require(value, fields, place, remedy)
+
+
+@contextlib.contextmanager
+def open_to_read(path: Path, remedy: str) -> Iterator:
+    """Open a text file. Raise UserError if it is missing or cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
-    return require(value, fields, str(path), remedy)
+
+
+def read_json(path: Path, fields: dict, remedy: str) -> dict:
+    """Read the JSON object in `path` and check it as `require` does."""
+    with open_to_read(path, remedy) as file:
+        return parse_object(file.read(), fields, str(path), remedy)
 
 
 def read_jsonl(path: Path, fields: dict, remedy: str) -> list[dict]:
-    """Read the objects in `path`, one a line, each with these fields (name to type). UserError names the bad line."""
-    lines = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                lines.append(require(json.loads(line), fields, f"{path}, line {number}", remedy))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {remedy}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {len(lines) + 1}: not JSON ({error}); {remedy}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
-    return lines
+    """Read a file with one JSON object on each line, and check each as `require` does."""
+    with open_to_read(path, remedy) as file:
+        return [parse_object(line, fields, f"{path}, line {n}", remedy) for n, line in enumerate(file, 1)]
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def value_hash(value) -> str:
-    """SHA-256 of a JSON value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON value. The order of keys does not change it."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,5 @@
-"""A training run while it lasts: the metrics it logs, the best validation, checkpoints, and signals to stop."""
+"""The log of a training run: metrics, the best validation, checkpoints, and signals that stop the run."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -21,142 +20,149 @@ from hanorec.run.runs import begin_run, json_options, weights_hash
 
 
 class Log:
-    """Writes metrics.jsonl, the screen, the trackers of --report-to and result.json, and saves checkpoints.
+    """Logs metrics to metrics.jsonl, the screen and the tracker, saves checkpoints, and writes result.json.
 
-    A step's metrics stay tensors until the next step has started, so that a GPU never waits for them to be read.
+    The metrics of a step stay tensors until the next step has started, so that a GPU never waits until they are read.
 
     Args:
         steps: optimizer steps of the run.
-        every: write the metrics of every so many steps, and of the first and the last.
-        named: what the names of samples are, for errors: `users` or `items`.
+        every: number of steps between two logged steps. The first and the last step are logged too.
+        named: kind of the samples' names, for errors: `users` or `items`.
     """
 
-    def __init__(
-        self, stage: str, accelerator, options: argparse.Namespace, steps: int, every: int = 1, named: str = "users"
-    ):
+    def __init__(self, stage: str, accelerator, options, steps: int, every: int = 1, named: str = "users"):
         self.out, self.stage, self.accelerator, self.options = options.out, stage, accelerator, options
         self.steps, self.every, self.named = steps, every, named
         self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
-        self.best, self.shortened = {"select": -1.0}, set()
-        self.bar, self.pending = tqdm(total=steps, desc=stage, unit="step"), None
+        self.best = {"select": -1.0}
+        self.shortened = set()
+        self.bar = tqdm(total=steps, desc=stage, unit="step")
+        self.pending = None
         self.start_timing()
-        self.signal = 0  # the signal that this process got
-        self.any_signal = 0  # the largest signal that any process got
-        self.command = shlex.join(launcher_command() or ["python", *sys.argv])  # the launcher may end before us
+        self.signal = 0  # the signal that this process received
+        self.any_signal = 0  # the largest signal that any process received
+        self.command = shlex.join(launcher_command() or ["python", *sys.argv])  # read now: the launcher may end first
         if options.report_to:
             values = json_options(options).items()
-            plain = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in values}
-            accelerator.init_trackers("hanorec", config=plain)
+            config = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in values}
+            accelerator.init_trackers("hanorec", config=config)
 
     def start_timing(self) -> None:
+        """Start a new measurement of the samples per second."""
         self.began, self.samples = time.perf_counter(), 0
 
     def write(self, step: int, metrics: dict) -> None:
-        """Write numbers or scalar tensors by name."""
+        """Write numbers or scalar tensors by name. JSON has no NaN or infinity, so metrics.jsonl gets null for them."""
         metrics = {name: float(f"{float(value):.6g}") for name, value in metrics.items()}
         if self.file:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
             self.file.flush()
         if self.options.report_to:
             self.accelerator.log(metrics, step=step)
 
     def step(self, step: int, metrics: dict, names: Sequence[str]) -> None:
-        """Take the metrics of an optimizer step, over all processes.
+        """Keep the metrics of an optimizer step until `flush` writes them. Flush those of the step before.
 
         Args:
-            metrics: scalars by name, `loss` and `grad_norm` among them.
+            metrics: scalars over all processes by name, with `loss` and `grad_norm`.
             names: the user (or item) of each sample of this process, for the speed and for errors.
         """
         self.flush()
         self.samples += len(names) * self.accelerator.num_processes
-        if step % self.every == 0 or step in (1, self.steps):
+        logged = step % self.every == 0 or step in (1, self.steps)
+        if logged:
             unit = "pairs" if self.stage == "dpo_hano" else "samples"
             metrics = metrics | {f"{unit}_per_second": self.samples / (time.perf_counter() - self.began)}
             self.start_timing()
-            due = True
-        else:
-            due = False
         signals = torch.tensor(float(self.signal), device=self.accelerator.device)
-        self.pending = (step, metrics, names, due, self.accelerator.gather(signals).max())
+        self.pending = (step, metrics, names, logged, self.accelerator.gather(signals).max())
 
     def flush(self) -> None:
-        """Read and write the pending step. UserError if its loss or its gradient is not finite."""
+        """Write the metrics of the pending step. Raise UserError if its loss or its gradient is not finite."""
         if self.pending is None:
             return
-        (step, metrics, names, due, any_signal), self.pending = self.pending, None
+        step, metrics, names, logged, any_signal = self.pending
+        self.pending = None
         self.any_signal = int(any_signal)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 raise UserError(self.divergence(step, name, metrics, names))
-        if due:
+        if logged:
             self.write(step, metrics)
             self.bar.set_postfix({n: f"{float(metrics[n]):.3f}" for n in ("loss", "accuracy") if n in metrics})
         self.bar.update()
 
     def divergence(self, step: int, name: str, metrics: dict, names: Sequence[str]) -> str:
-        """The message for a loss or a gradient that is not finite: the samples, the option to lower, what was kept."""
+        """Return the message for a loss or a gradient that is not finite: samples, option to lower, kept weights."""
         option = "warmup_lr" if metrics.get("warmup") else "lr"
         lower = f"--{option.replace('_', '-')} {getattr(self.options, option)}"
-        kept = f"the weights of step {self.best['step']} stay" if "step" in self.best else "none were kept yet"
+        kept = f"the weights of step {self.best['step']} stay" if "step" in self.best else "no weights were saved yet"
         samples = f"{self.named} {', '.join(dict.fromkeys(names))}"
         return f"{name} is {float(metrics[name])} at step {step} ({samples}); lower {lower}; {kept}"
 
     def validation(self, step: int, epoch: float, metrics: dict) -> bool:
-        """Log validation metrics. Return whether these are the weights to keep: the best `select` so far."""
+        """Log validation metrics. Return whether `select` is the best so far, so that the weights must be saved."""
         self.write(step, {f"val_{name}": value for name, value in metrics.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.accelerator.print(f"\nepoch {epoch:.2f}: {shown}")
         better = metrics["select"] > self.best["select"]
-        self.best = {"step": step, **metrics} if better else self.best
+        if better:
+            self.best = {"step": step, **metrics}
         self.start_timing()
         return better
 
     def resume(self, model, optimizer, shortened: set, **parts) -> int:
-        """Continue from the run's last checkpoint, if it has one. Return the number of steps that are done.
+        """Load the run's last checkpoint, if there is one. Return its step, or 0.
 
         Args:
             model: the module with the trained weights.
             shortened: the (user, target) of examples whose prompts lost history items on this process.
-            parts: `schedule`, and whatever else has a state; None for what has none.
+            parts: `schedule`, and other objects with a state. Those that are None are left out.
         """
         self.shortened = shortened
         parts = {name: part for name, part in parts.items() if part is not None} | {"log": self}
-        self.trained, done = (model, optimizer, parts), 0
+        self.trained = (model, optimizer, parts)
         folder = checkpoints.newest(self.out)
-        if folder:
-            done = checkpoints.load(folder, *self.trained, self.accelerator)
-            self.accelerator.print(f"{self.out} continues after step {done} ({folder})")
-            self.compare_machines()
-        self.bar.update(done)
-        return done
+        if folder is None:
+            return 0
+        step = checkpoints.load(folder, *self.trained, self.accelerator)
+        self.accelerator.print(f"{self.out} continues after step {step} ({folder})")
+        self.compare_machines()
+        self.bar.update(step)
+        return step
 
     def compare_machines(self) -> None:
-        """Print how the machine differs from the one that the run began on."""
+        """Print the hardware, threads and versions that have changed since the run began."""
         before = read_json(self.out / "config.json", {"machine": dict}, f"delete {self.out}")["machine"]
-        now = checkpoints.machine(self.accelerator.device)
-        changed = [
-            f"{name}: {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
-        ]
+        changed = []
+        for name, value in checkpoints.machine(self.accelerator.device).items():
+            if before.get(name) != value:
+                changed.append(f"{name}: {before.get(name)}, now {value}")
         if changed:
-            self.accelerator.print(f"it began on another machine, so last digits may differ ({'; '.join(changed)})")
+            self.accelerator.print(f"the last digits may differ, because these have changed: {'; '.join(changed)}")
 
     def end_step(self, step: int, validated: bool) -> None:
-        """Save a checkpoint if one is due. SystemExit if a signal asked the run to stop."""
+        """Save a checkpoint every --save-every steps, after a validation, and after a signal.
+
+        Raises:
+            SystemExit: a signal told the run to stop.
+        """
         number = self.signal if self.accelerator.num_processes == 1 else self.any_signal
         if not (validated or number or step % self.options.save_every == 0):
             return
         self.flush()
-        saved = checkpoints.possible(self.accelerator)
-        if saved:
+        supported = checkpoints.supported(self.accelerator)
+        if supported:
             checkpoints.save(self.out, step, *self.trained, self.options.keep, self.accelerator)
         self.start_timing()
         if number:
-            stopped = f"step {step} is saved. To continue" if saved else "DeepSpeed saves none. To begin anew"
-            self.accelerator.print(f"\nstopped; {stopped}: {self.command}", flush=True)
+            state = f"step {step} is saved. To continue" if supported else "no step could be saved. To start again"
+            self.accelerator.print(f"\nstopped; {state}: {self.command}", flush=True)
             raise SystemExit(128 + number)
 
     def state_dict(self) -> dict:
-        """The log's part of a checkpoint. All processes must call this."""
+        """Return the log's part of a checkpoint. All processes must call this."""
         state = {"best": self.best, "shortened": self.all_shortened()}
         if self.file:
             os.fsync(self.file.fileno())
@@ -164,20 +170,20 @@ class Log:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Go back to a checkpoint: later lines of metrics.jsonl are cut off."""
+        """Restore the log from a checkpoint, and delete later lines of metrics.jsonl."""
         self.best = state["best"]
         self.shortened.update(map(tuple, state["shortened"]))
         if self.file:
             if os.fstat(self.file.fileno()).st_size < state["metrics_bytes"]:
-                raise UserError(f"{self.file.name} has lost lines that the checkpoint knows of; delete {self.out}")
+                raise UserError(f"{self.file.name} has fewer lines than its checkpoint expects; delete {self.out}")
             self.file.truncate(state["metrics_bytes"])
 
     def all_shortened(self) -> list:
-        """The (user, target) of examples whose prompts lost history items on any process."""
+        """Return the (user, target) of examples whose prompts lost history items on any process."""
         return sorted(set(gather_object(list(self.shortened))))
 
     def finish(self) -> None:
-        """Write result.json, which declares the run finished."""
+        """Write result.json, which marks the run as finished, and delete the checkpoints."""
         shortened = len(self.all_shortened())
         if self.accelerator.is_main_process:
             result = {"stage": self.stage, "best": self.best, "shortened_rows": shortened}
@@ -190,14 +196,18 @@ class Log:
 
 @contextlib.contextmanager
 def signals(log: Log) -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C wait for the end of an optimizer step (of two, with several processes)."""
+    """Delay SIGTERM and Ctrl-C inside this block until the end of an optimizer step, so that it can be saved.
 
-    def keep(number, frame):
+    With several processes this is the next step, because the processes exchange their signals once in a step.
+    """
+    last_step = "this step" if log.accelerator.num_processes == 1 else "the next step"
+
+    def remember(number, frame):
         if not log.signal:
-            os.write(2, b"\nstopping after this step; Ctrl-\\ stops at once, back to the last checkpoint\n")
+            os.write(2, f"\nstopping after {last_step}; Ctrl-\\ stops at once, without a new checkpoint\n".encode())
         log.signal = number
 
-    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
@@ -206,26 +216,18 @@ def signals(log: Log) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def started(
-    options: argparse.Namespace,
-    stage: str,
-    accelerator,
-    steps: int,
-    hashes: dict,
-    every: int = 1,
-    named: str = "users",
-) -> Iterator[Log]:
-    """Hold the run folder --out and begin the run there, unless a checkpoint continues one. Yield its log.
+def started(options, stage: str, accelerator, steps: int, hashes: dict, **settings) -> Iterator[Log]:
+    """Lock the run folder --out, begin the run or prepare to continue it, and yield its log.
 
     Args:
-        hashes: what config.json keeps of the data and of the run before.
-        every, named: as Log has them.
+        hashes: hashes of the data and of the run before, by field of config.json.
+        settings: `every` and `named` of Log.
     """
     with locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process and not checkpoints.newest(options.out):
-            begin_run(options.out, stage, json_options(options), **checkpoints.facts(accelerator, **hashes))
+            begin_run(options.out, stage, json_options(options), **checkpoints.config_fields(accelerator, **hashes))
         accelerator.wait_for_everyone()
-        log = Log(stage, accelerator, options, steps, every, named)
+        log = Log(stage, accelerator, options, steps, **settings)
         try:
             with signals(log):
                 yield log

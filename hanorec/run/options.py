@@ -1,15 +1,15 @@
-"""The options of the scripts, as tables: each option's name, type, default, help and origin stand in one place.
+"""The options of the scripts, as tables: name, type, defaults and help of each option, and whether it is inherited.
 
-An option gets its value in this order: from the command line; from the run before, if it is inherited; from its
-default, which may be another one for the tiny backbone.
+The value of an option comes from the command line. If it is not given there, an inherited option takes the value of
+the run before. Otherwise the option has its default, which may differ for the tiny backbone.
 """
 
 import argparse
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from hanorec.run.files import printable
 
@@ -21,14 +21,14 @@ class Option:
     """One option.
 
     Args:
-        name: as it is typed, `--lr`.
-        kind: a function from text to the value; a list of choices; or bool for a switch.
-        default: the value without the option; where the paper gives one, the paper's.
-        help: one line, with the unit. The default is added to it in brackets.
+        name: with its dashes, such as `--lr`.
+        kind: a function that converts text to the value, a list of choices, or bool for a switch.
+        default: the value if the option is not given; the paper's value if the paper has one.
+        help: one line, with the unit. --help adds the default in brackets.
         tiny: the default for the tiny backbone.
-        shown: text for the brackets, where the default alone says too little.
-        inherited: taken from the config of the run before.
-        nargs, metavar, dest: as argparse has them.
+        shown: text to show in the brackets instead of the default.
+        inherited: if the option is not given, take its value from the config of the run before.
+        nargs, metavar, dest: passed to argparse.
     """
 
     name: str
@@ -44,19 +44,24 @@ class Option:
 
     @property
     def attribute(self) -> str:
+        """The name of the value in the parsed options."""
         return self.dest or self.name.removeprefix("--").replace("-", "_")
 
     @property
     def late(self) -> bool:
-        """Whether the value depends on the backbone or on the run before."""
+        """Whether the default depends on the backbone or on the run before, so that `complete` must set it."""
         return self.inherited or self.tiny is not SAME
 
     def settings(self) -> dict:
-        """The arguments of argparse's add_argument."""
-        shown = self.shown
-        if shown is None and self.default is not None and self.kind is not bool:
-            shown = words(self.default) + (f"; tiny: {words(self.tiny)}" if self.tiny is not SAME else "")
-        settings = {"help": self.help + (f" [{shown}]" if shown else ""), "dest": self.attribute}
+        """Return the arguments for argparse's add_argument."""
+        shown = [self.shown] if self.shown else []
+        if not shown and self.kind is not bool and (self.tiny is not SAME or self.default not in (None, [])):
+            shown.append("none" if self.default is None else words(self.default))
+            if self.tiny is not SAME:
+                shown.append(f"tiny: {words(self.tiny)}")
+        if self.inherited:
+            shown.append("from the run before")
+        settings = {"help": self.help + (f" [{'; '.join(shown)}]" if shown else ""), "dest": self.attribute}
         settings["default"] = None if self.late else self.default
         if self.kind is bool:
             return settings | {"action": "store_true"}
@@ -65,19 +70,19 @@ class Option:
         return settings | {"type": self.kind, "nargs": self.nargs, "metavar": self.metavar}
 
 
-Table = dict[str, list[Option]]  # by the title of their group in --help; "" for none
+Table = dict[str, list[Option]]  # by title of a group in --help; "" for options without a group
 
 
 def words(value) -> str:
-    """An option's value as it is typed."""
+    """Return the value of an option as the user would type it."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and answers a mistake in one line.
+    """A parser that accepts no abbreviations and prints an error in one line.
 
     Args:
-        doc: the script's docstring, shown by --help as it stands.
+        doc: the script's docstring, which --help prints without changes.
         tables: the options, by group.
     """
 
@@ -93,30 +98,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def complete(
-    options: argparse.Namespace,
-    tables: Table,
-    tiny: bool,
-    before: dict | None = None,
-    source: Path | None = None,
-    further: Sequence[str] = (),
+    options: argparse.Namespace, tables: Table, tiny: bool, before: dict | None = None, source=None, further=()
 ) -> None:
-    """Give every option that is still None its value: of the run before if it is inherited, else its default.
+    """Set every option that is None: to the value of the run before if it is inherited, else to its default.
+
+    Print the inherited values.
 
     Args:
         tiny: whether the backbone is the tiny one.
-        before: the options of the run before, as its config.json has them.
-        source: the folder of that run, for the line that prints what was inherited.
-        further: names in `before` to inherit that are no options of this script.
+        before: the options in config.json of the run before.
+        source: path of the run before.
+        further: a list of more names to inherit from `before`. They are not options of this script.
     """
-    late = [option for group in tables.values() for option in group if option.late]
-    shown = []
+    late = [option for option in itertools.chain(*tables.values()) if option.late]
+    inherited = []
     for name in [*further, *(option.attribute for option in late if option.inherited)]:
         value = (before or {}).get(name)
         if getattr(options, name, None) is None:
             setattr(options, name, value)
-            shown += [f"{name.replace('_', '-')} {words(value)}"] if value is not None else []
-    if shown and int(os.environ.get("RANK", 0)) == 0:
-        print(printable(f"from {source}: {', '.join(shown)}"))
+            if value is not None:
+                inherited.append(f"{name.replace('_', '-')} {words(value)}")
+    if inherited and int(os.environ.get("RANK", 0)) == 0:
+        print(printable(f"from {source}: {', '.join(inherited)}"))
     for option in late:
         if getattr(options, option.attribute) is None:
             setattr(options, option.attribute, option.tiny if tiny and option.tiny is not SAME else option.default)
@@ -127,17 +130,17 @@ def complete(
 
 
 def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = False) -> Callable:
-    """An option's type: a number with low <= number < high (low < number if open_below)."""
+    """Return a type for an option: a number with low <= number < high, or low < number < high if open_below."""
 
     def parse(text: str):
         value = kind(text)
         above = low < value if open_below else low <= value
         if not (above and value < high):
-            limits = f"from {low} {'excluded ' * open_below}to below {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}")
+            sign = "<" if open_below else "<="
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low} {sign} number < {high}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it if the text is no number
+    parse.__name__ = kind.__name__  # argparse prints this name if the text is no number
     return parse
 
 
@@ -150,58 +153,57 @@ probability = bounded(float, 0, 1)
 # Options of several scripts
 
 # Never inherited: a run folder may come from somebody else
-TRUST = Option("--trust-remote-code", bool, False, "run the backbone's own Python code; each command needs it anew")
-DTYPE = Option("--dtype", ["auto", "float32", "bfloat16"], "auto", "auto: bfloat16 on a GPU, else float32")
+TRUST = Option("--trust-remote-code", bool, False, "run the backbone's own Python code; never inherited")
+DTYPE = Option("--dtype", ["auto", "float32", "bfloat16"], "auto", "precision; auto: bfloat16 on a GPU, else float32")
 
-
-IMAGES_HELP = "image tokens read from the data folder, or computed by the vision tower in each step"
-RESUME_HELP = (
-    "auto: an unfinished run in --out continues, a finished one is trained anew; never: refuse an unfinished run"
-)
+IMAGES_HELP = "stored: read image tokens from the data folder; live: compute them in each step"
+RESUME_HELP = "auto: continue an unfinished run in --out, train a finished one again; never: refuse an unfinished run"
 ATTENTIONS = ["sdpa", "flash_attention_2", "flex_attention"]
-STOPPING = [
-    Option("--resume", ["auto", "never"], "auto", RESUME_HELP),
-    Option("--save-every", positive_int, 500, "optimizer steps between checkpoints; each validation makes one too"),
-    Option("--keep", positive_int, 2, "checkpoints kept, the last ones"),
-]
+TRAINING = {
+    "LoRA (the paper: rank 8, alpha 32, dropout 0.05)": [
+        Option("--lora-rank", positive_int, 8, "rank of the LoRA matrices"),
+        Option("--lora-alpha", positive_int, 32, "scale of LoRA, before the division by its rank"),
+        Option("--lora-dropout", probability, 0.05, "dropout before LoRA"),
+        Option("--quantize", ["4bit"], None, "keep the frozen base in 4 bits (needs bitsandbytes)"),
+    ],
+    "training": [
+        Option("--lr", positive_float, 1e-4, "peak learning rate of AdamW; it falls to 0 by a cosine"),
+        Option("--epochs", positive_int, 5, "passes over the training examples"),
+        Option("--max-steps", positive_int, None, "maximum number of optimizer steps, without the warm-up"),
+        Option("--batch-size", positive_int, 2, "samples in a micro-batch"),
+        Option("--grad-accum", positive_int, 8, "micro-batches in an optimizer step"),
+        Option("--max-length", positive_int, 4096, "maximum number of tokens of a prompt with its answer"),
+        Option("--gradient-checkpointing", bool, False, "use less memory, but a third more time"),
+        Option("--attn", ATTENTIONS, "sdpa", "attention implementation; only sdpa works without --no-pack"),
+        Option("--no-pack", bool, False, "compute each answer in a forward of its own, which is slower"),
+        Option("--images", ["stored", "live"], None, IMAGES_HELP, shown="stored, if they are"),
+        DTYPE,
+        Option("--eval-limit", non_negative_int, 0, "validation examples in each epoch; 0: all"),
+        TRUST,
+        Option("--report-to", str, None, "tracker of accelerate: tensorboard, wandb, ...", metavar="NAME"),
+        Option("--seed", non_negative_int, 42, "seed of the order of samples, new weights, dropout and noise"),
+    ],
+    "stopping and continuing": [
+        Option("--resume", ["auto", "never"], "auto", RESUME_HELP),
+        Option("--save-every", positive_int, 500, "optimizer steps between checkpoints; each validation saves one too"),
+        Option("--keep", positive_int, 2, "number of checkpoints to keep, the last ones"),
+    ],
+}
 
 
 def training_options(inherits: Sequence[str] = (), **defaults: tuple) -> Table:
-    """The options of every training stage.
+    """Return the options of a training stage.
 
     Args:
-        inherits: names of the options that the stage takes from the run before, as attributes.
-        defaults: of the options that differ between stages: (default, the tiny backbone's default).
+        inherits: attribute names of the options that the stage inherits from the run before.
+        defaults: (default, default for the tiny backbone) of options that differ between stages, by attribute name.
     """
+    unknown = {*inherits, *defaults} - {option.attribute for option in itertools.chain(*TRAINING.values())}
+    if unknown:
+        raise ValueError(f"no training option has the name {', '.join(sorted(unknown))}; see TRAINING")
 
-    def option(name: str, kind, default, help: str, **more) -> Option:
-        attribute = name.removeprefix("--").replace("-", "_")
-        if attribute in defaults:
-            default, more["tiny"] = defaults[attribute]
-        return Option(name, kind, default, help, inherited=attribute in inherits, **more)
+    def adapted(option: Option) -> Option:
+        default, tiny = defaults.get(option.attribute, (option.default, option.tiny))
+        return replace(option, default=default, tiny=tiny, inherited=option.attribute in inherits)
 
-    lora = [
-        option("--lora-rank", positive_int, 8, "rank of the LoRA matrices"),
-        option("--lora-alpha", positive_int, 32, "LoRA's scale times its rank"),
-        option("--lora-dropout", probability, 0.05, "dropout before LoRA"),
-        option("--quantize", ["4bit"], None, "keep the frozen base in 4 bits (needs bitsandbytes)"),
-    ]
-    training = [
-        option("--lr", positive_float, 1e-4, "peak learning rate of AdamW, cosine to 0"),
-        option("--epochs", positive_int, 5, "passes over the training examples"),
-        option("--max-steps", positive_int, None, "at most so many optimizer steps, warm-up not counted"),
-        option("--batch-size", positive_int, 2, "samples in a micro-batch"),
-        option("--grad-accum", positive_int, 8, "micro-batches in an optimizer step"),
-        option("--max-length", positive_int, 4096, "most tokens of a prompt with its answer"),
-        option("--gradient-checkpointing", bool, False, "less memory, a third more time"),
-        option("--attn", ATTENTIONS, "sdpa", "attention; all but sdpa need --no-pack"),
-        option("--no-pack", bool, False, "one plain forward for each answer, slower"),
-        option("--images", ["stored", "live"], None, IMAGES_HELP, shown="stored, if they are"),
-        DTYPE,
-        option("--eval-limit", non_negative_int, 0, "validation examples in an epoch; 0: all"),
-        TRUST,
-        option("--report-to", str, None, "a tracker that accelerate knows: tensorboard, wandb, ...", metavar="NAME"),
-        option("--seed", non_negative_int, 42, "of order, new weights, dropout and noise"),
-    ]
-    titles = ("LoRA (the paper: rank 8, alpha 32, dropout 0.05)", "training", "stopping and going on")
-    return dict(zip(titles, (lora, training, STOPPING), strict=True))
+    return {title: [adapted(option) for option in options] for title, options in TRAINING.items()}

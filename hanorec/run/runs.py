@@ -8,7 +8,7 @@ import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 
-from hanorec.run.files import UserError, delete, file_hash, read_json, require, value_hash, write_json
+from hanorec.run.files import UserError, delete, file_hash, printable, read_json, require, value_hash, write_json
 
 # The fields of config.json that other stages read, and their types
 RUN = {"stage": str, "options": dict, "data": str}
@@ -28,23 +28,23 @@ STAGES = {
     "dpo_hano": RUN_OPTIONS | {"sft": str},
     "teach": {"data": str, "model": str, "tune": str, "share": (int, float), "seed": int},
 }
-# The command that writes the runs of a stage
+# The command that writes the runs of each stage
 COMMANDS = {"sft": "sft.py", "dpo_hano": "dpo_hano.py", "teach": "mllm_srec.teach"}
 
 
 def weights_hash(run: Path) -> str:
-    """SHA-256 over the weight files that a run ended with."""
+    """Return the SHA-256 of the weight files in a run folder."""
     files = sorted([*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")])
     return value_hash([file_hash(path) for path in files])
 
 
 def json_options(options: argparse.Namespace) -> dict:
-    """The options as JSON values."""
+    """Return the options as a dict of JSON values."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
 def check_out(out: Path, stage: str) -> None:
-    """UserError if `out` holds something else than an earlier run of this stage."""
+    """Raise UserError if `out` holds anything other than an earlier run of this stage."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder; choose another --out")
     if any(not path.name.startswith(".") for path in out.glob("*")):
@@ -55,40 +55,46 @@ def check_out(out: Path, stage: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that compute."""
+    """Return the versions of the libraries that change the last digits of a result."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
 
-def begin_run(out: Path, stage: str, options: dict, **facts) -> None:
-    """Start a run in `out`: write config.json and delete what an earlier run left there.
+def begin_run(out: Path, stage: str, options: dict, **fields) -> None:
+    """Begin a run in `out`: write config.json and delete the files of an earlier run.
+
+    Args:
+        fields: further fields of config.json.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds anything other than an earlier run of this stage.
     """
     check_out(out, stage)
-    (out / "result.json").unlink(missing_ok=True)  # first: from here on the run is unfinished
-    delete(out / "checkpoints")  # before the options are those of the new run
-    write_json(out / "config.json", {"stage": stage, "options": options, **facts, "versions": versions()})
-    for pattern in ("metrics.jsonl", "*metrics.json", "*predictions.jsonl"):
-        for old in out.glob(pattern):
-            old.unlink()
-    for old in ("adapter", "model", "reference"):
-        delete(out / old)
+    if (out / "result.json").exists():
+        print(f"replaces the finished run in {printable(out)}", flush=True)
+        (out / "result.json").unlink()  # before all other files: without result.json the run is unfinished
+    delete(out / "checkpoints")  # before config.json changes: the checkpoints belong to the old options
+    write_json(out / "config.json", {"stage": stage, "options": options, **fields, "versions": versions()})
+    for pattern in ("metrics.jsonl", "*metrics.json", "*predictions.jsonl", "adapter", "model", "reference"):
+        for path in out.glob(pattern):
+            delete(path)
 
 
 def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
-    """Read the config.json of a finished run of one of these stages. UserError if it is not one."""
-    run, stages = Path(run), tuple(stages)
+    """Read the config.json of a finished run of one of these stages.
+
+    Raises:
+        UserError: the folder is no such run, or the run is not finished.
+    """
     writers = " or ".join(COMMANDS[stage] for stage in stages)
-    remedy = f"give a run folder, as {writers} writes it"
+    remedy = f"give a run folder that {writers} wrote"
     inside = sorted(str(path.parent) for path in run.glob("*/config.json"))
     if inside:
-        remedy += f" (there are {', '.join(inside)})"
+        remedy += f" (it contains {', '.join(inside)})"
     config = read_json(run / "config.json", {}, remedy)
     if config.get("stage") not in stages:
-        raise UserError(f"{run} is no run of {writers}; give a run folder that it wrote")
+        raise UserError(f"{run} is no run of {writers}; {remedy}")
     if not (run / "result.json").exists():
-        raise UserError(f"{run} is not finished (no result.json); give its own command again, which continues it")
+        raise UserError(f"{run} is not finished (no result.json); repeat the command that began it, to continue it")
     require(config, RUN, f"{run}/config.json", remedy)
     require(config["options"], STAGES[config["stage"]], f"{run}/config.json", remedy)
     if config["options"].get("tasks", ["rank"]) not in (["rank"], ["yesno"], ["rank", "yesno"]):

@@ -1,4 +1,4 @@
-"""What the training loops share: the number of steps, the order of samples, optimizer, schedule, prefetching."""
+"""Functions that all training loops use: number of steps, order of samples, optimizer, schedule, prefetching."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from hanorec.run.files import UserError
 
 
 def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[int, int]:
-    """Return (optimizer steps of the run, of an epoch), and print the arithmetic that they come from."""
+    """Compute the optimizer steps, and print the arithmetic. Returns (steps of the run, steps of an epoch)."""
     world = accelerator.num_processes
     per_step = options.batch_size * options.grad_accum * world
     if samples < per_step:
@@ -33,50 +33,51 @@ def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[
 def micro_batches(
     examples: int, kinds: int, batch: int, accum: int, processes: int, rank: int, seed: int
 ) -> Iterator[list[list[int]]]:
-    """Yield optimizer steps without end: each a list of `accum` micro-batches of `batch` sample numbers.
+    """Yield the samples of each optimizer step, without end: `accum` micro-batches of `batch` sample numbers.
 
-    Every epoch is a new permutation of the examples, drawn from (seed, epoch) alone. The samples of an example stay
-    side by side, so that packing can share their prompts. An incomplete last step is dropped.
+    Every epoch is a new permutation of the examples, drawn from (seed, epoch). The samples of an example stay side by
+    side, so that packing can share their prompts. An incomplete last step of an epoch is dropped.
 
     Args:
-        examples, kinds: sample n is kind n % kinds of example n // kinds.
-        processes, rank: how many processes share each step, and which of them this one is.
+        examples: number of examples.
+        kinds: samples of each example. Sample n is kind n % kinds of example n // kinds.
+        processes: number of processes that share each step.
+        rank: number of this process.
     """
-    per_step, epoch = batch * accum * processes, 0
+    per_step = batch * accum * processes
     if examples * kinds < per_step:
         raise ValueError(f"{examples * kinds} samples do not fill a step of {per_step}")
-    while True:
+    for epoch in itertools.count():
         shuffled = np.random.default_rng([seed, epoch]).permutation(examples)
         order = (shuffled[:, None] * kinds + np.arange(kinds)).ravel().tolist()
         for start in range(0, len(order) - per_step + 1, per_step):
             firsts = [start + (i * processes + rank) * batch for i in range(accum)]
             yield [order[first : first + batch] for first in firsts]
-        epoch += 1
 
 
 def own_micro_batches(
     examples: int, kinds: int, batch: int, accum: int, steps: int, options: argparse.Namespace, accelerator
 ) -> Iterator[list[list[int]]]:
-    """This process's part of the first `steps` steps of `micro_batches`."""
+    """Yield this process's micro-batches of the first `steps` optimizer steps."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     return itertools.islice(micro_batches(examples, kinds, batch, accum, processes, rank, options.seed), steps)
 
 
 def trainable(model) -> list[torch.nn.Parameter]:
-    """The weights that are trained. Read them anew after accelerator.prepare, which may shard them."""
+    """Return the trained weights. Call this again after accelerator.prepare, which may shard them."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def adamw(model, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW over the trained weights, updated by one kernel instead of several for each of them."""
+    """Return AdamW over the trained weights. The fused form updates all weights in one kernel."""
     return torch.optim.AdamW(trainable(model), lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.0):
-    """A schedule over optimizer steps: a warm-up of its own, then cosine decay from the peak to 0 over `steps` steps.
+    """Return a schedule over optimizer steps: a warm-up, then a cosine that falls to 0 over `steps` steps.
 
-    The warm-up rises to its peak over 5% of its steps, then decays to 0 by a cosine too. The schedule counts optimizer
-    steps, so it is not passed through accelerator.prepare.
+    The warm-up rises to its own peak over 5% of its steps, then falls to 0 by a cosine too. The schedule counts
+    optimizer steps, so do not pass it to accelerator.prepare.
 
     Args:
         warmup_peak: the warm-up's peak, as a multiple of the optimizer's learning rate.
@@ -97,10 +98,10 @@ def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.
 
 
 def ahead(values: Iterable, device, depth: int = 2) -> Iterator:
-    """Yield the same values, computed in a thread up to `depth` ahead.
+    """Yield the same values. On a GPU, a thread computes up to `depth` of them ahead.
 
-    On a CPU they are computed in place: a second thread that uses OpenMP puts the threads of the first to sleep after
-    each product.
+    On a CPU there is no second thread: it would use OpenMP, and the threads of the first would sleep after each matrix
+    product.
     """
     if device.type == "cpu":
         yield from values
@@ -114,26 +115,26 @@ def ahead(values: Iterable, device, depth: int = 2) -> Iterator:
 
 
 def loaded(load: Callable, batches: Iterable, done: int, device) -> Iterator:
-    """Yield (step, sample numbers, load(step, sample numbers)) for each step after the first `done`, computed ahead."""
+    """Yield (step, sample numbers, load(step, sample numbers)) for each step after step `done`. Load steps ahead."""
     numbered = itertools.islice(enumerate(batches, 1), done, None)
     return ahead(((step, numbers, load(step, numbers)) for step, numbers in numbered), device)
 
 
 @contextlib.contextmanager
 def micro_step(model, accelerator, last: bool) -> Iterator[None]:
-    """Around forward and backward of a micro-batch. Gradients are averaged over processes with the last of a step."""
-    accelerator.sync_gradients = last  # DeepSpeed's backward steps then
+    """Run forward and backward of a micro-batch inside this block. The last one averages gradients over processes."""
+    accelerator.sync_gradients = last  # if True, DeepSpeed's backward makes the optimizer step
     with contextlib.nullcontext() if last else accelerator.no_sync(model):
         yield
 
 
 def first_device(model, accelerator):
-    """The device for a model until accelerator.prepare. A model that will be sharded may fit no GPU whole."""
+    """Return the device for a model before accelerator.prepare. A model to be sharded stays where it was loaded."""
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return model.device if sharded else accelerator.device
 
 
 def whole_weights(model, accelerator) -> dict[str, torch.Tensor]:
-    """The state dict of a PackedMLLM's inner model, whole on the main process. All processes must call this."""
+    """Gather the state dict of a PackedMLLM's inner model on the main process. All processes must call this."""
     weights = accelerator.get_state_dict(model)
     return {name.removeprefix("model."): weight for name, weight in weights.items()}

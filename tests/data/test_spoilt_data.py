@@ -28,7 +28,7 @@ TYPES = {  # file, change, a word of the error
     "an item that is a list": ("items.jsonl", lambda row: [1], "no JSON object"),
     "an item twice": ("items.jsonl", set_(item="101"), "an item twice"),
     "a string for a history": ("train.jsonl", set_(history="101"), "'history' cannot be"),
-    "no history": ("train.jsonl", set_(history=[]), "an example has a history"),
+    "no history": ("train.jsonl", set_(history=[]), "an example has no history"),
     "numbers in a history": ("train.jsonl", set_(history=[101]), "101 is not in items.jsonl"),
     "lists in a history": ("train.jsonl", set_(history=[[]]), "[] is not in items.jsonl"),
     "an unknown id": ("train.jsonl", set_(target="nothing"), "'nothing' is not in items.jsonl"),

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,8 @@ def test_the_launchers_own_environment_and_options_count(monkeypatch, variables,
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     launcher = subprocess.Popen(command, env=environment | variables)
     try:
+        while not Path(f"/proc/{launcher.pid}/cmdline").read_bytes():  # for a moment after its start
+            time.sleep(0.01)
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         assert launch.user_sets_threads() == expected

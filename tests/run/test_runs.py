@@ -1,7 +1,10 @@
 """The run folder: atomic writes, locks, sample order, schedule, one-line errors."""
 
+import errno
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +16,9 @@ import torch
 from conftest import ROOT
 
 from hanorec.run import training
-from hanorec.run.files import UserError, locked, read_jsonl, replacing, write_json
-from hanorec.run.launch import requested_processes
-from hanorec.run.log import Log
+from hanorec.run.files import UserError, disk_message, locked, read_jsonl, replacing, write_json
+from hanorec.run.launch import launcher_option
+from hanorec.run.log import Log, signals
 from hanorec.run.runs import begin_run, read_run
 
 
@@ -35,6 +38,55 @@ def test_a_folder_is_replaced_whole(tmp_path):
             beside.mkdir()
             (beside / name).touch()
     assert os.listdir(tmp_path / "folder") == ["second"]
+
+
+def test_a_folder_whose_replacement_fails_stays(tmp_path, monkeypatch):
+    folder, real = tmp_path / "folder", os.replace
+    folder.mkdir()
+    (folder / "first").touch()
+
+    def replace(source, target):
+        if "new.partial" in str(source) and target == folder:
+            raise OSError(errno.EIO, "broken disk")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="broken disk"), replacing(folder) as beside:
+        beside.mkdir()
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["first"]
+
+
+def test_a_folder_that_a_killed_process_renamed_comes_back(tmp_path):
+    """The process was killed after the first of the two renames in `replacing`, or in the middle of `delete`."""
+    for name in (".adapter.17.old.partial", ".adapter.17.new.partial", ".model.17.deleted.partial", "checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    (tmp_path / "checkpoints" / ".step-4.old.17.old.partial").mkdir()
+    (tmp_path / ".reference.17.old.partial").mkdir()
+    (tmp_path / "reference").mkdir()
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "adapter", "checkpoints", "reference"]
+    assert os.listdir(tmp_path / "adapter") == ["weights"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-4.old", "weights"]
+
+
+def test_a_folder_that_cannot_be_locked_is_not_said_to_be_in_use(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot be locked .*no locks available"), locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EACCES, "permissions"), (errno.EROFS, "written")]
+)
+def test_each_error_of_the_disk_has_its_own_remedy(number, remedy):
+    message = disk_message(OSError(number, "broken", "items.jsonl"))
+    assert message.startswith("items.jsonl: ") and remedy in message
+    assert "make room" in message or number != errno.ENOSPC
+    assert disk_message(OSError(errno.ENOENT, "broken")) is None
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -126,15 +178,27 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         read_run(tmp_path, ["dpo_hano"])
 
 
+def test_replacing_a_finished_run_is_printed(tmp_path, capsys):
+    begin_run(tmp_path, "sft", {})
+    assert capsys.readouterr().out == ""
+    write_json(tmp_path / "result.json", {})
+    begin_run(tmp_path, "sft", {})
+    assert capsys.readouterr().out == f"replaces the finished run in {tmp_path}\n"
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_processes_that_the_launcher_was_asked_for(monkeypatch):
     def launched(line):
-        monkeypatch.setattr(Path, "read_text", lambda path: "\0".join(line.split()))
-        return requested_processes()
+        monkeypatch.setattr(Path, "read_text", lambda path, errors: "\0".join(line.split()))
+        return launcher_option("--num_processes")
 
-    assert launched("python accelerate launch --cpu --num_processes 2 sft.py") == 2
-    assert launched("python accelerate launch --num-processes=4 sft.py") == 4
-    assert launched("python accelerate launch sft.py") == 1
-    assert launched("bash") == 1
+    assert launched("python accelerate launch --cpu --num_processes 2 sft.py") == "2"
+    assert launched("python accelerate launch --num-processes=4 sft.py") == "4"
+    assert launched("python -m accelerate.commands.accelerate_cli launch --num_processes 3 sft.py") == "3"
+    assert launched("python /opt/bin/accelerate launch sft.py") is None
+    assert launched("bash") is None
+    assert launched("python launch --num_processes 2 sft.py") is None  # another program's word
+    assert launched("bash launch accelerate --num_processes 2") is None
 
 
 def test_ahead_gives_the_same_values_and_raises_in_place():
@@ -167,6 +231,20 @@ def test_speed_is_of_the_steps_not_of_when_they_are_read(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(5 < line["samples_per_second"] <= 40 for line in lines)
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
+    log = Log("sft", one_process(), SimpleNamespace(report_to=None, out=tmp_path), 3)
+    log.write(1, {"noise": torch.tensor(float("nan")), "eta": float("inf"), "lr": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "noise": None, "eta": None, "lr": 0.5}
+
+
+@pytest.mark.parametrize(("processes", "text"), [(1, "after this step"), (2, "after the next step")])
+def test_a_signal_says_when_the_run_will_stop(processes, text, capfd):
+    log = SimpleNamespace(signal=0, accelerator=SimpleNamespace(num_processes=processes))
+    with signals(log):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert log.signal == signal.SIGTERM and text in capfd.readouterr().err
 
 
 def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
