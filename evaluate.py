@@ -1,4 +1,4 @@
-"""Rank candidates by log-likelihood; AUC, GAUC, HR@K, NDCG@K, MRR with intervals, beside simple baselines.
+"""Rank candidates with trained models, and print AUC, GAUC, HR@K, NDCG@K and MRR beside those of simple baselines.
 
     python evaluate.py                                                    # the demo's runs, side by side
     python evaluate.py --run runs/ml-1m/sft runs/ml-1m/dpo_hano           # writes metrics.json, predictions.jsonl there
@@ -6,7 +6,8 @@
     python evaluate.py --data data/ml-1m --scores other.jsonl             # another system's scores, same candidates
     python evaluate.py --run runs/demo/sft --user user007 --top-k 5       # recommendations by name
 
-Every candidate's title is scored behind one prompt; Yes/No by log p(Yes) - log p(No). Nothing is sampled or parsed.
+The score of a candidate is the log-likelihood of its title after one prompt. The score of a Yes/No question is
+log p(Yes) - log p(No). No text is sampled or parsed. Each metric has a bootstrap interval.
 """
 
 import argparse
@@ -17,61 +18,67 @@ from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, 
 from hanorec.run.runs import read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
-RECBOLE_HELP = "RecBole's files of the same examples, and the first run's scores of all candidates"
+RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
     "": [
-        Option("--run", Path, [], "run folders", nargs="+", shown="those of runs/demo"),
-        Option("--data", Path, None, "data folder, if no run names it (--scores)"),
-        Option("--split", ["val", "test"], "test", "which examples"),
-        Option("--limit", non_negative_int, 0, "only the first examples; 0: all"),
+        Option("--run", Path, [], "run folders", nargs="+", shown="those in runs/demo"),
+        Option("--data", Path, None, "data folder; needed for --scores without --run"),
+        Option("--split", ["val", "test"], "test", "the split to evaluate"),
+        Option("--limit", non_negative_int, 0, "maximum number of examples, the first ones; 0: all"),
         Option("--blank-images", bool, False, "replace every image by a neutral one"),
-        Option("--images", ["stored", "live"], None, "image tokens read, or computed", shown="as in training"),
-        Option("--compare", Path, None, "also the difference of each --run to this one", metavar="RUN"),
-        Option("--scores", Path, [], "other systems' predictions.jsonl", nargs="+"),
+        Option("--images", ["stored", "live"], None, "read image tokens, or compute them", shown="as in training"),
+        Option("--compare", Path, None, "also print the difference of every result to this run", metavar="RUN"),
+        Option("--scores", Path, [], "predictions.jsonl of other systems", nargs="+"),
         Option("--export-recbole", Path, None, RECBOLE_HELP, metavar="DIR"),
-        Option("--batch-size", positive_int, 0, "examples at once", shown="2; tiny: 16"),
+        Option("--batch-size", positive_int, 0, "number of examples in a batch", shown="2; tiny: 16"),
         DTYPE,
-        Option("--no-pack", bool, False, "one plain forward for each answer", shown="as the run was trained"),
-        Option("--seed", non_negative_int, 0, "of the bootstrap"),
+        Option("--no-pack", bool, False, "compute each answer in a forward of its own", shown="as in training"),
+        Option("--seed", non_negative_int, 0, "seed of the bootstrap"),
         TRUST,
     ],
     "recommendations": [
         Option("--user", str, None, "print this user's recommendations instead of metrics"),
-        Option("--top-k", positive_int, 10, "how many of them"),
-        Option("--from", str, None, "among these items", shown="the candidates", metavar="ID,ID,...", dest="among"),
+        Option("--top-k", positive_int, 10, "number of recommendations"),
+        Option("--from", str, None, "items to rank", shown="the candidates", metavar="ID,ID,...", dest="among"),
     ],
 }
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options, and check that they go together."""
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
     if options.among and not options.user:
         parser.error("--from needs --user")
-    if options.export_recbole and options.scores and not options.run:
-        parser.error("--export-recbole needs --run, whose scores it writes")
+    if options.export_recbole and not options.run:
+        parser.error("--export-recbole needs --run; it writes the scores of that run")
+    if options.compare and not (options.run or options.scores):
+        parser.error("--compare needs --run or --scores; it compares them with its own run")
     if options.export_recbole and options.limit:
-        parser.error("--export-recbole writes whole splits and goes without --limit")
+        parser.error("--export-recbole writes complete splits; do not give --limit")
     if options.user and (options.scores or options.compare or options.export_recbole):
-        parser.error("--user goes without --scores, --compare and --export-recbole")
+        parser.error("--user prints recommendations; do not give --scores, --compare or --export-recbole")
     return options
 
 
 @one_line_errors
 def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[Path, dict], Path]:
-    """Parse the options. Returns (options, config of each run, the data folder that the runs share)."""
+    """Parse the options and read the runs. Returns (options, config of each run, data folder of all runs)."""
     options = parse(argv)
     runs = options.run or [run for run in DEMO_RUNS if run.exists() and not options.scores]
     if not runs and not options.scores:
         raise UserError("no --run given and no runs/demo here; run sft.py first")
-    configs = {run: read_run(run) for run in [*runs, *([options.compare] if options.compare else [])]}
-    folders = {config["options"]["data"] for config in configs.values()}
-    folders |= {str(options.data)} if options.data else set()
+    if options.compare:
+        runs = [*runs, options.compare]
+    configs = {run: read_run(run) for run in runs}
+    named = [options.data, *(Path(config["options"]["data"]) for config in configs.values())]
+    folders = {folder.resolve(): folder for folder in named if folder}
     if not folders:
         raise UserError("--scores without --run needs --data, the folder whose candidates were scored")
     if len(folders) > 1:
-        raise UserError(f"one data folder at a time, not {' and '.join(sorted(folders))}; give runs of the same data")
-    return options, configs, Path(folders.pop())
+        names = " and ".join(map(str, folders.values()))
+        raise UserError(f"one data folder at a time, not {names}; give runs of the same data")
+    return options, configs, folders.popitem()[1]
 
 
 if __name__ == "__main__":
@@ -110,23 +117,22 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
 
 
 def file_prefix(options: argparse.Namespace) -> str:
-    """What the names of metrics.json and predictions.jsonl begin with, if they are not of the whole test split."""
+    """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split."""
     prefix = "" if options.split == "test" else f"{options.split}_"
     prefix += "blank_" if options.blank_images else ""
     return prefix + (f"first{options.limit}_" if options.limit else "")
 
 
 def protocol(data: DataFolder, examples: list[Example], options: argparse.Namespace) -> str:
-    """How the numbers were made, in a line."""
+    """Describe the data and the protocol of the results in one line."""
     prepared = data.manifest["options"]
     text = f"{data.folder}: {options.split} ({prepared['split']}), {len(examples)} examples, "
     text += f"{len(examples[0].candidates)} candidates, {prepared['negative_sampling']} negatives, "
-    text += f"seed {prepared['seed']}"
-    return text + (", blank images" if options.blank_images else "")
+    return text + f"seed {prepared['seed']}" + (", blank images" if options.blank_images else "")
 
 
 def recommend(options: argparse.Namespace, configs: dict[Path, dict], data: DataFolder, accelerator) -> None:
-    """--user: print the recommendations of each run."""
+    """Print the recommendations of each run for the user of --user."""
     examples = examples_of_user(options.user, options.among, data, options.split)
     for run, config in configs.items():
         scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
@@ -137,14 +143,16 @@ def recommend(options: argparse.Namespace, configs: dict[Path, dict], data: Data
 
 
 def measure_runs(options, configs: dict[Path, dict], data: DataFolder, examples: list[Example], accelerator):
-    """Score each run, and write its predictions.jsonl. Returns the results by run."""
-    results, prefix, targets = {}, file_prefix(options), target_columns(examples)
+    """Score each run, and write its predictions.jsonl and the RecBole files. Returns the results by run."""
+    results = {}
+    targets = target_columns(examples)
     for run, config in configs.items():
         scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
         ranked = yes_scores if scores is None else scores
         results[str(run)] = measure(ranked, yes_scores, targets, options.seed)
         if accelerator.is_main_process:
-            write_predictions(run / f"{prefix}predictions.jsonl", data.items.ids, examples, scores, yes_scores)
+            path = run / f"{file_prefix(options)}predictions.jsonl"
+            write_predictions(path, data.items.ids, examples, scores, yes_scores)
             if options.export_recbole and run == next(iter(configs)):
                 splits = {split: data.examples(split) for split in ("train", "val", "test")}
                 write_recbole(options.export_recbole, data.items, splits | {"candidates": examples}, ranked)
@@ -168,10 +176,10 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     for path in options.scores:
         scores, yes_scores = read_scores(path, data.items.ids, examples)
         results[str(path)] = measure(scores, scores if yes_scores is None else yes_scores, targets, options.seed)
-    compared = results.get(str(options.compare))
-    for name in list(results) if compared else ():
-        if results[name] is not compared:
-            results[f"{name} minus {options.compare}"] = results[name].minus(compared)
+    if options.compare:
+        compared = results[str(options.compare)]
+        differences = {name: result.minus(compared) for name, result in results.items() if result is not compared}
+        results |= {f"{name} minus {options.compare}": difference for name, difference in differences.items()}
     for name, scores in baseline_scores(data, examples).items():
         results[name] = measure(scores, scores, targets, options.seed)
 

@@ -1,106 +1,107 @@
-"""Raw files -> data/<name>/: items, histories with candidates, and every item encoded once for a backbone.
+"""Prepare raw files as data/<name>/: items, histories with candidates, and each item encoded once for a backbone.
 
     python prepare_data.py                    # the embedded demo -> data/demo, with a tiny untrained backbone
     python prepare_data.py --dataset movielens --source ml-1m/ --model Qwen/Qwen2.5-VL-3B-Instruct --out data/ml-1m
     python prepare_data.py --out data/ml-1m --encode-only --model llava-hf/llava-v1.6-mistral-7b-hf   # another backbone
 
 Writes items.jsonl, train.jsonl, val.jsonl, test.jsonl, sequences.jsonl (each user's whole training sequence),
-manifest.json and encoded/<backbone>/. Everything random is drawn here, once, from --seed, and stored.
+manifest.json and encoded/<backbone>/. All random choices are made here from --seed, once, and stored.
 """
 
 import argparse
+import os.path
 from pathlib import Path
 
-from hanorec.data.protocol import items_before
+from hanorec.data.protocol import Sequences, items_before
 from hanorec.data.readers import READERS
-from hanorec.run.files import one_line_errors
+from hanorec.run.files import UserError, one_line_errors, printable
 from hanorec.run.options import TRUST, Option, Parser, bounded, non_negative_int, positive_int
 
-DATASETS = ["demo", *READERS]
-ENCODING_OPTIONS = [
-    Option("--model", str, "tiny", "hub name or folder of the backbone; tiny: untrained, made here"),
-    Option("--max-pixels", bounded(int, 784, 2**31), None, "most pixels of an image", shown="262144; tiny: 6272"),
-    Option("--tokens", ["stored", "live"], "stored", "live: do not keep image tokens, compute them in each step"),
-    Option("--encode-only", bool, False, "the data folder stands; only encode it"),
-    TRUST,
+COLUMNS = [
+    Option("--user-column", str, None, "csv, recbole: column of users", shown="user; user_id", metavar="NAME"),
+    Option("--item-column", str, None, "csv, recbole: column of items", shown="item; item_id", metavar="NAME"),
+    Option("--time-column", str, None, "csv, recbole: column of times", shown="timestamp", metavar="NAME"),
+    Option("--rating-column", str, None, "csv, recbole: column of ratings", shown="rating", metavar="NAME"),
+    Option("--title-column", str, None, "csv, recbole: column of titles", shown="title", metavar="NAME"),
 ]
-COLUMNS = [  # of the tables of csv and recbole
-    Option("--user-column", str, None, "of csv and recbole tables", shown="user; user_id", metavar="NAME"),
-    Option("--item-column", str, None, "of csv and recbole tables", shown="item; item_id", metavar="NAME"),
-    Option("--time-column", str, None, "of csv and recbole tables", shown="timestamp", metavar="NAME"),
-    Option("--rating-column", str, None, "of csv and recbole tables", shown="rating", metavar="NAME"),
-    Option("--title-column", str, None, "of csv and recbole tables", shown="title", metavar="NAME"),
-]
-OFFICIAL_HELP = "official: 3 history items, 3 positives and 7 negatives, the last positive counts"
-SHOW_HELP = "print N rendered examples; a folder that stands is only shown"
+OFFICIAL_HELP = "official: 3 history items, 3 positives and 7 negatives; the target is the last positive"
+SPLIT_HELP = "leave-one-out: the last items of each user; user: users 8:1:1"
+SHOW_HELP = "print N rendered examples; if the folder is prepared, do nothing else"
 OPTIONS = {
     "source": [
-        Option("--dataset", DATASETS, "demo", "the layout of the raw files"),
-        Option("--source", Path, None, "folder of the raw files (demo and csv have none)"),
-        Option("--images", Path, None, "folder of <item>.jpg, .png or .webp, if it is not inside SOURCE"),
-        Option("--interactions", Path, None, "csv: the table of interactions", metavar="FILE"),
-        Option("--items", Path, None, "csv: the table of items", metavar="FILE"),
+        Option("--dataset", ["demo", *READERS], "demo", "layout of the raw files"),
+        Option("--source", Path, None, "folder of the raw files (not for demo and csv)"),
+        Option("--images", Path, None, "folder of <item>.jpg, .png or .webp, if it is not in SOURCE (not for demo)"),
+        Option("--interactions", Path, None, "csv: table of interactions", metavar="FILE"),
+        Option("--items", Path, None, "csv: table of items", metavar="FILE"),
         *COLUMNS,
-        Option("--drop-untitled", bool, False, "leave out items that the titles do not list"),
+        Option("--drop-untitled", bool, False, "drop items that the titles do not list"),
         Option("--out", Path, None, "data folder to write", shown="data/<dataset>"),
     ],
     "protocol": [
-        Option("--history", positive_int, None, "most items before the target", shown="5; official: 3"),
-        Option("--negatives", positive_int, None, "negatives beside the target", shown="9; official: 7"),
+        Option("--history", positive_int, None, "maximum number of items before the target", shown="5; official: 3"),
+        Option("--negatives", positive_int, None, "negatives for each target", shown="9; official: 7"),
         Option("--negative-sampling", ["uniform", "popularity"], "uniform", "how negatives are drawn"),
-        Option("--split", ["leave-one-out", "user"], None, "user: 8:1:1", shown="leave-one-out; hanorec: published"),
+        Option("--split", ["leave-one-out", "user"], None, SPLIT_HELP, shown="leave-one-out; hanorec: published"),
         Option("--protocol", ["standard", "official"], "standard", OFFICIAL_HELP),
-        Option("--min-rating", float, None, "drop lower ratings", shown="keep all"),
-        Option("--min-interactions", positive_int, 6, "drop users with fewer"),
-        Option("--max-windows-per-user", non_negative_int, 10, "training examples of a user, the latest; 0: all"),
-        Option("--seed", non_negative_int, 42, "of all that is drawn here"),
+        Option("--min-rating", float, None, "drop interactions with lower ratings", shown="keep all"),
+        Option("--min-interactions", positive_int, 6, "drop users with fewer interactions"),
+        Option("--max-windows-per-user", non_negative_int, 10, "training examples of a user, the last ones; 0: all"),
+        Option("--seed", non_negative_int, 42, "seed of all random choices"),
     ],
-    "encoding": ENCODING_OPTIONS,
+    "encoding": [
+        Option("--model", str, None, "hub name or folder of the backbone; tiny: untrained, built here", shown="tiny"),
+        Option("--max-pixels", bounded(int, 784, 2**31), None, "pixel limit per image", shown="262144; tiny: 6272"),
+        Option("--tokens", ["stored", "live"], "stored", "live: do not store image tokens, compute them in each step"),
+        Option("--encode-only", bool, False, "only encode a data folder that exists"),
+        TRUST,
+    ],
     "": [Option("--show", non_negative_int, 0, SHOW_HELP, metavar="N")],
 }
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the options, and set those that depend on others. `model` stays None if it is not given."""
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
     options.out = options.out or Path("data") / options.dataset
-    name = options.model.strip("/").replace("/", "--")
-    options.encoded = options.out / "encoded" / (name if name.strip(".") else Path(options.model).resolve().name)
+    if options.model:
+        options.model = options.model.rstrip("/") or "/"
+    name = os.path.normpath(options.model or "tiny").strip("/").replace("/", "--")
+    if name.startswith("."):  # ../ckpt; readers skip names that begin with a dot
+        name = Path(options.model).resolve().name
+    options.encoded = options.out / "encoded" / name
     if not options.encode_only:
         check_source(options, parser)
     official, published = options.protocol == "official", options.dataset == "hanorec"
     if (official and (options.history or options.negatives)) or (published and options.split):
-        parser.error("--protocol official sets --history and --negatives; --dataset hanorec brings its own --split")
+        parser.error("do not give --history or --negatives with --protocol official, or --split with --dataset hanorec")
     options.split = options.split or ("published" if published else "leave-one-out")
     options.positives = 3 if official else 1
     options.history = options.history or (3 if official else 5)
     options.negatives = options.negatives or (7 if official else 9)
     shortest = items_before(options) + (2 if options.split == "leave-one-out" else 1)
     if options.min_interactions < shortest:
-        parser.error(f"--min-interactions must be at least {shortest} here")
+        parser.error(f"--min-interactions must be at least {shortest} with this --protocol and --split")
     return options
 
 
 def check_source(options: argparse.Namespace, parser: Parser) -> None:
-    """The parser's error if --dataset lacks an option that it needs, or has one that it does not take."""
+    """End with a parser error if --dataset needs an option that is missing, or does not use an option that is given."""
     if options.dataset == "csv" and not (options.interactions and options.items):
         parser.error("--dataset csv needs --interactions FILE and --items FILE")
     if options.dataset not in ("demo", "csv") and not options.source:
         parser.error(f"--dataset {options.dataset} needs --source DIR")
-    foreign = ["source"] if options.dataset in ("demo", "csv") else []
-    if options.dataset != "csv":
-        foreign += ["interactions", "items"]
-    if options.dataset not in ("csv", "recbole"):
-        foreign += [option.attribute for option in COLUMNS]
-    for name in foreign:
-        if getattr(options, name):
-            parser.error(f"--{name.replace('_', '-')} does not go with --dataset {options.dataset}")
+    used_by = {"source": {*READERS} - {"csv"}, "images": {*READERS}, "interactions": {"csv"}, "items": {"csv"}}
+    used_by |= {option.attribute: {"csv", "recbole"} for option in COLUMNS}
+    for name, datasets in used_by.items():
+        if getattr(options, name) and options.dataset not in datasets:
+            parser.error(f"--{name.replace('_', '-')} does not go with --dataset {options.dataset}; leave it out")
 
 
 if __name__ == "__main__":
     one_line_errors(parse)()  # --help and mistakes are answered before the slow imports
 
-import os
 import shutil
 from functools import partial
 
@@ -108,76 +109,61 @@ import numpy as np
 import torch
 from accelerate.utils import tqdm
 
-from hanorec.data import folder as data_folder
 from hanorec.data.demo import read_demo, read_descriptions
 from hanorec.data.folder import FILES, DataFolder
-from hanorec.data.protocol import (
-    Negatives,
-    Sequences,
-    build_sequences,
-    drop_equal_titles,
-    example_lines,
-    split_targets,
-)
+from hanorec.data.protocol import Negatives, build_sequences, drop_equal_titles, example_lines, split_targets
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
 from hanorec.model.load import MAX_PIXELS, TINY, TINY_MAX_PIXELS, load_image_processor, load_model, load_tokenizer
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.model.tiny import build_tiny
-from hanorec.run.files import (
-    UserError,
-    file_hash,
-    locked,
-    printable,
-    read_json,
-    read_jsonl,
-    replacing,
-    value_hash,
-    write_json,
-    write_jsonl,
-)
+from hanorec.run.files import file_hash, locked, read_json, replacing, value_hash, write_json, write_jsonl
 from hanorec.run.runs import json_options
 from mllm_srec.texts import read_texts, without_words
 
-OWN = {"images", "tiny", "encoded", "summaries", "descriptions.jsonl", *(f"{name}.jsonl" for name in FILES)}
-NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")  # options
+# The files of a data folder without manifest.json: an earlier command was interrupted
+DATA_FILES = {"images", "tiny", "encoded", "summaries", "descriptions.jsonl", *(f"{name}.jsonl" for name in FILES)}
+# Options that do not change the data files
+NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
 
 
 def check_out(out: Path, dataset: str) -> None:
-    """UserError if `out` holds another dataset, or something that is no data folder."""
+    """Raise UserError if `out` is the data folder of another dataset, or no data folder."""
     manifest = out / "manifest.json"
-    held = read_json(manifest, {}, "choose another --out").get("source") if manifest.exists() else dataset
-    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    foreign = not manifest.exists() and names - OWN  # a run that was cut off leaves own files without a manifest
-    if held != dataset or foreign:
-        raise UserError(f"{out} holds {'other files' if foreign else f'the data of {held}'}; choose another --out")
+    if manifest.exists():
+        source = read_json(manifest, {}, "choose another --out").get("source")
+        if source != dataset:
+            raise UserError(f"{out} holds the data of {source}; choose another --out")
+    elif {path.name for path in out.iterdir() if not path.name.startswith(".")} - DATA_FILES:
+        raise UserError(f"{out} holds other files; choose another --out")
 
 
 def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path]) -> None:
-    """Write the files of a data folder. manifest.json comes last, so a folder without it is unfinished.
+    """Write the files of a data folder. manifest.json is written last, so a folder without it is unfinished.
 
     Args:
-        inputs: the raw files, whose hashes the manifest lists.
+        inputs: the raw files. The manifest lists their hashes.
     """
     out = options.out
     targets, training = split_targets(data, options)
     negatives = Negatives(data, options.negatives, options.negative_sampling)
     if options.positives > 1:
         drop_equal_titles(data, targets, negatives, options.positives)
-    for name, at in targets.items():
-        if not len(at):
-            raise UserError(f"no {name} examples come of {len(data.user_ids)} users, split {options.split}; add users")
+    for name, positions in targets.items():
+        if not len(positions):
+            users = len(data.user_ids)
+            raise UserError(f"no {name} examples from {users} users with the split {options.split}; add users")
     (out / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "encoded", ignore_errors=True)  # of the data that stood here
+    shutil.rmtree(out / "encoded", ignore_errors=True)  # the encodings of the old data
     images = [os.path.relpath(path, out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     write_jsonl(out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))
-    for number, name in enumerate(("train", "val", "test")):  # a stream of random numbers for each split
+    for number, name in enumerate(("train", "val", "test")):  # each split has its own stream of random numbers
         rng = np.random.default_rng([options.seed, number])
         write_jsonl(out / f"{name}.jsonl", example_lines(data, targets[name], negatives, options, rng))
     write_jsonl(out / "sequences.jsonl", sequence_lines(data, training))
-    counts = data.counts | {f"{name}_rows": len(at) for name, at in targets.items()}
+    counts = data.counts | {f"{name}_rows": len(positions) for name, positions in targets.items()}
     manifest = {
         "source": options.dataset,
         "options": {name: value for name, value in json_options(options).items() if name not in NOT_DATA},
@@ -193,31 +179,31 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
 
 
 def sequence_lines(data: Sequences, training: np.ndarray):
-    """The lines of sequences.jsonl. training: [U], how many of a user's items belong to training."""
+    """Yield the lines of sequences.jsonl. training: [U], number of each user's items that belong to training."""
     for user, first, count in zip(data.user_ids, data.start[:-1], training, strict=True):
         if count:
             yield {"user": user, "items": [data.item_ids[item] for item in data.items[first : first + count]]}
 
 
 def encode(options: argparse.Namespace) -> None:
-    """Fill encoded/<backbone>/ of the data folder. The tiny backbone is built first."""
+    """Write encoded/<backbone>/ of the data folder. Build the tiny backbone first."""
     out, trust, tiny = options.out, options.trust_remote_code, options.model == TINY
-    items = read_jsonl(out / "items.jsonl", data_folder.ITEM, "run prepare_data.py")
-    titles = [item["title"] for item in items]
+    data = DataFolder(out)
+    titles = data.items.titles
     source = out / "tiny" if tiny else options.model
     if tiny:
-        seed = read_json(out / "manifest.json", {"seed": int}, "prepare the data first")["seed"]
         with replacing(source) as new:
-            build_tiny(new, [*titles, *read_descriptions(out)], seed, without_words(read_texts()))
+            texts = [*titles, *read_descriptions(out)]
+            build_tiny(new, texts, data.manifest["seed"], without_words(read_texts()))
     pixels = options.max_pixels or (TINY_MAX_PIXELS if tiny else MAX_PIXELS)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = load_model(source, dtype, trust=trust).to(device)
     tokenizer, processor = load_tokenizer(source, trust), load_image_processor(source, pixels, trust)
-    paths = [out / item["image"] if item["image"] else None for item in items]
+    paths = [out / image if image else None for image in data.items.images]
     pictures = [path for path in paths if path]
-    gone = [path for path in pictures if not path.exists()]
-    if gone:
-        raise UserError(f"{len(gone)} images are not there, the first is {gone[0]}; mend its link, or prepare again")
+    missing = [path for path in pictures if not path.exists()]
+    if missing:
+        raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}; restore them")
     keep = options.tokens == "stored"
     if pictures and keep:
         check_disk(model, processor, pictures, pixels, out)
@@ -228,20 +214,18 @@ def encode(options: argparse.Namespace) -> None:
             "backbone": options.model,
             "max_pixels": pixels,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "items": file_hash(out / "items.jsonl"),
+            "items": data.manifest["files"]["items.jsonl"],
             "vocabulary": value_hash(tokenizer.get_vocab()),
             "tokens": file_hash(new / "image_tokens.safetensors") if keep else None,
         }
         write_json(new / "manifest.json", manifest)
-    print(f"{options.encoded}: {len(items)} items, {len(pictures) or 'no'} images")
+    print(f"{options.encoded}: {len(titles)} items, {len(pictures) or 'no'} images")
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print the prompts of the first training examples with their answers, as the model sees them."""
+    """Print the prompts and answers of the first training examples, as the model sees them."""
     data = DataFolder(options.out)
-    encodings = data.encodings()
-    model = options.model if options.model in encodings else next(iter(encodings))
-    encoding = Encoding(data, model, trust=options.trust_remote_code)
+    encoding = Encoding(data, options.model, trust=options.trust_remote_code)
     prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
     for example in data.examples("train", options.show):
         for task in ("rank", "yesno"):
@@ -252,10 +236,12 @@ def show(options: argparse.Namespace) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    if options.show and (options.out / "manifest.json").exists() and any(options.out.glob("encoded/*/manifest.json")):
-        print(f"{options.out} stands; showing it, and preparing nothing")
+    encodings = options.out.glob("encoded/[!.]*/manifest.json")
+    if options.show and (options.out / "manifest.json").exists() and any(encodings):
+        print(f"{options.out} is prepared already; only showing it")
         show(options)
         return
+    options.model = options.model or TINY
     with locked(options.out):
         if not options.encode_only:
             check_out(options.out, options.dataset)

@@ -1,5 +1,4 @@
-"""Generate texts on an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): many requests at once, with
-retries."""
+"""Texts from an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): many requests at once, with retries."""
 
 import base64
 import http.client
@@ -17,18 +16,18 @@ from hanorec.model.load import load_tokenizer
 from hanorec.run.files import UserError
 from mllm_srec.writers import Reply, control_tokens
 
-TIMEOUT = 600  # seconds for an answer: a busy server may let a request wait
+TIMEOUT = 600  # seconds for an answer: a busy server may hold a request back
 LONGEST_PAUSE = 30  # seconds between two tries
-PROMPT_REFUSED = (400, 413, 422)  # statuses that refuse this prompt, but perhaps not others
+OF_THIS_PROMPT = (400, 413, 422)  # statuses that refuse one prompt, perhaps not others
 
 
 class Server:
-    """A text generator on a server. Call it with prompts (lists of parts, see `texts.fill`) to get a Reply to each.
+    """Called with prompts (lists of parts, see `texts.fill`), it returns a Reply to each.
 
     Args:
         url: the server's address, up to /v1.
-        model: the server's name for the model; None: the first one that the server lists.
-        encoding: has the images, and the number of pixels that they are reduced to.
+        model: its name for the model; None: the first that it lists.
+        encoding: whose images are sent, no larger than they are encoded.
         options: parallel, retries, max_tokens, seed, batch_size.
 
     Raises:
@@ -38,8 +37,7 @@ class Server:
     def __init__(self, url: str, model: str | None, encoding: Encoding, options):
         self.url, self.encoding, self.options = url.rstrip("/"), encoding, options
         self.batch_size = options.batch_size
-        self.errors: list[str] = []  # of requests that failed; all requests report the first one
-        self.stopped = threading.Event()  # set after the first error
+        self.lost = threading.Event()  # set once the server is given up
         control = control_tokens(load_tokenizer(encoding.source, encoding.trust))
         self.control = sorted(control, key=len, reverse=True)
         self.model = model or self.first_model()
@@ -51,7 +49,6 @@ class Server:
             raise UserError(f"{self.url}/models names no model ({error}); give --server-model") from error
 
     def length(self, parts: list) -> int:
-        """Return the number of characters of a prompt."""
         return sum(len(part) for part in parts if isinstance(part, str))
 
     def __call__(self, prompts: list[list]) -> list[Reply]:
@@ -72,29 +69,30 @@ class Server:
         )
         try:
             choice = answer["choices"][0]
-            text = choice["message"]["content"] or ""
-            ended = choice.get("finish_reason") in (None, "stop")  # else: the length, a filter, an error
-            text.encode()  # UnicodeEncodeError: half a character
-        except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError):
+            text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
+            text.encode()
+        except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError):  # half a character
             return Reply(json.dumps(answer)[:200], "nonsense")
-        return Reply.checked(text, ended, control=any(token in text for token in self.control))
+        fault = None
+        if reason not in (None, "stop"):  # its length, a filter, an error
+            fault = "limit"
+        elif any(token in text for token in self.control):
+            fault = "control"
+        return Reply(text, fault).checked()
 
     def text(self, text: str) -> dict:
-        """Return a text part of a message.
-
-        A space is put into each spelling of a control token. Otherwise the server would read it as that token.
-        """
+        """A text part. What spells a control token is split, since a server would read it as one."""
         for token in self.control:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return {"type": "text", "text": text}
 
     def image(self, item: int) -> dict | None:
-        """Return an image part of a message, a PNG of at most max_pixels pixels; None for an item without an image."""
+        """An image part, as PNG within max_pixels; None for an item without an image."""
         path = self.encoding.items.images[item]
         if not path:
             return None
-        image = open_image(self.encoding.data.folder / path)
-        scale = min(1.0, (self.encoding.manifest["max_pixels"] / (image.width * image.height)) ** 0.5)
+        image, most = open_image(self.encoding.data.folder / path), self.encoding.manifest["max_pixels"]
+        scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
         image.thumbnail((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -102,35 +100,29 @@ class Server:
         return {"type": "image_url", "image_url": {"url": url}}
 
     def answer(self, path: str, body: dict | None = None):
-        """Send a request. Returns the server's answer read from JSON; None if it is not JSON.
-
-        While the server is busy or does not respond, the request is sent again after longer and longer pauses.
-        """
-        headers = {"Content-Type": "application/json"}
-        headers["Authorization"] = f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"
-        data = None if body is None else json.dumps(body).encode()
+        """The server's answer, from JSON; None if it is no JSON. A busy or absent server is tried again, ever later."""
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
+        }
+        data, reason = None if body is None else json.dumps(body).encode(), ""
         for attempt in range(self.options.retries + 1):
-            pause = min(2**attempt / 2, LONGEST_PAUSE) if attempt else 0
-            if self.stopped.wait(pause):  # another request failed
-                raise UserError(self.errors[0])
+            if self.lost.wait(min(2**attempt / 2, LONGEST_PAUSE) if attempt else 0):
+                break
             try:
                 request = urllib.request.Request(f"{self.url}/{path}", data, headers)
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read()[:200].decode(errors='replace')}"
-                if body is not None and error.code in PROMPT_REFUSED:
+                if body is not None and error.code in OF_THIS_PROMPT:
                     return {"error": reason}
                 if error.code < 500 and error.code != 429:
-                    raise self.stop(f"{self.url} refuses a request ({reason})") from error
+                    self.lost.set()
+                    raise UserError(f"{self.url} refuses a request ({reason})") from error
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
                 return None
-            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: the address is not valid
+            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address at all
                 reason = f"{type(error).__name__}: {error}"
-        raise self.stop(f"{self.url} does not answer ({reason}); run the same command again, which continues")
-
-    def stop(self, message: str) -> UserError:
-        """Stop all requests after an error. Returns the first error of all requests, for the caller to raise."""
-        self.errors.append(message)
-        self.stopped.set()
-        return UserError(self.errors[0])
+        self.lost.set()  # the other requests stop too
+        raise UserError(f"{self.url} does not answer ({reason}); what is written stays: run the same again to go on")

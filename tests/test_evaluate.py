@@ -33,6 +33,18 @@ def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
     assert again[str(dpo_run / "predictions.jsonl")].values == pytest.approx(metrics["values"])
 
 
+def test_the_runs_of_the_demo_are_used_only_by_default(sft_run, prepared, tmp_path, monkeypatch, capsys):
+    error = refused(capsys, evaluate.main, "--compare", sft_run)
+    assert "--compare needs --run" in error
+    assert "--export-recbole needs --run" in refused(capsys, evaluate.main, "--export-recbole", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(prepared)
+    words = ["--run", str(sft_run), "--data", "link"]  # another spelling of the same folder
+    assert evaluate.checked_options(words)[2].resolve() == prepared.resolve()
+    (tmp_path / "None").symlink_to(sft_run)  # a run with the name of no --compare
+    assert not any(" minus " in name for name in evaluate.main(["--run", "None", "--limit", "2"]))
+
+
 def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
     """The exported scores read back give the run's own metrics; and RecBole's files hold the same rows."""
     folder = tmp_path / "small"

@@ -224,12 +224,13 @@ def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
     (tmp_path / "thesis" / "chapter.tex").touch()
     assert "holds other files" in refused(capsys, run, "--out", tmp_path / "thesis")
     assert "--source does not go with --dataset demo" in refused(capsys, run, "--source", tmp_path)
+    assert "--images does not go with --dataset demo" in refused(capsys, run, "--images", tmp_path)
     (tmp_path / "empty").mkdir()
     error = refused(capsys, run, "--dataset", "movielens", "--source", tmp_path / "empty", "--out", tmp_path / "data")
     assert "holds no ratings.dat or ratings.csv" in error
     folder = raw(tmp_path / "raw")
     common = ["--dataset", "movielens", "--source", folder, "--out", tmp_path / "data"]
-    assert "touched all but" in refused(capsys, run, *common, "--negatives", 58)
+    assert "has seen all except" in refused(capsys, run, *common, "--negatives", 58)
     assert "cannot be loaded" in refused(capsys, run, *common, "--model", "nobody/no-such-model")
     (folder / "posters").mkdir()
     (folder / "posters" / "100.jpg").write_text("this is no picture")
@@ -254,3 +255,32 @@ def test_a_backbones_name_leads_nowhere(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = prepare_data.parse(["--out", "data", "--model", name]).encoded
     assert folder.resolve().parent == (tmp_path / "data" / "encoded").resolve()
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen--Qwen2.5-VL-3B-Instruct"),
+        ("tiny", "tiny"),
+        ("./bb", "bb"),
+        ("../bb", "bb"),
+        ("bb/", "bb"),
+        (".hidden/bb", "bb"),
+        ("/models/bb", "models--bb"),
+    ],
+)
+def test_the_folder_of_an_encoding_is_never_hidden(model, folder):
+    options = prepare_data.parse(["--out", "data", "--model", model])
+    assert options.encoded.name == folder and options.model == model.rstrip("/")
+
+
+def test_show_refuses_a_backbone_that_is_not_encoded(prepared, capsys):
+    error = refused(capsys, prepare_data.main, "--out", prepared, "--show", 1, "--model", "other/backbone")
+    assert "is encoded for tiny, not for other/backbone" in error
+    prepare_data.main(["--out", str(prepared), "--show", "1"])
+    assert "--- user" in capsys.readouterr().out
+
+
+def test_encoding_refuses_items_that_were_changed(data, capsys):
+    (data / "items.jsonl").write_text((data / "items.jsonl").read_text().replace("Film", "Movie"))
+    assert "not what manifest.json lists" in refused(capsys, prepare_data.main, "--out", data, "--encode-only")

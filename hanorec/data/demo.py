@@ -1,4 +1,4 @@
-"""The demo: made-up films, their posters, and users who follow the posters' colours."""
+"""The demo dataset: invented films, their posters, and users who choose films by the colours of posters."""
 
 import argparse
 from pathlib import Path
@@ -30,49 +30,46 @@ SHAPES = ("circle", "square", "triangle")
 
 
 def read_demo(options: argparse.Namespace) -> Raw:
-    """Make the demo, its posters drawn into the data folder."""
-    rows, titles, images = make_demo(options.out, options.seed)
-    interactions = read_interactions(enumerate(rows), options.out, user=0, item=1, time=2)
-    return Raw(interactions, titles, images, [])
+    """Make the demo dataset of 400 users and 400 films, and draw the posters into the data folder.
 
-
-def make_demo(folder: Path, seed: int, users: int = 400) -> tuple[list[tuple], dict[str, str], dict[str, Path]]:
-    """Make 400 films: 8 genres x 50 places, both in the title. The poster has one of 8 colours, which no title tells.
-
-    A user's next film is, with probability 0.5, of the genre that belongs to the last poster's colour; with 0.35 of the
-    last film's genre; else of any. Films of some places are more popular than others.
-
-    Returns ((user, item, time) of each interaction, titles by item, paths of posters by item).
+    The films are 8 genres x 50 places, both in the title. The poster has one of 8 colours, which is in no title. The
+    next film of a user has, with probability 0.5, the genre that belongs to the colour of the last poster; with
+    probability 0.35, the genre of the last film; else any genre. Films of some places are more popular.
     """
-    rng = np.random.default_rng([seed, 7])
+    folder = options.out
+    rng = np.random.default_rng([options.seed, 7])
     count = len(GENRES) * len(PLACES)
-    genre, colour = np.arange(count) // len(PLACES), rng.integers(len(COLOURS), size=count)
+    genre = np.arange(count) // len(PLACES)
+    colour = rng.integers(len(COLOURS), size=count)
     genre_of_colour = rng.permutation(len(GENRES))
     popularity = np.tile(rng.permutation(np.arange(1, len(PLACES) + 1)) ** -0.5, len(GENRES))
     ids = [f"film{item:03d}" for item in range(count)]
     rows = []
-    for user in range(users):
+    for user in range(400):
         history = draw_history(genre, genre_of_colour[colour], popularity, rng)
         rows += [(f"user{user:03d}", ids[item], time) for time, item in enumerate(history)]
     titles = [f"{GENRES[genre[item]]} in {PLACES[item % len(PLACES)]}" for item in range(count)]
-    descriptions, names = [], list(COLOURS)
+    descriptions = []
+    colour_names = list(COLOURS)
     with replacing(folder / "images") as new:
         new.mkdir()
         for item, name in enumerate(ids):
-            shape = draw_poster(new / f"{name}.png", COLOURS[names[colour[item]]], rng)
-            descriptions.append(describe(name, GENRES[genre[item]], names[colour[item]], shape))
+            colour_name = colour_names[colour[item]]
+            shape = draw_poster(new / f"{name}.png", COLOURS[colour_name], rng)
+            descriptions.append(describe(name, GENRES[genre[item]], colour_name, shape))
     write_jsonl(folder / "descriptions.jsonl", descriptions)
     images = {name: folder / "images" / f"{name}.png" for name in ids}
-    return rows, dict(zip(ids, titles, strict=True)), images
+    interactions = read_interactions(enumerate(rows), folder, user=0, item=1, time=2)
+    return Raw(interactions, dict(zip(ids, titles, strict=True)), images, [])
 
 
-def draw_history(
-    genre: np.ndarray, genre_by_poster: np.ndarray, popularity: np.ndarray, rng: np.random.Generator
-) -> list[int]:
-    """Draw a user's films, none of them twice.
+def draw_history(genre: np.ndarray, genre_by_poster: np.ndarray, popularity: np.ndarray, rng) -> list[int]:
+    """Draw the films of a user, each at most once.
 
     Args:
-        genre, genre_by_poster, popularity: [films]; the second is the genre that belongs to a poster's colour.
+        genre: [films].
+        genre_by_poster: [films], the genre that belongs to the colour of the film's poster.
+        popularity: [films].
     """
     films = len(genre)
     history = [int(rng.choice(films, p=popularity / popularity.sum()))]
@@ -89,25 +86,25 @@ def draw_history(
 
 
 def describe(item: str, genre: str, colour: str, shape: str) -> dict:
-    """The truth about a film and its poster: mllm_srec.teach teaches it, and measures summaries by it."""
+    """Return a film's line of descriptions.jsonl. mllm_srec.teach trains on it and measures summaries by it."""
     text = f"{genre} film, its poster {colour} with a {shape}."
     return {"item": item, "text": text, "facts": {"genre": genre, "colour": colour, "shape": shape}}
 
 
 def read_descriptions(folder: Path) -> list[str]:
-    """The texts of a data folder's descriptions.jsonl, if it has one. The tiny backbone's tokenizer knows them."""
+    """Return the texts of descriptions.jsonl, [] without the file. The tiny backbone's tokenizer is trained on them."""
     path = folder / "descriptions.jsonl"
     if not path.exists():
         return []
-    return [line["text"] for line in read_jsonl(path, {"text": str}, "mend or delete it")]
+    return [line["text"] for line in read_jsonl(path, {"text": str}, "correct or delete it")]
 
 
 def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> str:
-    """Draw a poster of 84 x 112 pixels: the colour, and a shape and two bars that mean nothing. Returns the shape."""
+    """Draw a poster of 84 x 112 pixels in a colour, with a random shape and two bars. Returns the shape's name."""
     background = np.clip(np.array(colour) + rng.integers(-12, 13, 3), 0, 255)
     image = Image.new("RGB", (84, 112), tuple(background.tolist()))
     draw = ImageDraw.Draw(image)
-    x, y, size = (int(v) for v in rng.integers((10, 15, 16), (45, 55, 32)))
+    x, y, size = rng.integers((10, 15, 16), (45, 55, 32)).tolist()
     shade = int(rng.choice([20, 235]))
     box, fill = (x, y, x + size, y + size), (shade,) * 3
     shape = SHAPES[rng.integers(3)]
@@ -118,7 +115,7 @@ def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generat
     else:
         draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=fill)
     for line in range(2):
-        left, right = (int(v) for v in (rng.integers(8, 25), rng.integers(50, 76)))
+        left, right = int(rng.integers(8, 25)), int(rng.integers(50, 76))
         draw.rectangle((left, 94 + 8 * line, right, 96 + 8 * line), fill=(255 - shade,) * 3)
     image.save(path)
     return shape

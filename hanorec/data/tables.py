@@ -1,7 +1,9 @@
-"""Read the raw files of datasets: delimited text, JSON Lines and Parquet, as rows with their line numbers."""
+"""Find raw files, and read delimited text, JSON Lines and Parquet as rows with line numbers."""
 
+import argparse
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -11,25 +13,47 @@ from hanorec.run.files import UserError
 
 
 def find_file(source: Path | None, *patterns: str) -> Path:
-    """Return the one file in `source` that matches the first pattern with any match."""
+    """Return the file in `source` that matches a pattern. The first pattern with a match decides."""
     if source is None or not source.is_dir():
         raise UserError(f"--source {source} is not a folder; give the unpacked dataset")
     for pattern in patterns:
-        found = sorted(source.glob(pattern))
-        if len(found) > 1:
-            raise UserError(f"{source} holds {len(found)} files {pattern}; keep one dataset in a folder")
-        if found:
-            return found[0]
-    raise UserError(f"{source} holds no {' or '.join(patterns)}; --source is the folder that holds it")
+        paths = sorted(source.glob(pattern))
+        if len(paths) > 1:
+            raise UserError(f"{source} holds {len(paths)} files {pattern}; keep one dataset in a folder")
+        if paths:
+            return paths[0]
+    raise UserError(f"{source} holds no {' or '.join(patterns)}; --source must be the folder of this file")
+
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_images(options: argparse.Namespace, *names: str) -> dict[str, Path]:
+    """Return the path of each image by item id, from files named <item id>.jpg or with another of IMAGE_ENDINGS.
+
+    Args:
+        names: patterns of folders in --source. Without --images, the first folder that exists is read.
+    """
+    folder = options.images
+    if folder and not folder.is_dir():
+        raise UserError(f"--images {folder} is not a folder; give the folder of the pictures")
+    if options.source and not folder:
+        matches = itertools.chain.from_iterable(sorted(options.source.glob(name)) for name in names)
+        folder = next(filter(Path.is_dir, matches), None)
+    paths = sorted(folder.iterdir()) if folder else []
+    images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS}
+    if options.images and not images:
+        raise UserError(f"--images {folder} holds no picture named <item>{', '.join(IMAGE_ENDINGS)}; rename them")
+    return images
 
 
 def text_rows(
     path: Path, delimiter: str = ",", encoding: str = "utf-8-sig", quotes: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, fields) of a delimited text file, without empty lines.
+    """Yield (line number, fields) of a delimited text file. Skip empty lines.
 
     Args:
-        quotes: fields may stand in quotes, as in CSV; else each line is split at the delimiter.
+        quotes: allow quotes around fields, as in CSV. If False, each line is split at the delimiter.
     """
     try:
         with open(path, encoding=encoding, newline="") as file:
@@ -48,7 +72,7 @@ def text_rows(
 
 
 def encoding_of(path: Path) -> str:
-    """utf-8 if the whole file is valid UTF-8, else latin-1. MovieLens 10M is the first, MovieLens 1M the second."""
+    """Return utf-8 if the complete file is valid UTF-8, as MovieLens 10M is, else latin-1, as MovieLens 1M is."""
     try:
         with open(path, encoding="utf-8") as file:
             while file.read(1 << 20):
@@ -57,55 +81,50 @@ def encoding_of(path: Path) -> str:
     except UnicodeDecodeError:
         return "latin-1"
     except OSError:
-        return "utf-8"  # text_rows reports what is wrong with the file
+        return "utf-8"  # text_rows will report the error
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) of a JSON Lines file, gzipped or not."""
+def json_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, the named fields as text) of a JSON Lines file, gzipped or not. A missing field is empty."""
     open_file = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
         with open_file(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
                         raise ValueError("not a JSON object")
-                    yield number, row
+                    yield number, [field_text(value.get(name)) for name in names]
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}, near line {max(number, 1)}, cannot be read: {error}") from error
 
 
-def json_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, these fields as text) of a JSON Lines file. A missing field is empty."""
-    for number, row in json_rows(path):
-        try:
-            yield number, [field_text(row.get(name)) for name in names]
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
-
-
 def field_text(value) -> str:
-    """Spell a value of JSON or Parquet as a CSV file would. ValueError for a list or an object."""
+    """Convert a value of JSON or Parquet to the text of a CSV file. Raise ValueError for a list or an object."""
     if value is None or value != value:  # pandas writes NaN for a missing value
         return ""
     if isinstance(value, (list, dict)):
         raise ValueError(f"expected a text or a number, got {value}")
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # ids in a column that also has nulls
+        return str(int(value))  # an id: Parquet stores integers as floats if the column has nulls
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def header_of(rows: Iterator[tuple[int, list[str]]], path: Path) -> list[str]:
-    """Take the first row, the header."""
+def header_of(rows: Iterator[tuple[int, list[str]]], path: Path, typed: bool = False) -> list[str]:
+    """Take the first row, the header, from the rows. typed: remove RecBole's types from it (`user_id:token`)."""
     for _, row in rows:
-        return row
+        return [name.split(":")[0] for name in row] if typed else row
     raise UserError(f"{path} is empty")
 
 
-def column(header: list[str], given: str | None, usual: tuple[str, ...], path: Path, option: str) -> int:
-    """Return the position of a column in a header: the one that the option names, else the first usual name."""
-    names = (given,) if given else usual
+def column(header: list[str], chosen: str | None, usual: tuple[str, ...], path: Path, option: str) -> int:
+    """Return the position of a column in a header.
+
+    Args:
+        chosen: the name that the user gave with `option`. If None, the first of the usual names is used.
+    """
+    names = (chosen,) if chosen else usual
     for name in names:
         if name in header:
             return header.index(name)

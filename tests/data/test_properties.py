@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -155,7 +156,11 @@ def compare_with_the_rewrite(drawn, options, dropping):
     if isinstance(found, str):
         short = options["min-interactions"] + (2 if options["split"] == "leave-one-out" else 0)
         barren = "protocol" in options or any(len(own) < short for own in sequences.values())  # may train nothing
-        assert available < negatives if "touched all but" in found else "rows come of" in found and (too_few or barren)
+        assert (
+            available < negatives
+            if "has seen all except" in found
+            else re.search("no (train|val|test) examples from", found) and (too_few or barren)
+        )
         SEEN["refused"] += 1
         return
     files, manifest = found

@@ -256,7 +256,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
     assert "holds 2 files *_pairs.tsv" in refused(capsys, monkeypatch, *argv, raw)
     assert "needs --interactions FILE and --items FILE" in refused(capsys, monkeypatch, out, "--dataset", "csv")
     error = refused(capsys, monkeypatch, out, "--dataset", "hanorec", "--source", raw, "--split", "user")
-    assert "--dataset hanorec brings its own --split" in error
+    assert "or --split with --dataset hanorec" in error
     (tmp_path / "log.csv").write_text("user,item,timestamp\nu1,i1,yesterday\n")
     (tmp_path / "items.csv").write_text("item,title\ni1,One\n")
     tables = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]

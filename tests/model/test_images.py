@@ -81,7 +81,7 @@ def test_links_and_pipes_for_pictures(tmp_path, capsys, monkeypatch):
     counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
     assert (counts["images_that_are_links"], counts["items_without_image"]) == (1, 1)
     (tmp_path / "elsewhere.jpg").unlink()
-    assert "i7.jpg; mend its link" in refused(capsys, prepare_data.main, *argv)
+    assert "i7.jpg; restore them" in refused(capsys, prepare_data.main, *argv)
     picture.unlink()
     os.mkfifo(picture)  # nobody will ever write into it
     assert "i7.jpg cannot be read (it is no file)" in refused(capsys, prepare_data.main, *argv)
