@@ -61,9 +61,10 @@ def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
     assert {p.name for p in folder.iterdir()} == {
         f"small.{n}.inter" for n in ("train", "valid", "test", "candidates")
     } | {"small.item"}
-    spaced = type("Catalogue", (), {"ids": ["a b"], "titles": ["A"]})
-    with pytest.raises(UserError, match="the id 'a b' holds one"):
-        exchange.write_recbole(folder, spaced, {"test": []}, None)
+    for bad in ("a b", ""):
+        catalogue = type("Catalogue", (), {"ids": [bad], "titles": ["A"]})
+        with pytest.raises(UserError, match=f"cannot hold the id '{bad}': it is empty, or has white space"):
+            exchange.write_recbole(folder, catalogue, {"test": []}, None)
     path.write_text(path.read_text().replace("1.0\t", "1.0\toops", 1))
     assert "small.candidates.inter, line" in refused(capsys, evaluate.main, "--data", prepared, "--scores", path)
 

@@ -146,7 +146,7 @@ def test_a_backbone_that_cannot_be_packed_is_refused_and_runs_without(prepared, 
     data = encoded_for("paligemma", prepared, tmp_path)
     argv = ["--data", str(data), "--out", str(tmp_path / "sft"), *SMALL]
     message = refused(capsys, sft.main, *argv)
-    assert f"packing does not hold for {tmp_path / 'backbone'} (log-probabilities differ by" in message
+    assert f"packed prompts do not work with {tmp_path / 'backbone'} (log-probabilities differ by" in message
     assert "--no-pack" in message and not (tmp_path / "sft" / "config.json").exists()
     sft.main([*argv, "--no-pack"])
     evaluate.main(["--run", str(tmp_path / "sft"), "--limit", "4"])
@@ -167,7 +167,7 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     assert "not what manifest.json lists; prepare the data" in refused(capsys, sft.main, "--data", stale, *out)
     error = refused(capsys, sft.main, "--data", prepared, *out, "--batch-size", 100000)
     assert "do not fill a step" in error
-    assert "tokens with one history item; raise --max-length" in refused(
+    assert "tokens with one history item; train with a larger --max-length" in refused(
         capsys, sft.main, "--data", prepared, *out, "--max-length", 20, "--batch-size", 4
     )
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,12 @@
-"""Attention over prompt trees laid end to end, as an attention function of transformers.
+"""Attention over packed prompt trees, as an attention function of transformers.
 
-The rows of a batch stand behind one another in one sequence, so that nothing is padding. The tokens of a row's root
-attend to the tokens before them, which needs no mask (and has fused kernels). The questions and answers behind the root
-attend to it and to their own branch, with a mask. In the last layer, queries, output and MLP are computed only for the
-tokens that predict something.
+A batch is one sequence of prompt trees, laid end to end without padding. The tokens of one tree are a segment of the
+sequence. A segment begins with the tree's root. A root token attends to the root tokens before it. This needs no mask,
+so fused kernels can compute it. A token of another node attends to earlier tokens of its own node and of that node's
+ancestors. This needs a mask. In the last layer, queries, output and MLP are computed only for the tokens whose last
+hidden states are used.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,58 +15,59 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "prompt_trees"
+Piece = tuple[slice, slice, torch.Tensor | None]  # queries, keys, mask; no mask: the queries are the keys, causal
 
 
 @dataclass
 class Forest:
-    """What the T tokens of a batch may attend to.
+    """What each of the T tokens of a batch attends to.
 
     Args:
-        rows: (tokens of its root, tokens in all) of each row.
-        node: [T], the node of each token, numbered over all rows.
-        depth: [T], how many tokens come before each token on its path.
-        visible: [nodes, nodes], True for a node's ancestors and the node itself.
-        wanted: the tokens whose last hidden states are used.
-        image: [T], the number of each token's image, 0 for text; None if images are attended to like text.
+        segments: (number of root tokens, number of all tokens) of each segment.
+        node: [T], the number of each token's node. Nodes are numbered over the whole batch.
+        depth: [T], the number of tokens before each token on its path.
+        visible: [nodes, nodes], True at [a, b] if node b is node a or an ancestor of node a.
+        predicting: [K], the indices of the K tokens whose last hidden states are used, ascending.
+        image: [T], the number of each token's image, 0 for text. None if attention to images is causal like text.
     """
 
-    rows: list[tuple[int, int]]
+    segments: list[tuple[int, int]]
     node: torch.Tensor
     depth: torch.Tensor
     visible: torch.Tensor
-    wanted: torch.Tensor
+    predicting: torch.Tensor
     image: torch.Tensor | None = None
-    _pieces: dict = field(default_factory=dict)
+    _pieces: dict[int | None, list[Piece]] = field(default_factory=dict)
 
-    def pieces(self, window: int | None) -> list[tuple[slice, slice, torch.Tensor | None]]:
-        """The attention in pieces, in the order of the tokens: (queries, keys, mask). No mask means causal.
+    def pieces(self, window: int | None) -> list[Piece]:
+        """Return the pieces of a layer's attention, in the order of their queries. All layers of a window share them.
 
         Args:
-            window: how many tokens back a layer looks, the token itself counted; None for no limit.
+            window: the number of tokens that a token attends to on its path, itself included. None: no limit.
         """
-        if window not in self._pieces:  # the layers share them
-            self._pieces[window] = list(self._cut(window))
-        return self._pieces[window]
-
-    def _cut(self, window: int | None) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-        start = 0
-        for root, length in self.rows:
-            row = slice(start, start + length)
-            near = window is None or length <= window
-            plain = root if near and self.image is None else 0  # tokens that need no mask
-            if plain:
-                yield slice(start, start + plain), slice(start, start + plain), None
-            if plain < length:
-                rest = slice(start + plain, start + length)
-                yield rest, row, self._mask(rest, row, None if near else window)
-            start += length
+        if window in self._pieces:
+            return self._pieces[window]
+        pieces, start = [], 0
+        for root_length, length in self.segments:
+            end = start + length
+            short = window is None or length <= window  # then the window excludes nothing
+            causal_end = start + root_length if short and self.image is None else start
+            if causal_end > start:
+                root = slice(start, causal_end)
+                pieces.append((root, root, None))
+            if causal_end < end:
+                queries, keys = slice(causal_end, end), slice(start, end)
+                pieces.append((queries, keys, self._mask(queries, keys, None if short else window)))
+            start = end
+        self._pieces[window] = pieces
+        return pieces
 
     def _mask(self, queries: slice, keys: slice, window: int | None) -> torch.Tensor:
-        """[1, 1, queries, keys], True where a query attends to a key."""
+        """Return a mask [1, 1, queries, keys] that is True where a query attends to a key."""
         mask = self.visible[self.node[queries]][:, self.node[keys]].tril(queries.start - keys.start)
         if self.image is not None:
-            one, other = self.image[queries, None], self.image[None, keys]
-            mask = mask | ((one == other) & (one > 0))
+            query_image, key_image = self.image[queries, None], self.image[None, keys]
+            mask = mask | ((query_image == key_image) & (query_image > 0))
         if window is not None:
             mask = mask & (self.depth[queries, None] - self.depth[None, keys] < window)
         return mask[None, None]
@@ -75,14 +76,21 @@ class Forest:
 def attend(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, forest=None, **kwargs
 ):
-    """An attention function of transformers: by the forest that the language model passes on, or `sdpa` without one."""
+    """Compute attention: of packed trees if the language model was called with a Forest, else `sdpa`.
+
+    Args:
+        query, key, value: [1, heads, T, d].
+
+    Returns (output [1, T, heads, d], None).
+    """
     if forest is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    kwargs["is_causal"] = True  # it has an effect only where there is no mask
     outputs = []
     for queries, keys, mask in forest.pieces(sliding_window):
         qkv = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        outputs.append(sdpa_attention_forward(module, *qkv, mask, dropout, scaling, **kwargs | {"is_causal": True})[0])
-    return torch.cat(outputs, dim=1), None  # [1, T, heads, d]
+        outputs.append(sdpa_attention_forward(module, *qkv, mask, dropout, scaling, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -90,27 +98,29 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for the model's own forward
 
 
 def install(core) -> None:
-    """Let the language model of `core` attend by `attend`, and its last layer compute only the wanted tokens."""
+    """Make the language model of `core` use `attend`, and its last layer compute only the `predicting` tokens."""
     core.config.get_text_config()._attn_implementation = NAME
-    layer = getattr(core.get_decoder(), "layers", [None])[-1]
-    if layer is None or hasattr(layer, "forest"):  # installed before
+    layers = getattr(core.get_decoder(), "layers", None)
+    if layers is None or hasattr(layers[-1], "forest"):  # the second: hooks are there already
         return
-    layer.forest = None
+    last = layers[-1]
+    last.forest = None
 
-    def take_forest(_, args, kwargs):
-        layer.forest = kwargs.get("forest")
+    def keep_forest(_, args, kwargs):
+        last.forest = kwargs.get("forest")
 
-    def shorten(_, args):
-        return args if layer.forest is None else (args[0][:, layer.forest.wanted], *args[1:])
+    def select_tokens(_, args):
+        return args if last.forest is None else (args[0][:, last.forest.predicting], *args[1:])
 
-    def lengthen(_, args, out):
-        if layer.forest is None:
+    def restore_length(_, args, out):
+        if last.forest is None:
             return out
-        zeros = out.new_zeros(1, len(layer.forest.node), out.shape[-1])
-        return zeros.index_copy(1, layer.forest.wanted, out)
+        zeros = out.new_zeros(1, len(last.forest.node), out.shape[-1])
+        return zeros.index_copy(1, last.forest.predicting, out)
 
-    layer.self_attn.register_forward_pre_hook(take_forest, with_kwargs=True)  # checkpointing may call a layer's forward
-    for name, part in layer.named_modules():
+    # The hook is on the attention: checkpointing may call the layer's forward without the layer's own hooks
+    last.self_attn.register_forward_pre_hook(keep_forest, with_kwargs=True)
+    for name, part in last.named_modules():
         if name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
-            part.register_forward_pre_hook(shorten)
-            part.register_forward_hook(lengthen)
+            part.register_forward_pre_hook(select_tokens)
+            part.register_forward_hook(restore_length)

@@ -1,4 +1,4 @@
-"""The check of a loaded model: it must score a short prompt as its own plain forward does."""
+"""Check a loaded model: it must score a short prompt as its own forward does."""
 
 import tempfile
 from pathlib import Path
@@ -14,71 +14,67 @@ from hanorec.model.load import load_image_processor
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
-from hanorec.model.trees import Node, separate_paths
+from hanorec.model.trees import separate_paths
 from hanorec.run.files import UserError
 
 TITLE, ANSWERS = "A film", ("Another film", "Yes")
-TOLERANCE = 1e-3  # of an answer's log-probability in float32: some hundred times what the order of sums makes
-LOW_TOLERANCE = 5e-2  # in half precision, relative: a logit is kept to 1/256, and errors add up over tokens
+TOLERANCE = 1e-3  # float32: of an answer's log-probability; another order of summation changes about 1e-5
+LOW_TOLERANCE = 5e-2  # half precision: relative; one bfloat16 logit is rounded by up to 1/256, and errors add up
 
 
 def load_packed(model, encoding: Encoding, pack: bool, device) -> PackedMLLM:
-    """`model` in a PackedMLLM on `device`, checked."""
+    """Put `model` into a PackedMLLM on `device` and check it. Returns the PackedMLLM.
+
+    The check also gives the model the image processor's tilings (see `families.match_tiles`).
+    """
     packed = PackedMLLM(model, pack).to(device)
-    if encoding.tokens.live:
-        _, processor = encoding.tokens.live
-        families.match_tiles(packed.core, processor)
     check(packed, encoding.source, encoding.manifest["max_pixels"], encoding.backbone, encoding.trust)
     return packed
 
 
-@torch.no_grad()  # not inference mode: what a model keeps from its first forward must serve training too
-def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str, trust: bool = False) -> None:
-    """Score two answers behind a prompt with an image by `packed`, and by the model's own forward with the pixels.
+@torch.no_grad()  # not inference mode: tensors that a model caches in its first forward are used in training too
+def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str, trust: bool) -> None:
+    """Score two answers to one prompt twice, by `packed` and by the model's own forward, and compare.
 
-    It takes a few dozen tokens and one image of 112 x 112 pixels. So short a prompt says nothing of a long sliding
-    window, which the mask takes from the config. Both ways read the same text around the image, whatever the model's
-    processor would write. In half precision small mistakes pass; float32 shows them.
+    The prompt has a few dozen tokens and one image of 112 x 112 pixels. So the check does not test a sliding window of
+    many tokens. Both forwards read the same tokens; the check does not test the text around the image. Small mistakes
+    show in float32 only.
 
     Args:
-        source: the backbone's files. name: of the backbone, for the message.
+        source: the backbone's files, a hub name or a folder.
+        name: the backbone's name, for the message.
 
     Raises:
-        UserError: the two disagree.
+        UserError: the two log-probabilities differ, or one of the forwards fails.
     """
+    problem, remedy = f"packed prompts do not work with {name}", "give --no-pack, which is slower"
+    if not packed.pack:
+        problem, remedy = f"{name} cannot be run on stored image tokens", "choose another backbone"
     training = packed.training
     packed.eval()
     try:
-        found, expected = score_both_ways(packed, source, max_pixels, trust)
-    except UserError:
+        logps, expected = score_both_ways(packed, source, max_pixels, trust)
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(disagreement(packed, name, f"{type(error).__name__}: {error}")) from error
+        raise UserError(f"{problem} ({type(error).__name__}: {error}); {remedy}") from error
     finally:
         packed.train(training)
     allowed = TOLERANCE if packed.core.dtype == torch.float32 else LOW_TOLERANCE * expected.abs().clamp_min(1)
-    worst = (found - expected).abs()
-    if not (worst <= allowed).all():
-        raise UserError(disagreement(packed, name, f"log-probabilities differ by {float(worst.max()):.2g}"))
-
-
-def disagreement(packed: PackedMLLM, name: str, reason: str) -> str:
-    if packed.pack:
-        return f"packing does not hold for {name} ({reason}); --no-pack runs its own forward, which is slower"
-    return f"{name} cannot be run on stored image tokens ({reason}); choose another backbone"
+    difference = (logps - expected).abs()
+    if not (difference <= allowed).all():  # a NaN fails too
+        raise UserError(f"{problem} (log-probabilities differ by {float(difference.max()):.2g}); {remedy}")
 
 
 def score_both_ways(
-    packed: PackedMLLM, source: str | Path, max_pixels: int, trust: bool = False
+    packed: PackedMLLM, source: str | Path, max_pixels: int, trust: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[2] log-probabilities of two answers behind one prompt: by `packed`, and by the model's own forward."""
-    core, processor, template = (
-        packed.core,
-        load_image_processor(source, max_pixels, trust),
-        load_template(source, trust),
-    )
+    """Return the log-probabilities [2] of two answers to one prompt, by `packed` and by the model's own forward."""
+    core = packed.core
+    processor = load_image_processor(source, max_pixels, trust)
+    template = load_template(source, trust)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image.png"  # a gradient: in one colour, tokens in a wrong order would not show
+        path = Path(folder) / "image.png"  # a gradient: in an image of one colour, a wrong order of tokens is not seen
         Image.linear_gradient("L").resize((112, 112)).convert("RGB").save(path)
         encode_items(core, template.tokenizer, processor, [TITLE], [path], Path(folder))
         items = Items([{"item": TITLE, "title": TITLE}])
@@ -88,12 +84,10 @@ def score_both_ways(
         tree += [prompts.answer(text, 1) for text in ANSWERS]
         batch = packed.collate([tree], tokens).to(core.device)
         inputs = families.image_inputs(processor, [open_image(path)], core.device)
-    expected = [own_logp(core, path, inputs) for (path,) in separate_paths(tree)]
+    expected = []
+    for (answer_path,) in separate_paths(tree):
+        ids = torch.tensor(answer_path.ids, device=core.device)
+        logps = families.own_logits(core, ids[None], inputs)[0].float().log_softmax(-1)
+        scored = torch.tensor(answer_path.scored, device=core.device)
+        expected.append(logps[scored - 1, ids[scored]].sum())
     return packed(batch), torch.stack(expected)
-
-
-def own_logp(core, path: Node, images: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The log-probability of a path's scored tokens by the model's own forward, from the pixels."""
-    ids, scored = torch.tensor([path.ids], device=core.device), list(path.scored)
-    logps = families.own_logits(core, ids, images)[0].float().log_softmax(-1)
-    return logps[[offset - 1 for offset in scored], ids[0, scored]].sum()

@@ -1,4 +1,4 @@
-"""Load a backbone: its model, config, tokenizer and image processor, from the hub or a folder."""
+"""Load a backbone from the hub or a folder: its model, config, tokenizer and image processor."""
 
 import contextlib
 import importlib.util
@@ -19,13 +19,18 @@ from hanorec.model import families
 from hanorec.run.files import UserError
 
 TINY = "tiny"
-TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels
+TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels each
 MAX_PIXELS = 262144  # the paper's image_max_pixels
 
 
 @contextlib.contextmanager
 def loading(name: str | Path, problem: str) -> Iterator[None]:
-    """Inside, every failure becomes a UserError: the files come from elsewhere, and their readers raise anything."""
+    """Turn every exception inside into a UserError. Readers of strange files may raise any exception.
+
+    Args:
+        name: what is loaded.
+        problem: the message after the name, e.g. "cannot be loaded".
+    """
     try:
         yield
     except UserError:
@@ -33,91 +38,91 @@ def loading(name: str | Path, problem: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
-            reason = "it brings Python code of its own; read that code, then give --trust-remote-code"
+            reason = "it needs its own Python code; read that code, then give --trust-remote-code"
         raise UserError(f"'{name}' {problem}: {reason}") from error
 
 
 def load_model(
-    name: str | Path,
-    dtype: torch.dtype | None = None,
-    attn: str = "sdpa",
-    quantize: str | None = None,
-    trust: bool = False,
+    name: str | Path, dtype: torch.dtype | None = None, attn="sdpa", quantize: str | None = None, trust: bool = False
 ):
     """Load an image-text model with all weights frozen.
 
     Args:
         name: a hub name or a folder.
-        dtype: float32 if None.
-        attn: an attention that transformers knows.
+        dtype: the dtype of the weights; None: float32.
+        attn: the name of an attention implementation of transformers.
         quantize: `4bit` (bitsandbytes, NF4), or None.
-        trust: run Python code that comes with the model (--trust-remote-code); so for the other loaders.
+        trust: run Python code that comes with the model (--trust-remote-code). The other loaders have it too.
     """
-    disable_progress_bar()  # of loading and saving; the scripts' own bars stay
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a faster kernel that is not used
-    load_config(name, trust)  # its error is the plainer one
-    dtype, further = dtype or torch.float32, {}
+    disable_progress_bar()  # of transformers, for loading and saving weights
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # from peft
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns that a faster kernel is missing
+    load_config(name, trust)  # first, because its error message is clearer than the model's
+    dtype = dtype or torch.float32
+    settings = {}
     if quantize:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("--quantize 4bit needs bitsandbytes, which is not installed")
-        further["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=outside_decoder(name, trust),
+        skipped = outside_decoder(name, trust)
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
         )
     with loading(name, "cannot be loaded as an image-text model"):
-        model = AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation=attn,
-            trust_remote_code=trust,
-            use_safetensors=True,  # never a pickle
-            **further,
+        model = AutoModelForImageTextToText.from_pretrained(  # safetensors, because unpickling can run code
+            name, dtype=dtype, attn_implementation=attn, trust_remote_code=trust, use_safetensors=True, **settings
         )
     return model.requires_grad_(False).eval()
 
 
 def outside_decoder(name: str | Path, trust: bool) -> list[str]:
-    """The linear layers that are not quantized: the head, and the vision tower, whose image tokens must not change."""
+    """Return the names of the linear layers outside the language model. They are not quantized.
+
+    They are the head, and the vision tower, whose image tokens are stored and must stay the same.
+    """
     with loading(name, "cannot be built"), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(load_config(name, trust), trust_remote_code=trust)
-    inside = f"{families.decoder_name(model)}."
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(inside)]
+    decoder = f"{families.decoder_name(model)}."
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and not n.startswith(decoder)]
 
 
 def pick_dtype(name: str, accelerator) -> torch.dtype:
-    """--dtype as a torch dtype. auto is bfloat16 on a GPU and float32 elsewhere."""
+    """Return --dtype as a torch dtype. auto is bfloat16 on a GPU and float32 elsewhere."""
     if name == "auto":
         name = "bfloat16" if accelerator.device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
 def load_config(name: str | Path, trust: bool = False):
+    """Load the config."""
     with loading(name, "cannot be loaded"):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
 
 
 def load_tokenizer(name: str | Path, trust: bool = False):
+    """Load the tokenizer with its chat template (None if the backbone has none)."""
     with loading(name, "has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        if not tokenizer.chat_template:  # older repositories keep it with the processor
+        if not tokenizer.chat_template:  # older repositories keep the template in a file of the processor
             path = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
             tokenizer.chat_template = json.loads(Path(path).read_text())["chat_template"] if path else None
     return tokenizer
 
 
 def load_image_processor(name: str | Path, max_pixels: int, trust: bool = False):
-    """Load the image processor, set so that it keeps every image within max_pixels pixels."""
-    with loading(name, "has no usable image processor"):  # backend pil: torchvision has no CPU build
+    """Load the image processor and limit the size of images (see `families.limit_pixels`)."""
+    with loading(name, "has no usable image processor"):
+        # backend pil, because the default needs torchvision, which has no CPU build
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust)
         families.limit_pixels(processor, max_pixels)
     return processor
 
 
 def save_with_processors(model, folder: Path, source: str | Path, max_pixels: int, trust: bool, **settings) -> None:
-    """Save a model to `folder` with the tokenizer and the image processor of `source`, so that it loads by itself."""
+    """Save a model to `folder` with the tokenizer and the image processor of `source`.
+
+    Args:
+        settings: further arguments of the model's save_pretrained.
+    """
     model.save_pretrained(folder, **settings)
     load_tokenizer(source, trust).save_pretrained(folder)
     load_image_processor(source, max_pixels, trust).save_pretrained(folder)

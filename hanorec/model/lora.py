@@ -1,13 +1,15 @@
-"""LoRA: adapters on the language model, DPO's reference, and LoRA's layers in fewer passes over memory.
+"""LoRA: adapters on the language model, DPO's reference, and LoRA layers with fewer passes over memory.
 
-With a rank of 8, LoRA's arithmetic is nothing beside that of the frozen layer, but PEFT writes the layer's whole output
-three times more (LoRA's part, scaled, added), in float32 if the base is in half precision, and so again in backward.
-Here LoRA's part is added to the output in place by one matrix product, the scaling is applied at rank width, and
-dropout draws 16 bits an element. In half precision LoRA's products are computed in the base's dtype, as under autocast;
-the weights, their gradients and the optimizer stay in float32. Weights and files are PEFT's.
+At rank 8, LoRA's arithmetic is small beside the frozen layer's. But PEFT writes three more tensors of the size of the
+layer's output (LoRA's part, the scaled part, the sum), in float32 even if the base is in half precision, and again in
+backward. `LoRASum` adds LoRA's part to the output in place, by one matrix product. It scales the narrow product
+[T, r], and draws 16 random bits for each element of dropout's mask. In half precision it computes LoRA's products in
+the base's dtype, as autocast does. The weights of LoRA, their gradients and the optimizer stay in float32. The names of
+weights and the files are PEFT's.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,44 +24,55 @@ from torch.autograd.function import once_differentiable
 from hanorec.model import families
 from hanorec.model.load import loading
 
-TRAINED = "default"  # the adapter in training; PEFT writes the one of this name to the folder itself
-FROZEN = "sft"  # the SFT adapter on a quantized base, into which it cannot be merged without rounding
+TRAINED = "default"  # the adapter in training; PEFT saves this name without a subfolder
+FROZEN = "sft"  # the SFT adapter on a quantized base; merging it into the base would round it
+LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold, so probabilities are multiples of 1 / 65536
+MAX_DROPOUT = 0.99  # above it PEFT's layer computes; at 1, `LoRASum`'s scaling would divide by zero
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapters
 
 
 def lora_targets(model) -> str:
-    """A regular expression for the language model's linear layers. Suffix lists and peft's `all-linear` also match the
-    vision tower."""
-    decoder = families.decoder_name(model)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{decoder}.")]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    return rf"{re.escape(decoder)}\..*\.({'|'.join(leaves)})"
+    """Return a regular expression for the names of the language model's linear layers.
+
+    A list of suffixes, or peft's `all-linear`, would match layers of the vision tower too.
+    """
+    decoder = model.get_decoder().named_modules()
+    last_words = sorted({name.split(".")[-1] for name, module in decoder if isinstance(module, nn.Linear)})
+    return rf"{re.escape(families.decoder_name(model))}\.(.*\.)?({'|'.join(last_words)})"
 
 
 def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
-    """Put a fresh, trainable LoRA on every linear layer of the language model. Its draw depends on seed alone.
+    """Put a new trainable LoRA on every linear layer of the language model. Returns the PeftModel.
 
-    An adapter that the model has already stays, frozen and active.
+    A FROZEN adapter that the model has already stays, frozen and active.
+
+    Args:
+        seed: the only source of the new weights' random numbers.
     """
-    first = model.peft_config.get(FROZEN) if isinstance(model, PeftModel) else None
-    targets = first.target_modules if first else lora_targets(model)
+    frozen = model.peft_config.get(FROZEN) if isinstance(model, PeftModel) else None
+    targets = frozen.target_modules if frozen else lora_targets(model)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not first:
+        if not frozen:
             return lean(get_peft_model(model, config))
         model.add_adapter(TRAINED, config)
     for module in model.modules():
         if FROZEN in getattr(module, "lora_dropout", {}):
-            module.lora_dropout[FROZEN] = nn.Identity()  # it is part of the base now, and of the reference
+            module.lora_dropout[FROZEN] = nn.Identity()  # a frozen adapter belongs to the base, which has no dropout
     return activate(model)
 
 
 def load_adapter(model, folder: str | Path, merge: bool = True, name: str = TRAINED):
-    """Load a LoRA adapter: merged into the model's weights (in their dtype), or beside them and earlier adapters."""
-    with loading(folder, "is no adapter of this backbone"):
+    """Load a LoRA adapter, frozen. Returns the model.
+
+    Args:
+        merge: add the adapter to the model's weights, in their dtype. False keeps it as an adapter of a PeftModel.
+        name: the adapter's name, if it is kept.
+    """
+    with loading(folder, "is not an adapter of this backbone"):
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), name)
             model = activate(model)
@@ -70,7 +83,7 @@ def load_adapter(model, folder: str | Path, merge: bool = True, name: str = TRAI
 
 
 def activate(model):
-    """Let all adapters of a PeftModel add up, with only the one in training trainable."""
+    """Make all adapters of a PeftModel active, and all except FROZEN trainable. Returns the model."""
     model.base_model.set_adapter(list(model.peft_config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and f".{FROZEN}." not in name)
@@ -79,7 +92,7 @@ def activate(model):
 
 @contextlib.contextmanager
 def without_trained_adapter(model) -> Iterator[None]:
-    """Inside, a PeftModel computes without the adapter in training: it is DPO's reference."""
+    """Switch the adapter in training off inside the `with` block: the model is then DPO's reference."""
     if FROZEN not in model.peft_config:
         with model.disable_adapter():
             yield
@@ -96,16 +109,21 @@ def without_trained_adapter(model) -> Iterator[None]:
 
 
 def keep_mask(x: torch.Tensor, probability: float) -> torch.Tensor | None:
-    """A mask like x, False with this probability (rounded to 1/65536); None for probability 0."""
+    """Draw dropout's mask: like x, False with this probability (rounded to 1 / LEVELS). None for probability 0."""
     if not probability:
         return None
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    threshold = round(probability * 65536) - 32768
+    # Each 64-bit number gives four 16-bit numbers, from -LEVELS / 2 to LEVELS / 2 - 1
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    threshold = round(probability * LEVELS) - LEVELS // 2
     return (bits.view(torch.int16)[: x.numel()] >= threshold).view_as(x)
 
 
 class LoRASum(torch.autograd.Function):
-    """x W' + bias + scaling (x * keep) A' B', with x [T, in], A [r, in], B [out, r]; W and bias are frozen."""
+    """Computes x W.T + bias + scaling (x * keep) A.T B.T, a tensor [T, out].
+
+    The shapes: x and keep [T, in], W [out, in], bias [out], A [r, in], B [out, r]. keep may be None. W and bias are
+    frozen: they get no gradient.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, keep):
@@ -119,10 +137,13 @@ class LoRASum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, A, B, narrow, keep = ctx.saved_tensors
-        keep = None if keep is None else keep.to(x.dtype)
         narrow_grad = (grad @ B.to(x.dtype)) * ctx.scaling
-        A_grad = narrow_grad.T @ (x if keep is None else x * keep)
         B_grad = (grad.T @ narrow) * ctx.scaling
+        if keep is None:
+            A_grad = narrow_grad.T @ x
+        else:
+            keep = keep.to(x.dtype)
+            A_grad = narrow_grad.T @ (x * keep)  # the product has no name, so that its memory is free at once
         x_grad = None
         if ctx.needs_input_grad[0] and keep is None:
             x_grad = (grad @ weight).addmm_(narrow_grad, A.to(x.dtype))
@@ -132,26 +153,27 @@ class LoRASum(torch.autograd.Function):
 
 
 class LeanLinear(Linear):
-    """PEFT's LoRA layer, computed by `LoRASum` if one plain adapter is active on a frozen, plain linear layer."""
+    """PEFT's LoRA layer. `LoRASum` computes it if one adapter is active on a frozen nn.Linear, else PEFT does."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        base = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         unusual = self.disable_adapters or self.merged or self.lora_variant or torch.is_autocast_enabled(x.device.type)
-        frozen = type(self.base_layer) is nn.Linear and not any(p.requires_grad for p in self.base_layer.parameters())
+        frozen = type(base) is nn.Linear and not any(parameter.requires_grad for parameter in base.parameters())
         if unusual or not frozen or len(active) != 1 or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        A, B, dropout = (part[active[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
+        A, B, dropout = self.lora_A[active[0]], self.lora_B[active[0]], self.lora_dropout[active[0]]
         probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        if B.bias is not None or probability > 0.99 or not x.numel():
+        if B.bias is not None or probability > MAX_DROPOUT or not x.numel():
             return super().forward(x, *args, **kwargs)
-        flat, scaling = x.flatten(0, -2), self.scaling[active[0]] / (1 - round(probability * 65536) / 65536)
-        base = self.base_layer
+        flat = x.flatten(0, -2)
+        scaling = self.scaling[active[0]] / (1 - round(probability * LEVELS) / LEVELS)
         out = LoRASum.apply(flat, base.weight, base.bias, A.weight, B.weight, scaling, keep_mask(flat, probability))
         return out.view(*x.shape[:-1], -1)
 
 
 def lean(model):
-    """Let the LoRA layers of a PeftModel be computed by `LeanLinear`. Returns the model."""
+    """Replace the class of a PeftModel's LoRA layers by LeanLinear. Returns the model."""
     for layer in model.modules():
         if type(layer) is Linear:
             layer.__class__ = LeanLinear

@@ -1,10 +1,11 @@
-"""Prompt trees scored by a multimodal LLM: packed into rows, or one plain forward for each answer.
+"""Score the answers of prompt trees with a multimodal LLM: packed, or in one forward for each answer.
 
-A prompt is computed once for all its answers. History, question and answers form a tree, laid end to end in one row. A
-token attends to its own node and that node's ancestors only, and positions continue from the parent's end.
+A prompt is computed once for all its answers. History, questions and answers form a tree, whose nodes are laid end to
+end in one segment of a sequence. A token attends to its own node and to that node's ancestors only. The positions of a
+node continue from the end of its parent.
 
-`PackedMLLM.forward` goes from a batch to the answers' log-probabilities. That module is what `accelerator.prepare`
-wraps, because calling parts of it by hand would train every process for itself.
+`PackedMLLM.forward` computes the answers' log-probabilities of a batch. `accelerator.prepare` must wrap this module:
+with calls of its parts, every process would train for itself.
 """
 
 from collections.abc import Iterable
@@ -21,31 +22,36 @@ from hanorec.run.files import UserError
 
 
 def check_attention(attn: str, pack: bool) -> None:
-    """UserError if this attention cannot take the trees' mask: flash_attention_2 takes none, flex_attention a form of
-    its own, and `eager` reads a boolean mask wrongly."""
+    """UserError if this attention cannot compute packed prompts.
+
+    flash_attention_2 takes no mask. flex_attention takes another form of mask. eager reads a boolean mask wrongly.
+    """
     if pack and attn not in ("sdpa", attention.NAME):
-        raise UserError(f"--attn {attn} cannot take the mask of packed prompts: give --no-pack too, or sdpa")
+        raise UserError(f"--attn {attn} cannot take the mask of packed prompts: give --no-pack too, or --attn sdpa")
 
 
 @dataclass
 class Batch:
-    """Prompt trees as tensors, laid end to end in rows (see `PackedMLLM.collate`). T tokens in all.
+    """Prompt trees as one sequence of T tokens, with A answers that have S scored tokens (see `PackedMLLM.collate`).
 
     Args:
-        rows: (tokens of its root, tokens in all) of each row.
-        images: how many images each row has.
-        input_ids, node, depth: [T]; visible: [nodes, nodes]; see attention.Forest.
-        position_ids: [P, 1, T].
-        image_tokens: [all, d]; grids: [images, 3]; of the images in order.
-        predicted_from, target, answer: for each scored token, the token before it, its id, its answer's number.
+        segments, node, depth, visible: see attention.Forest.
+        image_counts: the number of images in each segment.
+        input_ids: [T].
+        position_ids: [P, 1, T]; P is 3 for multimodal positions (Qwen), else 1.
+        image_tokens: [n, width], the image tokens of all images in order; empty with live images.
+        grids: [images, 3].
+        predicted_from: [S], for each scored token the index of the token before it on its path.
+        target: [S], the id of each scored token.
+        answer: [S], the number of each scored token's answer.
         answers: [A], the number of scored tokens of each answer.
-        pixels: with live images, the vision tower's inputs for the distinct images, instead of image_tokens.
-        sizes: with live images, (item id, tokens) of the distinct images as they were prepared.
-        distinct: with live images, for each image its number among the distinct ones.
+        pixels: with live images, the vision tower's inputs for the distinct images.
+        sizes: with live images, (item id, number of tokens when the data was encoded) of each distinct image.
+        distinct: with live images, for each image its number among the distinct images.
     """
 
-    rows: list[tuple[int, int]]
-    images: list[int]
+    segments: list[tuple[int, int]]
+    image_counts: list[int]
     input_ids: torch.Tensor
     node: torch.Tensor
     depth: torch.Tensor
@@ -62,37 +68,43 @@ class Batch:
     distinct: list[int] = field(default_factory=list)
 
     def to(self, device) -> "Batch":
-        def move(values: dict) -> dict:
-            return {n: value.to(device, non_blocking=True) for n, value in values.items() if torch.is_tensor(value)}
+        """Return the batch with its tensors on `device`."""
 
-        pixels = self.pixels and self.pixels | move(self.pixels)
-        return replace(self, **move(vars(self)), pixels=pixels)
+        def move(value):
+            return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+
+        fields = {name: move(value) for name, value in vars(self).items()}
+        if self.pixels is not None:
+            fields["pixels"] = {name: move(value) for name, value in self.pixels.items()}
+        return Batch(**fields)
 
 
 @dataclass
 class Placed:
-    """Where a node lies in a batch.
+    """The place of a node in a batch.
 
     Args:
-        start: its first token. length: its tokens. depth: tokens before it on its path.
-        position: the position of the first token behind it.
-        parent: number of the node that it continues, over all rows; its own for a root.
+        start: index of its first token.
+        length: the number of its tokens.
+        depth: the number of tokens before it on its path.
+        next_position: the position of a token that follows it.
+        parent: number of its parent among the batch's nodes; a root's own number.
     """
 
     start: int
     length: int
     depth: int
-    position: int
+    next_position: int
     parent: int
 
 
 class PackedMLLM(nn.Module):
-    """A batch of prompt trees in, the log-probabilities of their answers out.
+    """Computes the log-probabilities of the answers of a batch of prompt trees.
 
     Args:
         model: an image-text model of transformers, or its PeftModel. Its vision tower runs for live images only.
-        pack: False runs the model's own forward once for each answer: slower, with the same numbers. Packing needs
-            `sdpa` attention. Whether it holds for a model is for check.py to say.
+        pack: False runs the model's own forward once for each answer, which gives the same numbers and is slower.
+            Packing needs `sdpa` attention. check.py finds out whether it works with a model.
     """
 
     def __init__(self, model, pack: bool = True):
@@ -105,7 +117,7 @@ class PackedMLLM(nn.Module):
 
     @property
     def core(self):
-        """The image-text model itself, without PEFT's wrapper. LoRA layers are inside it."""
+        """The image-text model without PEFT's wrapper. LoRA layers are inside the model."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def set_dropout(self, probability: float) -> None:
@@ -119,15 +131,15 @@ class PackedMLLM(nn.Module):
                 module.register_forward_hook(lambda layer, _, out: F.dropout(out, probability, layer.training))
 
     def enable_checkpointing(self, reentrant: bool = False) -> None:
-        """In training, recompute activations in backward."""
+        """Recompute activations in backward instead of keeping them."""
         decoder = self.core.get_decoder()
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
-        # Reentrant checkpointing drops gradients of a block without an input that has one
+        # Reentrant checkpointing gives no gradients to a block unless one of its inputs requires a gradient
         hook_embeddings(decoder, lambda embeds: embeds.requires_grad_(True) if torch.is_grad_enabled() else embeds)
 
     def train(self, mode: bool = True) -> "PackedMLLM":
-        """Only the language model ever trains: the vision tower stays as it is at evaluation."""
+        """Set the language model to training or evaluation. The frozen vision tower is always in evaluation mode."""
         super().train(False)
         self.core.get_decoder().train(mode)
         self.training = mode
@@ -136,114 +148,132 @@ class PackedMLLM(nn.Module):
     # From trees to a batch
 
     def collate(self, trees: Iterable[list[Node]], tokens: ImageTokens) -> Batch:
-        """Lay trees end to end; neighbours with equal roots share them. Without packing, a row for each answer."""
+        """Lay prompt trees end to end. Returns them as a Batch.
+
+        With packing, neighbouring trees with equal roots become one tree. Without it, each path from a root to an
+        answer becomes a tree of one node.
+        """
         if not self.pack:
             trees = [path for tree in trees for path in separate_paths(tree)]
-        rows, images, ids, positions = [], [], [], []
-        nodes: list[Placed] = []  # of all rows
-        scored: list[tuple[int, int, int]] = []  # predicted_from, target, answer
-        for tree, numbers in merge_trees(trees):
-            first, row_start, numbers = len(nodes), len(ids), iter(numbers)
+        segments, images, ids, positions = [], [], [], []
+        nodes: list[Placed] = []
+        scored: list[tuple[int, int, int]] = []
+        for tree, answers in merge_trees(trees):
+            first, start = len(nodes), len(ids)
             for node in tree:
                 parent = None if node.parent is None else nodes[first + node.parent]
-                local = self.positions(node, tokens) + (parent.position if parent else 0)
-                positions.append(local)
-                nodes.append(
-                    Placed(
-                        start=len(ids),
-                        length=len(node.ids),
-                        depth=parent.depth + parent.length if parent else 0,
-                        position=int(local.max()) + 1,
-                        parent=first + node.parent if parent else first,
-                    )
+                start_position = parent.next_position if parent else 0
+                positions.append(self.positions(node, tokens) + start_position)
+                placed = Placed(
+                    start=len(ids),
+                    length=len(node.ids),
+                    depth=parent.depth + parent.length if parent else 0,
+                    next_position=int(positions[-1].max()) + 1,
+                    parent=first + node.parent if parent else first,
                 )
-                if node.scored:
-                    answer, before = next(numbers), parent.start + parent.length - 1 if parent else -1
-                    for offset in node.scored:
-                        previous = len(ids) + offset - 1 if offset else before
-                        scored.append((previous, node.ids[offset], answer))
+                nodes.append(placed)
                 ids += node.ids
-            rows.append((len(tree[0].ids), len(ids) - row_start))
+                if node.scored:
+                    scored += scored_tokens(node, placed, parent, answers.pop(0))
+            segments.append((len(tree[0].ids), len(ids) - start))
             images.append([item for node in tree for item in node.images])
-        return make_batch(rows, images, ids, positions, nodes, scored, tokens)
+        return make_batch(segments, images, ids, positions, nodes, scored, tokens)
 
     def positions(self, node: Node, tokens: ImageTokens) -> torch.Tensor:
-        """[P, len(node.ids)]. UserError if a node has not as many placeholders as image tokens."""
+        """Return a node's positions [P, tokens], from 0. UserError if it has not a placeholder for each image token."""
         expected = sum(tokens.length(item) for item in node.images)
         if node.ids.count(self.core.config.image_token_id) != expected:
             names = [tokens.ids[item] for item in node.images]
-            raise UserError(f"image placeholders and image tokens disagree in a prompt with items {names}")
-        if not self.pack:  # the model computes its own
+            raise UserError(f"a prompt with the images of items {names} has not one placeholder for each image token")
+        if not self.pack:  # the model's own forward computes positions; these are not used
             return torch.arange(len(node.ids))[None]
         return families.positions(self.core, node.ids, [tokens.grid(item) for item in node.images])
 
     # From a batch to log-probabilities
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[A], float32: the log-probability of each answer, summed over its tokens."""
+        """Return the log-probability of each answer, summed over its scored tokens: [A], float32."""
         if batch.pixels:
             with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
                 images = families.image_tokens(self.core, batch.pixels)
             check_sizes(batch.sizes, images)
             batch = replace(batch, image_tokens=torch.cat([images[number] for number in batch.distinct]))
-        logits = (self.packed_logits(batch) if self.pack else self.plain_logits(batch)).float()
-        logps = -F.cross_entropy(logits, batch.target, reduction="none")
+        logits = self.packed_logits(batch) if self.pack else self.separate_logits(batch)
+        logps = -F.cross_entropy(logits.float(), batch.target, reduction="none")
         return logps.new_zeros(len(batch.answers)).index_add(0, batch.answer, logps)
 
     def packed_logits(self, batch: Batch) -> torch.Tensor:
-        """[scored tokens, V]. The head is applied only where an answer is predicted, never over the prompt."""
-        core, ids, tokens = self.core, batch.input_ids[None], batch.image_tokens
+        """Return the logits [S, V] that predict the scored tokens, by one packed forward.
+
+        The head is applied only to the tokens that predict a scored token, not to the whole prompt.
+        """
+        core, ids = self.core, batch.input_ids[None]
         is_image = ids == core.config.image_token_id
-        embeds, deep = core.get_input_embeddings()(ids.masked_fill(is_image, 0)), {}  # some ids are beyond the table
-        if len(tokens):
-            tokens, width = tokens.to(embeds.dtype), embeds.shape[-1]
+        embeds = core.get_input_embeddings()(ids.masked_fill(is_image, 0))  # an image token's id may exceed the table
+        deep = {}
+        if len(batch.image_tokens):
+            tokens, width = batch.image_tokens.to(embeds.dtype), embeds.shape[-1]
             embeds = embeds.masked_scatter(is_image[..., None], tokens[:, :width])
             deep = families.deep_features(tokens, width, is_image)
-        wanted, scored = batch.predicted_from.unique(return_inverse=True)
+        predicting, index = batch.predicted_from.unique(return_inverse=True)
         images = families.image_numbers(core.config, batch.input_ids)
-        forest = attention.Forest(batch.rows, batch.node, batch.depth, batch.visible, wanted, images)
-        positions = batch.position_ids
-        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # else the language model makes a mask
-        hidden = core.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=unread,
-            position_ids=positions[0] if len(positions) == 1 else positions,
-            use_cache=False,
-            forest=forest,
-            **deep,
-        ).last_hidden_state
-        return core.get_output_embeddings()(hidden[0, wanted])[scored]
+        forest = attention.Forest(batch.segments, batch.node, batch.depth, batch.visible, predicting, images)
+        positions = batch.position_ids[0] if len(batch.position_ids) == 1 else batch.position_ids
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # not read; without it the model makes one
+        output = core.get_decoder()(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, forest=forest, **deep
+        )
+        return core.get_output_embeddings()(output.last_hidden_state[0, predicting])[index]
 
-    def plain_logits(self, batch: Batch) -> torch.Tensor:
-        """[scored tokens, V], by the model's own forward over each row."""
-        found, start, lengths = [], 0, [length for _, length in batch.rows]
-        counts = [int(row.sum()) for row in (batch.input_ids == self.core.config.image_token_id).split(lengths)]
-        rows = zip(lengths, batch.image_tokens.split(counts), batch.grids.split(batch.images), strict=True)
-        for length, tokens, grids in rows:
-            ids = batch.input_ids[start : start + length]
-            wanted = batch.predicted_from[(batch.predicted_from >= start) & (batch.predicted_from < start + length)]
-            from_end = wanted - start - length  # negative: the model may return the last logits alone
-            images = families.encoder_outputs(self.core, tokens, grids)
-            logits = families.own_logits(self.core, ids[None], images, -int(from_end.min()))[0]
-            found.append(logits[from_end])
-            start += length
-        return torch.cat(found)
+    def separate_logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [S, V] that predict the scored tokens, by the model's own forward over each segment."""
+        lengths = [length for _, length in batch.segments]
+        is_image = batch.input_ids == self.core.config.image_token_id
+        token_counts = [int(segment.sum()) for segment in is_image.split(lengths)]
+        ids, grids = batch.input_ids.split(lengths), batch.grids.split(batch.image_counts)
+        tokens, logits, start = batch.image_tokens.split(token_counts), [], 0
+        for number, length in enumerate(lengths):
+            end = start + length
+            inside = (batch.predicted_from >= start) & (batch.predicted_from < end)
+            from_end = batch.predicted_from[inside] - end  # negative, because the model may return the last logits only
+            images = families.encoder_outputs(self.core, tokens[number], grids[number])
+            own = families.own_logits(self.core, ids[number][None], images, keep=-int(from_end.min()))
+            logits.append(own[0, from_end])
+            start = end
+        return torch.cat(logits)
 
 
-def make_batch(rows, images, ids, positions, nodes: list[Placed], scored: list, tokens: ImageTokens) -> Batch:
-    """The tensors of a batch. images: item indices of each row's images; the others: see `PackedMLLM.collate`."""
+def scored_tokens(node: Node, placed: Placed, parent: Placed | None, answer: int) -> list[tuple[int, int, int]]:
+    """Return (predicted_from, target, answer) of each scored token of a node (see `Batch`)."""
+    tokens = []
+    for offset in node.scored:
+        if offset == 0 and parent is None:
+            raise ValueError("the first token of a prompt cannot be scored: no token predicts it")
+        before = placed.start + offset - 1 if offset else parent.start + parent.length - 1
+        tokens.append((before, node.ids[offset], answer))
+    return tokens
+
+
+def make_batch(segments, images, ids, positions, nodes: list[Placed], scored: list, tokens: ImageTokens) -> Batch:
+    """Return the Batch of trees that `PackedMLLM.collate` laid end to end.
+
+    Args:
+        images: the item indices of each segment's images.
+        ids, scored: of the whole batch (see `scored_tokens`).
+        positions: [P, tokens] of each node.
+    """
     lengths, starts, depths = torch.tensor([(node.length, node.start, node.depth) for node in nodes]).T
     visible = torch.eye(len(nodes), dtype=torch.bool)
     for number, node in enumerate(nodes):
         visible[number] |= visible[node.parent]
     predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
-    items = [item for row in images for item in row]
+    items = [item for segment in images for item in segment]
     distinct = list(dict.fromkeys(items)) if tokens.live else []
     stored = [] if tokens.live else [tokens.of(item) for item in items]
     grids = [tokens.grid(item) for item in items]
     return Batch(
-        rows=rows,
-        images=[len(row) for row in images],
+        segments=segments,
+        image_counts=[len(segment) for segment in images],
         input_ids=torch.tensor(ids),
         node=torch.arange(len(nodes)).repeat_interleave(lengths),
         depth=torch.arange(len(ids)) - (starts - depths).repeat_interleave(lengths),
@@ -262,7 +292,7 @@ def make_batch(rows, images, ids, positions, nodes: list[Placed], scored: list, 
 
 
 def hook_embeddings(decoder, change) -> None:
-    """Apply `change` to the embeddings that enter the language model, whoever calls it."""
+    """Apply `change` to the embeddings that enter the language model, in the packed and in the model's own forward."""
 
     def hook(_, args, kwargs):
         return args, kwargs | {"inputs_embeds": change(kwargs["inputs_embeds"])}

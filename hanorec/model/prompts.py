@@ -1,4 +1,4 @@
-"""The prompts: their texts, and the prompt trees that the stages train on and score."""
+"""Build prompts: their texts, and the prompt trees that the stages train on and score."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from hanorec.model.template import ChatTemplate
 from hanorec.model.trees import Node, tree_length
 from hanorec.run.files import UserError
 
-# The texts, in the order in which a prompt has them. They stand here and nowhere else.
+# The texts, in the order in which a prompt has them
 RANK_QUESTION = "Which candidate comes next in the history? Answer with its title.\nCandidates:\n"
 HISTORY = "History, oldest first:\n"
 CANDIDATE = "\nCandidate:\n"
@@ -24,15 +24,17 @@ Build = Callable[[Example], list[Node]]  # from an example to its prompt tree
 class Prompts:
     """Builds the prompt trees of examples for one backbone.
 
-    Text stays text: a title that spells a control token does not become one.
+    A title stays text, even if it contains the spelling of a control token.
 
     Args:
-        items, tokens: the Items and ImageTokens of a data folder, for titles and the lengths of images.
-        candidate_images: candidates carry their images, not only titles.
+        template: the backbone's ChatTemplate.
+        items: the Items of a data folder, for titles.
+        tokens: the ImageTokens of a data folder, for the lengths of images.
+        candidate_images: show each candidate's image beside its title.
     """
 
     yes, no = YES, NO
-    texts = TEXTS  # everything that the prompts are written with, for hashes
+    texts = TEXTS  # all texts of the prompts, for hashes
 
     def __init__(self, template: ChatTemplate, items, tokens, candidate_images: bool = False):
         self.template, self.tokenizer = template, template.tokenizer
@@ -40,12 +42,12 @@ class Prompts:
         self.text = functools.lru_cache(maxsize=200_000)(self._text)
 
     def _text(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text. UserError if the tokenizer makes a control token of it."""
+        """Return the tokens of a text. UserError if one of them is a control token."""
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
         control = self.template.control.intersection(ids)
         if control:
             token = self.tokenizer.convert_ids_to_tokens(min(control))
-            raise UserError(f"the tokenizer makes a control token, {token}, of the text {text!r}; change that title")
+            raise UserError(f"the tokenizer makes a control token, {token}, of the text {text!r}; change that text")
         return ids
 
     # Parts of a prompt
@@ -55,28 +57,28 @@ class Prompts:
         length = self.tokens.length(item)
         if length:
             template = self.template
-            node.ids += [*template.image_head, *[template.image_token] * length, *template.image_tail]
+            node.ids += template.image_head + [template.image_token] * length + template.image_tail
             node.images.append(item)
 
     def add_item(self, node: Node, item: int, image: bool) -> range:
-        """Append an item's title and, with `image`, its image. Return the offsets of the title's tokens.
+        """Append an item's title and, if `image`, its image. Returns the offsets of the title's tokens.
 
-        The title comes first, so that nothing before it gives it away.
+        The title comes before the image, so that a scored title is not predicted from its own image.
         """
-        start = len(node.ids)
-        node.ids += self.text(self.items.titles[item] + "\n")
-        end = len(node.ids)
+        title = self.text(self.items.titles[item] + "\n")
+        offsets = range(len(node.ids), len(node.ids) + len(title))
+        node.ids += title
         if image:
             self.add_image(node, item)
-        return range(start, end)
+        return offsets
 
     def add_history(self, node: Node, history: Sequence[int]) -> list[range]:
-        """Append the history with its images. Return the offsets of each title's tokens."""
+        """Append the history with its images. Returns the offsets of each title's tokens."""
         node.ids += self.text(HISTORY)
         return [self.add_item(node, item, image=True) for item in history]
 
     def add_parts(self, node: Node, parts: Sequence[str | int]) -> Node:
-        """Append texts, and the images of item indices. Return the node."""
+        """Append parts: texts, and item indices for images. Returns the node."""
         for part in parts:
             if isinstance(part, str):
                 node.ids += self.text(part)
@@ -85,24 +87,29 @@ class Prompts:
         return node
 
     def root(self) -> Node:
-        """A node that begins a prompt."""
+        """Return a new root, which has the template's tokens before the user's text."""
         return Node(None, list(self.template.head))
 
     def complete_prompt(self, parts: Sequence[str | int]) -> Node:
-        """A prompt of these parts (texts and item indices), up to where its answer begins."""
+        """Return a prompt of these parts (see `add_parts`), complete up to the answer."""
         node = self.add_parts(self.root(), parts)
         node.ids += self.template.tail
         return node
 
     def answer(self, text: str, parent: int) -> Node:
-        """A scored answer: the text and the end of turn (without it, "Toy Story" is a prefix of "Toy Story 2")."""
+        """Return a scored answer: a text and the end of turn.
+
+        Without the end of turn, "Toy Story 2" could never be more likely than its beginning "Toy Story".
+        """
         ids = [*self.text(text), self.template.end_of_turn]
         return Node(parent, ids, scored=range(len(ids)))
 
     # Questions
 
     def ranking_prompt(self, history: Sequence[int], candidates: Sequence[int]) -> tuple[Node, list[range]]:
-        """The candidates, then the history, so that the answer stands where the next item would.
+        """Build the ranking prompt: the question with its candidates, then the history.
+
+        The history comes last, so that the answer follows it as the next item would.
 
         Returns (node, the offsets of each history title's tokens).
         """
@@ -110,12 +117,12 @@ class Prompts:
         root.ids += self.text(RANK_QUESTION)
         for candidate in candidates:
             self.add_item(root, candidate, image=self.candidate_images)
-        spans = self.add_history(root, history)
+        title_offsets = self.add_history(root, history)
         root.ids += self.template.tail
-        return root, spans
+        return root, title_offsets
 
     def yesno_questions(self, example: Example, candidates: Sequence[int]) -> list[Node]:
-        """The history, then the Yes/No question about each candidate: nodes 1, 2, ... of the tree."""
+        """Build the history, then the Yes/No question about each candidate: nodes 1, 2, ... of the tree."""
         root = self.root()
         self.add_history(root, example.history)
         tree = [root]
@@ -128,46 +135,60 @@ class Prompts:
 
     # Trees
 
-    def language_tree(self, items: Sequence[int], max_length: int, candidates: Sequence[int] = ()) -> list[Node]:
-        """A history in which each title after the first is predicted: plain language modelling, for the warm-up.
+    def ranking_tree(self, example: Example, items: Sequence[int]) -> list[Node]:
+        """Build an example's ranking prompt with the titles of `items` as its answers."""
+        root, _ = self.ranking_prompt(example.history, example.candidates)
+        return [root, *(self.answer(self.items.titles[item], 0) for item in items)]
 
-        The oldest items are dropped until the tree has at most max_length tokens.
+    def language_tree(self, items: Sequence[int], max_length: int, candidates: Sequence[int] = ()) -> list[Node]:
+        """Build a tree for the warm-up, in which each title after the first is scored, as in language modelling.
+
+        The oldest items are left out until the tree has at most max_length tokens.
 
         Args:
-            candidates: with them, the ranking question stands before the history and its last title is the answer, so
-                that the model meets that prompt too.
+            items: at least two, oldest first.
+            candidates: if not empty, the tree is the ranking prompt of all items but the last, whose title is the
+                answer. So the model meets that prompt in the warm-up too.
+
+        Raises:
+            UserError: two items are still too long.
         """
+        if len(items) < 2:
+            raise ValueError("the warm-up needs at least two items: the first title is not scored")
         for first in range(len(items) - 1):
             if candidates:
-                root, spans = self.ranking_prompt(items[first:-1], candidates)
+                root, title_offsets = self.ranking_prompt(items[first:-1], candidates)
                 tree = [root, self.answer(self.items.titles[items[-1]], 0)]
             else:
                 root = self.root()
-                tree, spans = [root], self.add_history(root, items[first:])
+                tree, title_offsets = [root], self.add_history(root, items[first:])
             if tree_length(tree) <= max_length:
-                break
-        root.scored = [offset for span in spans[1:] for offset in span]
-        return tree
+                root.scored = [offset for offsets in title_offsets[1:] for offset in offsets]
+                return tree
+        titles = " and ".join(repr(self.items.titles[item]) for item in items[-2:])
+        raise UserError(f"{titles}: {tree_length(tree)} tokens in the warm-up; train with a larger --max-length")
 
     def sft_tree(self, example: Example, task: str) -> list[Node]:
-        """A training sample. task: `rank`, or `yesno`: Yes about the target and No about the rejected item, both behind
-        one history, so that the history alone tells neither."""
+        """Build a training sample.
+
+        Args:
+            task: `rank` (the answer is the target's title) or `yesno` (Yes about the target and No about the rejected
+                item, after one history, so that the answer does not depend on the history alone).
+        """
         if task == "rank":
-            root, _ = self.ranking_prompt(example.history, example.candidates)
-            return [root, self.answer(self.items.titles[example.target], 0)]
+            return self.ranking_tree(example, [example.target])
         questions = self.yesno_questions(example, [example.target, example.rejected])
         return [*questions, self.answer(self.yes, 1), self.answer(self.no, 2)]
 
     def pair_tree(self, example: Example, kind: str) -> list[Node]:
-        """A preference pair: a question, its chosen answer and its rejected answer.
+        """Build a preference pair: a question, its chosen answer and its rejected answer.
 
         Args:
-            kind: `rank` (the target's title over the rejected item's), `yes` (Yes over No about the target) or `no` (No
-                over Yes about the rejected item).
+            kind: `rank` (chosen: the target's title, rejected: the rejected item's title), `yes` (about the target:
+                Yes, No) or `no` (about the rejected item: No, Yes).
         """
         if kind == "rank":
-            root, _ = self.ranking_prompt(example.history, example.candidates)
-            return [root, *(self.answer(self.items.titles[item], 0) for item in (example.target, example.rejected))]
+            return self.ranking_tree(example, [example.target, example.rejected])
         if kind == "yes":
             candidate, chosen, rejected = example.target, self.yes, self.no
         else:
@@ -175,57 +196,67 @@ class Prompts:
         return [*self.yesno_questions(example, [candidate]), self.answer(chosen, 1), self.answer(rejected, 1)]
 
     def evaluation_tree(self, example: Example, task: str) -> list[Node]:
-        """Every answer to score, in the order of the candidates: with `rank` their titles, with `yesno` Yes and No."""
+        """Build all answers to score, in the order of the candidates: `rank`: their titles, `yesno`: Yes and No."""
         if task == "rank":
-            root, _ = self.ranking_prompt(example.history, example.candidates)
-            return [root, *(self.answer(self.items.titles[candidate], 0) for candidate in example.candidates)]
+            return self.ranking_tree(example, example.candidates)
         tree = self.yesno_questions(example, example.candidates)
         for question in range(1, len(tree)):
             tree += [self.answer(self.yes, question), self.answer(self.no, question)]
         return tree
 
-    # For people
+    # Printing
 
     def show(self, tree: list[Node]) -> str:
-        """The tree as text: image tokens folded to their count, >>> before what is scored."""
-        parts = []
+        """Return the tree as text, one node after another, with >>> before the scored part of a node.
+
+        The scored titles of a root (warm-up) are not marked.
+        """
+        texts = []
         for node in tree:
-            start = node.scored[0] if node.scored and node.parent is not None else len(node.ids)
-            before, scored = self.readable(node.ids[:start]), self.readable(node.ids[start:])
-            parts.append(before + (f">>> {scored}" if scored else ""))
-        return "\n".join(parts)
+            marked = node.scored and node.parent is not None
+            start = node.scored[0] if marked else len(node.ids)
+            texts.append(self.readable(node.ids[:start]))
+            if marked:
+                texts[-1] += f">>> {self.readable(node.ids[start:])}"
+        return "\n".join(texts)
 
     def readable(self, ids: list[int]) -> str:
-        """The text of tokens, image tokens folded to their count."""
-        parts = []
-        for is_image, run in itertools.groupby(ids, lambda token: token == self.template.image_token):
-            run = list(run)
-            parts.append(f"[{len(run)} image tokens]" if is_image else self.tokenizer.decode(run))
-        return "".join(parts)
+        """Return tokens as text. Consecutive image tokens are replaced by their number."""
+        texts = []
+        for is_image, group in itertools.groupby(ids, lambda token: token == self.template.image_token):
+            tokens = list(group)
+            texts.append(f"[{len(tokens)} image tokens]" if is_image else self.tokenizer.decode(tokens))
+        return "".join(texts)
 
     # Length
 
     def check_fit(self, builds: list[Build], examples: list[Example], max_length: int) -> None:
         """UserError if an example's tree, with one history item, is longer than max_length tokens.
 
-        The examples are tried one by one only if an example made of the longest items would be too long.
+        An example of the longest items is tried first. The examples are tried one by one only if that one is too long.
         """
-        titles = [len(self.text(title)) for title in self.items.titles]
-        title = max(range(len(titles)), key=lambda item: titles[item])
-        item = max(range(len(titles)), key=lambda item: titles[item] + self.tokens.length(item))
-        candidate = item if self.candidate_images else title
-        worst = Example("", [item], candidate, [candidate] * len(examples[0].candidates), candidate)
-        if any(tree_length(build(worst)) + titles[title] > max_length for build in builds):
-            for example in examples:
-                for build in builds:
-                    fit_to_length(build, replace(example, history=example.history[-1:]), max_length)
+        title_lengths = [len(self.text(title)) for title in self.items.titles]
+        item_lengths = [length + self.tokens.length(item) for item, length in enumerate(title_lengths)]
+        longest_title = title_lengths.index(max(title_lengths))
+        longest_item = item_lengths.index(max(item_lengths))
+        candidate = longest_item if self.candidate_images else longest_title
+        longest = Example("", [longest_item], candidate, [candidate] * len(examples[0].candidates), candidate)
+        limit = max_length - max(title_lengths)  # the answer may be a longer title than this candidate's
+        if all(tree_length(build(longest)) <= limit for build in builds):
+            return
+        for example in examples:
+            for build in builds:
+                fit_to_length(build, replace(example, history=example.history[-1:]), max_length)
 
 
 def fit_to_length(build: Build, example: Example, max_length: int, shortened: set | None = None) -> list[Node]:
-    """build(example), without as many of the oldest history items as it takes to stay within max_length tokens.
+    """Build an example's tree, without its oldest history items as far as max_length tokens require it.
 
     Args:
         shortened: gets the (user, target) of an example that lost history items.
+
+    Raises:
+        UserError: the tree is too long even with one history item.
     """
     for first in range(len(example.history)):
         tree = build(replace(example, history=example.history[first:]))
@@ -234,4 +265,4 @@ def fit_to_length(build: Build, example: Example, max_length: int, shortened: se
             if first and shortened is not None:
                 shortened.add((example.user, example.target))
             return tree
-    raise UserError(f"user {example.user}: {length} tokens with one history item; raise --max-length")
+    raise UserError(f"user {example.user}: {length} tokens with one history item; train with a larger --max-length")

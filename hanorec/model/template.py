@@ -1,4 +1,4 @@
-"""A backbone's chat template: the tokens around the user's text, around an image, and at the end of an answer."""
+"""Split a backbone's chat template: the tokens around the user's text, around an image, and after an answer."""
 
 import re
 
@@ -8,44 +8,46 @@ from hanorec.run.files import UserError
 
 
 class ChatTemplate:
-    """A backbone's chat template, cut around the user's text.
+    """A backbone's chat template, split around the user's text.
 
     Args:
-        image_token: the id that stands for one image token.
-        image_text: (what the template writes for an image, what the model's processor puts in its place, with {} for
-            the image tokens); None if the template writes the image token itself.
+        image_token: the id of an image token's placeholder.
+        image_text: (what the template writes for an image, the text that the model's processor puts in its place, with
+            {} for the placeholders). None if the template writes one placeholder.
 
     Attributes:
-        head, tail: tokens before the user's text, and between it and the answer.
-        image_head, image_tail: tokens before and after an image's tokens.
+        head: the tokens before the user's text.
+        tail: the tokens between the user's text and the answer.
+        image_head, image_tail: the tokens before and after an image's placeholders.
         end_of_turn: the token that ends an answer.
-        control: all tokens that are no text.
+        control: the ids that the text of a prompt must not have: the placeholder and all added tokens that the
+            tokenizer marks as special.
     """
 
-    MARK = "\u2042"  # stands for the user's text; no template has it
+    MARK = "\u2042"  # rendered in place of the user's text; no template contains this character
 
     def __init__(self, tokenizer, image_token: int, image_text: tuple[str, str] | None = None):
         self.tokenizer, self.image_token = tokenizer, image_token
-        added = tokenizer.added_tokens_decoder
-        self.control = {image_token, *(number for number, token in added.items() if token.special)}
+        self.control = {image_token} | {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
         question = self.render([{"type": "text", "text": self.MARK}])
         if question.count(self.MARK) != 1:
-            raise UserError("the chat template does not place the user's text once")
+            raise UserError("the chat template does not write the user's text exactly once")
         before, after = question.split(self.MARK)
         self.head, self.tail = self.encode(before), self.encode(after)
-        begin = tokenizer.encode("")[:1]  # a beginning-of-sequence token, if the tokenizer adds one by itself
-        if begin and begin == [tokenizer.bos_token_id] != self.head[:1]:
+        begin = [tokenizer.bos_token_id]
+        if tokenizer.encode("")[:1] == begin and self.head[:1] != begin:  # the tokenizer adds it, the template does not
             self.head = begin + self.head
         self.image_head, self.image_tail = self.around_image(before, image_text)
-        answered = self.render([{"type": "text", "text": "?"}], answer=self.MARK).split(self.MARK)[1]
-        end = self.encode(answered)
+        after_answer = self.render([{"type": "text", "text": "?"}], answer=self.MARK).split(self.MARK)[1]
+        end = self.encode(after_answer)
         self.end_of_turn = end[0] if end else tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text of the template: control tokens are control tokens."""
+        """Return the tokens of the template's own text, which may have control tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def render(self, content: list[dict], answer: str | None = None) -> str:
+        """Return the template's text for a user's message and, if given, an answer."""
         messages = [{"role": "user", "content": content}]
         if answer:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -53,31 +55,35 @@ class ChatTemplate:
             raise UserError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no chat template")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-        except Exception as error:  # a template is a program
+        except Exception as error:  # a template is a program, which may raise any exception
             raise UserError(f"the chat template of '{self.tokenizer.name_or_path}' fails: {error}") from error
 
     def around_image(self, before: str, image_text: tuple[str, str] | None) -> tuple[list[int], list[int]]:
-        """The tokens that the template and the model's processor write before and after an image's tokens."""
+        """Return the tokens that the template and the model's processor write before and after an image.
+
+        Args:
+            before: the template's text before the user's text.
+        """
         token = self.tokenizer.convert_ids_to_tokens(self.image_token)
-        placeholder, text = image_text or (token, "{}")
-        for word in re.findall("<[^<>]+>", text):
+        placeholder, replacement = image_text or (token, "{}")
+        for word in re.findall("<[^<>]+>", replacement):
             if len(self.encode(word)) != 1:
-                raise UserError(f"the tokenizer of '{self.tokenizer.name_or_path}' does not know {word}")
+                raise UserError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no token {word}")
         mark, image = {"type": "text", "text": self.MARK}, {"type": "image"}
-        between = self.render([mark, image, mark]).split(self.MARK)
-        if len(between) == 3 and placeholder in between[1]:
-            written = between[1]
-        else:  # templates that write all images before the text
-            written = self.render([image, mark]).split(self.MARK)[0][len(before) :]
-        ids = self.encode(written.replace(placeholder, text.format(token)))
+        parts = self.render([mark, image, mark]).split(self.MARK)
+        if len(parts) == 3 and placeholder in parts[1]:
+            text = parts[1]
+        else:  # the template writes all images before the text
+            text = self.render([image, mark]).split(self.MARK)[0][len(before) :]
+        ids = self.encode(text.replace(placeholder, replacement.format(token)))
         if ids.count(self.image_token) != 1:
-            raise UserError(f"the chat template does not place one image token ({self.image_token}) for an image")
+            raise UserError(f"the chat template does not write one image token ({self.image_token}) for an image")
         position = ids.index(self.image_token)
         return ids[:position], ids[position + 1 :]
 
 
 def load_template(source, trust: bool = False) -> ChatTemplate:
-    """The chat template of a backbone: a hub name or a folder."""
+    """Load the chat template of a backbone. source: a hub name or a folder."""
     config = load_config(source, trust)
     token = getattr(config, "image_token_id", None)
     if token is None:

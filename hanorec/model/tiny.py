@@ -1,5 +1,6 @@
 """The tiny backbone: an untrained Qwen2.5-VL of about a million weights, for laptops and tests."""
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,28 +19,45 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+VOCABULARY = 3072  # tokens at most
+TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "bos_token_id": None}
+TEXT["initializer_range"] = 0.05  # with 0.02, so narrow a model hardly learns to attend to earlier titles
+VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "window_size": 112}
+VISION["fullatt_block_indexes"] = [1]
 
 
 def build_tiny(
-    folder: Path,
-    texts: Iterable[str],
-    seed: int = 42,
-    further_prompts: Iterable[str] = (),
-    vocabulary: int = 3072,
-    width: int = 128,
-    layers: int = 2,
+    folder: Path, texts: Iterable[str], seed: int = 42, further_prompts: Iterable[str] = (), width: int = 128
 ) -> None:
-    """Write the tiny backbone to `folder`, loadable like any pretrained one: model, tokenizer, image processor.
+    """Write the tiny backbone to `folder`: model, tokenizer and image processor, loadable like a pretrained one.
 
     Args:
-        texts: what the tokenizer is trained on, beside the prompts.
+        texts: the texts that the tokenizer is trained on, beside the prompts.
         seed: of the weights.
-        further_prompts: prompts of another system, which the tokenizer shall know like our own.
+        further_prompts: prompts of another system; the tokenizer is trained on them as on our own.
+        width: the hidden size of the language model.
     """
-    tokenizer = train_tokenizer(texts, further_prompts, vocabulary)
-    config = tiny_config(tokenizer, width, layers)
+    tokenizer = train_tokenizer(texts, further_prompts)
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    sections = [width // 32, width * 3 // 64, width * 3 // 64]  # time, height, width: in all, half of a head's size
+    text = TEXT | {
+        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=VISION | {"out_hidden_size": width},
+        tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        video_token_id=ids["<|vision_end|>"],  # there are no videos; the config needs the id of some token
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -47,59 +65,19 @@ def build_tiny(
         part.save_pretrained(folder)
 
 
-def tiny_config(tokenizer, width: int, layers: int) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL of this width and depth for this tokenizer."""
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
-    text = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": width,
-        "intermediate_size": 3 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [width // 32, width * 3 // 64, width * 3 // 64],
-        },
-        "bos_token_id": None,
-        "initializer_range": 0.05,  # at 0.02 so narrow a model hardly learns to look back at earlier titles
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 2,
-        "out_hidden_size": width,
-        "window_size": 112,
-        "fullatt_block_indexes": [1],
-    }
-    tokens = {
-        "image_token_id": ids["<|image_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "video_token_id": ids["<|vision_end|>"],  # no videos here; it must not be an id of its own
-    }
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
-
-
-def train_tokenizer(texts: Iterable[str], further_prompts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on these texts and on the prompts, with a ChatML template."""
-    control = re.compile("|".join(map(re.escape, SPECIAL)))  # a word that spells one would be merged into its id
-    texts = [control.sub(" ", text) for text in texts]
-    texts += [*TEXTS, *further_prompts, "user\n", "assistant\n"] * 100  # so often that each prompt word is one token
+def train_tokenizer(texts: Iterable[str], further_prompts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on these texts and on the prompts. It has a ChatML template."""
+    special = re.compile("|".join(map(re.escape, SPECIAL)))  # BPE would merge the spelling of such a token into its id
+    texts = [special.sub(" ", text) for text in texts]
+    texts += [*TEXTS, *further_prompts, "user\n", "assistant\n"] * 100  # 100 times, so each prompt word is one token
     bpe = Tokenizer(models.BPE())
-    # A year in brackets stays one word, and a word is the same token whatever follows it
+    # "(1999)" is one word. Punctuation and line ends are split off, so that a word has the same tokens before them
     words = pre_tokenizers.Split(Regex(r"\n|[.,:;?]+| ?[^ \n.,:;?]+| "), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 
 @dataclass
 class Node:
-    """A stretch of tokens in a tree.
+    """Consecutive tokens of a tree, which continue those of the parent.
 
     Args:
-        parent: number of the node that this one continues; None for the root.
-        images: item indices of the images whose tokens stand in it, in order.
-        scored: offsets of the tokens whose log-probabilities are summed. A node with scored tokens is an answer.
+        parent: number of the parent node; None for the root.
+        images: item indices of the images whose tokens are among `ids`, in order.
+        scored: offsets in `ids` of the tokens whose log-probabilities are summed. A node with scored tokens counts as
+            one answer. Besides answers, it can be a root (the warm-up scores titles of the history) or a question
+            (mllm_srec scores its steps).
     """
 
     parent: int | None
@@ -25,50 +27,50 @@ class Node:
 
 
 def tree_length(tree: list[Node]) -> int:
-    """The number of tokens of the longest path: the most that the model sees at once."""
+    """Return the number of tokens of the longest path: the longest sequence that a token attends to."""
     ends: list[int] = []
     for node in tree:
-        before = ends[node.parent] if node.parent is not None else 0
+        before = 0 if node.parent is None else ends[node.parent]
         ends.append(before + len(node.ids))
     return max(ends)
 
 
 def merge_trees(trees: Iterable[list[Node]]) -> list[tuple[list[Node], list[int]]]:
-    """Join neighbouring trees with equal roots, so that their history is computed once.
+    """Join neighbouring trees with equal roots that are not scored, so that their root is computed once.
 
-    Returns (tree, the numbers of its answers). Answers are numbered over all trees in order.
+    Returns a list of (tree, the numbers of its answers). Answers are numbered over all trees in order.
     """
     merged: list[tuple[list[Node], list[int]]] = []
-    answers = 0
+    count = 0
     for tree in trees:
-        scored = sum(bool(node.scored) for node in tree)
-        numbers = list(range(answers, answers + scored))
-        answers += scored
-        root = merged[-1][0][0] if merged else None
-        if root and (root.ids, root.images) == (tree[0].ids, tree[0].images) and not tree[0].scored:
-            joined, joined_numbers = merged[-1]
-            shift = len(joined) - 1
-            moved = [replace(node, parent=node.parent + shift if node.parent else 0) for node in tree[1:]]
-            merged[-1] = (joined + moved, joined_numbers + numbers)
+        answers = len([node for node in tree if node.scored])
+        numbers = list(range(count, count + answers))
+        count += answers
+        last, last_numbers = merged[-1] if merged else ([], [])
+        if last and not tree[0].scored and (last[0].ids, last[0].images) == (tree[0].ids, tree[0].images):
+            shift = len(last) - 1  # the root is node 0 in both trees; the other nodes get higher numbers
+            for node in tree[1:]:
+                last.append(replace(node, parent=node.parent + shift if node.parent else 0))
+            last_numbers += numbers
         else:
             merged.append((list(tree), numbers))
     return merged
 
 
 def separate_paths(tree: list[Node]) -> list[list[Node]]:
-    """For each answer of a tree, in order, a tree of one node: the whole path from the root to the answer."""
+    """Return, for each answer of a tree in order, a tree of one node: the path from the root to the answer."""
     paths: list[Node] = []
     for node in tree:
-        before = paths[node.parent] if node.parent is not None else Node(None, [])
+        before = Node(None, []) if node.parent is None else paths[node.parent]
         scored = [len(before.ids) + offset for offset in node.scored]
         paths.append(Node(None, before.ids + node.ids, before.images + node.images, scored))
     return [[path] for path in paths if path.scored]
 
 
 def common_length(prompts: Sequence[list[int]], image_token: int) -> int:
-    """The number of tokens that these prompts all begin with, none of them an image token.
+    """Return the number of tokens that all prompts begin with, up to their first image token.
 
-    It is less than the length of the shortest prompt.
+    At least one token of each prompt is not counted, so that no prompt is empty without its beginning.
     """
     first, shortest = prompts[0], min(map(len, prompts))
     for position in range(shortest - 1):

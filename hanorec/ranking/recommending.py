@@ -1,4 +1,4 @@
-"""Recommendations by name: a user's history, and the best candidates."""
+"""Print recommendations: the titles of a user's history and of the best candidates."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,20 +10,20 @@ from hanorec.run.files import UserError, printable
 
 
 def examples_of_user(user: str, among: str | None, data: DataFolder, split: str) -> list[Example]:
-    """The user's example of a split.
+    """Return the user's first example of a split, in a list.
 
     Args:
-        among: ids of other candidates, with commas between them; None keeps the example's own.
+        among: ids of other candidates, separated by commas. None: the example's own candidates.
     """
-    found = [example for example in data.examples(split) if example.user == user]
-    if not found:
+    examples = [example for example in data.examples(split) if example.user == user]
+    if not examples:
         raise UserError(f'user {user} has no example in {data.folder / split}.jsonl; its "user" fields are the ids')
     ids = [item.strip() for item in (among or "").split(",") if item.strip()]
     for item in ids:
         if item not in data.items.index_of:
             raise UserError(f"--from: {item} is not in {data.folder / 'items.jsonl'}")
     candidates = [data.items.index_of[item] for item in dict.fromkeys(ids)]
-    return [replace(found[0], candidates=candidates)] if candidates else found[:1]
+    return [replace(examples[0], candidates=candidates)] if candidates else examples[:1]
 
 
 def print_recommendations(
@@ -32,15 +32,18 @@ def print_recommendations(
     """Print a user's history and the best candidates by title.
 
     Args:
-        name: of the run.
-        scores: one for each candidate, in this unit.
+        name: the run's name.
+        scores: [C], one for each candidate.
+        unit: what the scores are, e.g. log-likelihood.
     """
-    titles = [printable(title) for title in data.items.titles]
-    print(f"\n{name}: user {printable(example.user)}\n  history, oldest first:", end="\n    ")
-    print(*(titles[item] for item in example.history), sep="\n    ")
+    titles = data.items.titles
+    print(f"\n{name}: user {printable(example.user)}\n  history, oldest first:")
+    for item in example.history:
+        print(f"    {printable(titles[item])}")
     print(f"  top {min(top_k, len(scores))} of {len(scores)}, with {unit}:")
     best = np.argsort(-np.asarray(scores), kind="stable")[:top_k]
-    for place, column in enumerate(best, 1):
+    for rank, column in enumerate(best, 1):
         item = example.candidates[column]
         mark = "  <- came next" if item == example.target else ""
-        print(f"    {place:2}. {titles[item]} ({printable(data.items.ids[item])}), {scores[column]:.3f}{mark}")
+        label = printable(f"{titles[item]} ({data.items.ids[item]})")
+        print(f"    {rank:2}. {label}, {scores[column]:.3f}{mark}")

@@ -92,7 +92,7 @@ def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch)
     width = backbone.packed.core.config.get_text_config().hidden_size
     images = [torch.zeros(first + 1, width), torch.zeros(last - 1, width)]
     monkeypatch.setattr(families, "image_tokens", lambda core, pixels: images)
-    with pytest.raises(UserError, match=f"image of item {tokens.ids[node.images[0]]} is another than when"):
+    with pytest.raises(UserError, match=f"image of item {tokens.ids[node.images[0]]} has changed since"):
         write(12).inputs([node])
 
 

@@ -105,7 +105,7 @@ def test_an_example_that_cannot_fit_is_found(data):
     told = thought_prompts(loaded)
     build = partial(told.sft_tree, task="yesno")
     told.check_fit([build], loaded.examples("train"), 4096)
-    with pytest.raises(UserError, match="raise --max-length"):
+    with pytest.raises(UserError, match="train with a larger --max-length"):
         told.check_fit([build], loaded.examples("train"), 100)
     rows, most = loaded.examples("train"), 0
     for row in rows:
@@ -113,7 +113,7 @@ def test_an_example_that_cannot_fit_is_found(data):
     unused = next(item for item in range(60) if all(item not in (row.target, row.rejected) for row in rows))
     told.check_fit([build], rows, 2 * most + 100)
     told.user_texts.summaries[unused] = "long " * 2 * most
-    with pytest.raises(UserError, match="raise --max-length"):
+    with pytest.raises(UserError, match="train with a larger --max-length"):
         told.check_fit([build], rows, 2 * most + 100)
 
 

@@ -3,15 +3,18 @@
 import io
 import json
 import os
+import warnings
 
 import layouts
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from spoilt import JUNK, half, refused
 
 import prepare_data
-from hanorec.model.images import open_image
+from hanorec.model.images import load_tensors, open_image
+from hanorec.run.files import UserError
 
 
 def encoded(image, kind, **options):
@@ -84,7 +87,28 @@ def test_links_and_pipes_for_pictures(tmp_path, capsys, monkeypatch):
     assert "i7.jpg; restore them" in refused(capsys, prepare_data.main, *argv)
     picture.unlink()
     os.mkfifo(picture)  # nobody will ever write into it
-    assert "i7.jpg cannot be read (it is no file)" in refused(capsys, prepare_data.main, *argv)
+    assert "i7.jpg cannot be read (not a regular file)" in refused(capsys, prepare_data.main, *argv)
     picture.unlink()
     picture.mkdir()
-    assert "i7.jpg cannot be read (it is no file)" in refused(capsys, prepare_data.main, *argv)
+    assert "i7.jpg cannot be read (not a regular file)" in refused(capsys, prepare_data.main, *argv)
+
+
+def test_warning_filters_stay_as_they_are(tmp_path):
+    (tmp_path / "red.png").write_bytes(encoded(RED, "PNG"))
+    before = list(warnings.filters)
+    open_image(tmp_path / "red.png")
+    assert warnings.filters == before
+
+
+def test_tensors_that_are_missing_or_of_another_shape_are_named(tmp_path):
+    path = tmp_path / "items.safetensors"
+    save_file({"grid": np.zeros((2, 3))}, path)
+    assert set(load_tensors(path, {"grid": (2, None)}, "encode again")) == {"grid"}
+    for shapes, message in (
+        ({"text": (2, None)}, "has no tensor text; encode again"),
+        ({"grid": (2, 4)}, r"grid has shape \[2, 3\], expected \[2, 4\]"),
+        ({"grid": (2,)}, r"grid has shape \[2, 3\], expected \[2\]"),
+        ({"grid": (2, None, 1)}, r"expected \[2, None, 1\] \(None: any\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_tensors(path, shapes, "encode again")

@@ -1,6 +1,7 @@
 """LoRA's layers against PEFT's own."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -92,3 +93,18 @@ def test_adapters_off_merged_or_saved_are_pefts(tmp_path):
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), out, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
+
+
+def test_a_linear_layer_directly_under_the_language_model_is_a_target():
+    class Core(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.ModuleDict({"proj_in": nn.Linear(4, 4), "block": nn.ModuleDict({"up": nn.Linear(4, 4)})})
+            self.vision = nn.ModuleDict({"up": nn.Linear(4, 4)})
+
+        def get_decoder(self):
+            return self.decoder
+
+    targets = lora.lora_targets(Core())
+    names = [name for name, _ in Core().named_modules() if re.fullmatch(targets, name)]
+    assert names == ["decoder.proj_in", "decoder.block.up"]

@@ -14,7 +14,7 @@ from hanorec.model import attention, families
 from hanorec.model import prompts as prompt_trees
 from hanorec.model.check import check
 from hanorec.model.families import check_layers, decoder_name
-from hanorec.model.images import encode_images
+from hanorec.model.images import encode_images, encode_items
 from hanorec.model.load import load_model, load_tokenizer
 from hanorec.model.lora import add_lora
 from hanorec.model.packing import PackedMLLM
@@ -131,7 +131,7 @@ def test_an_image_that_was_exchanged_is_refused(backbone):
     live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
     live.paths[0] = "4.png"
     batch = backbone.packed.collate([backbone.prompts.pair_tree(rows()[0], "rank")], live)
-    with pytest.raises(UserError, match="image of item 0 is another than when it was prepared"):
+    with pytest.raises(UserError, match="image of item 0 has changed since the data was encoded"):
         backbone.packed(batch)
 
 
@@ -182,7 +182,7 @@ def test_images_are_encoded_one_as_many(backbone):
 def test_a_loaded_model_is_checked(backbone, monkeypatch):
     """A model passes as it is; what is wrong with its mask, positions or features stops it in one line."""
     for pack in (True, False):
-        check(PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it")
+        check(PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it", trust=False)
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
     plain = ("positions", lambda core, ids, grids: torch.arange(len(ids))[None] // 2)
     if backbone.family in tiny_backbones.WINDOWS and backbone.family != "gemma3":
@@ -190,10 +190,10 @@ def test_a_loaded_model_is_checked(backbone, monkeypatch):
         monkeypatch.setattr(attention.Forest, "pieces", lambda forest, window: pieces(forest, None))
     else:
         monkeypatch.setattr(families, *broken.get(backbone.family, plain))
-    line = r"packing does not hold for it .log-probabilities differ by .*; --no-pack runs its own forward"
+    line = r"packed prompts do not work with it .log-probabilities differ by .*; give --no-pack"
     with pytest.raises(UserError, match=line):
-        check(PackedMLLM(backbone.packed.core), backbone.folder, 13000, "it")
-    check(PackedMLLM(backbone.packed.core, pack=False), backbone.folder, 13000, "it")
+        check(PackedMLLM(backbone.packed.core), backbone.folder, 13000, "it", trust=False)
+    check(PackedMLLM(backbone.packed.core, pack=False), backbone.folder, 13000, "it", trust=False)
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
@@ -202,8 +202,35 @@ def test_a_forward_that_breaks_is_a_disagreement(backbone, monkeypatch):
         raise TypeError("unexpected keyword")
 
     monkeypatch.setattr(families, "positions", broken)
-    with pytest.raises(UserError, match=r"packing does not hold for it .TypeError: unexpected keyword"):
-        check(backbone.packed, backbone.folder, 13000, "it")
+    with pytest.raises(UserError, match=r"packed prompts do not work with it .TypeError: unexpected keyword"):
+        check(backbone.packed, backbone.folder, 13000, "it", trust=False)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
+def test_a_full_memory_is_not_a_failed_check(backbone, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(families, "positions", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(backbone.packed, backbone.folder, 13000, "it", trust=False)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
+def test_the_first_token_of_a_prompt_cannot_be_scored(backbone):
+    ids = backbone.prompts.complete_prompt(["Heat"]).ids
+    for pack in (True, False):
+        with pytest.raises(ValueError, match="no token predicts it"):
+            PackedMLLM(backbone.packed.core, pack).collate([[Node(None, ids, scored=[0])]], backbone.tokens)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
+def test_image_tokens_of_another_dtype_than_the_model_are_not_written(backbone, monkeypatch, tmp_path):
+    image_tokens = families.image_tokens
+    monkeypatch.setattr(families, "image_tokens", lambda *args: [image.double() for image in image_tokens(*args)])
+    tools = backbone.packed.core, backbone.prompts.tokenizer, backbone.processor
+    with pytest.raises(UserError, match=r"the model is torch.float32, but its image tokens are torch.float64"):
+        encode_items(*tools, ["Heat"], [backbone.folder / "0.png"], tmp_path)
 
 
 def test_layers_without_a_known_mask_are_no_full_ones():
@@ -245,7 +272,7 @@ def test_chat_templates_that_place_images_otherwise(backbone, template, after):
 @pytest.mark.parametrize("backbone", ["idefics3"], indirect=True)
 def test_a_tokenizer_without_the_familys_tokens_is_refused(backbone):
     text = ("<image>", "<no_such_token>{}")
-    with pytest.raises(UserError, match="does not know <no_such_token>"):
+    with pytest.raises(UserError, match="has no token <no_such_token>"):
         ChatTemplate(backbone.prompts.tokenizer, backbone.prompts.template.image_token, text)
 
 

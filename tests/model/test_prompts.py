@@ -45,12 +45,25 @@ def test_the_warm_up_predicts_every_title_but_the_first(data):
     assert short[0].images == [item for item in items[1:-1] if data.tokens.length(item)]
 
 
+def test_a_warm_up_of_two_items_that_cannot_fit_is_refused(data):
+    prompts, titles = data.prompts(), data.items.titles
+    for candidates in ((), (2, 3)):
+        length = tree_length(prompts.language_tree([0, 1], 10_000, candidates))
+        with pytest.raises(
+            UserError, match=f"{length} tokens in the warm-up; train with a larger --max-length"
+        ) as error:
+            prompts.language_tree([3, 0, 1], length - 1, candidates)
+        assert titles[0] in str(error.value) and titles[1] in str(error.value)
+    with pytest.raises(ValueError, match="at least two items"):
+        prompts.language_tree([0], 10_000)
+
+
 def test_an_example_that_cannot_fit_is_found_before_training(data):
     prompts, rows = data.prompts(), data.examples("train")
     one = [replace(row, history=row.history[-1:]) for row in rows]
     longest = max(tree_length(prompts.sft_tree(row, "rank")) for row in one)
     prompts.check_fit([lambda row: prompts.sft_tree(row, "rank")], rows, longest)
-    with pytest.raises(UserError, match=f"{longest} tokens with one history item; raise --max-length"):
+    with pytest.raises(UserError, match=f"{longest} tokens with one history item; train with a larger --max-length"):
         prompts.check_fit([lambda row: prompts.sft_tree(row, "rank")], rows, longest - 1)
 
 

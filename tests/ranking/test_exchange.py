@@ -31,10 +31,18 @@ def test_other_systems_scores_are_aligned_by_candidate(tmp_path):
     assert exchange.read_scores(path, IDS, [Row])[1].tolist() == [[4, 3]]
 
 
+def test_two_lines_for_one_example_are_refused(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    write(path)
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(UserError, match="two lines for user u1 with target b"):
+        exchange.read_scores(path, IDS, [Row])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"user": "u2"}, "no example of this data: user u1"),
+        ({"user": "u2"}, "no line for user u1 with target b"),
         ({"candidates": ["b", "a"]}, "not the candidates"),
         ({"scores": [1.0]}, "one finite number"),
         ({"scores": [1.0, float("nan")]}, "one finite number"),
@@ -53,10 +61,10 @@ def row_of(prepared):
 
 
 PREDICTIONS = {
-    "empty": (lambda row: "", "has no example of this data"),
+    "empty": (lambda row: "", "has no line for user"),
     "junk": (lambda row: "\0\1\2", "not JSON"),
     "a list": (lambda row: "[]", "no JSON object"),
-    "no scores": (lambda row: json.dumps(row | {"scores": None}), "has no example of this data"),
+    "no scores": (lambda row: json.dumps(row | {"scores": None}), "has no line for user"),
     "a string for candidates": (lambda row: json.dumps(row | {"candidates": "abc"}), "'candidates' cannot be"),
     "another candidate": (lambda row: json.dumps(row | {"candidates": row["candidates"][1:]}), "not the candidates"),
     "NaN": (lambda row: json.dumps(row | {"scores": [float("nan")] * 10}), "finite number"),
@@ -71,7 +79,7 @@ def test_spoilt_predictions(name, prepared, tmp_path, capsys):
     made, expected = PREDICTIONS[name]
     (tmp_path / "scores.jsonl").write_text(made(row_of(prepared)) + "\n" * bool(made(row_of(prepared))))
     error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "scores.jsonl")
-    assert expected in error or "has no example" in error
+    assert expected in error or "has no line for user" in error
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,7 @@ def test_spoilt_predictions(name, prepared, tmp_path, capsys):
         ("user_id:token\titem_id:token\n1\t2\n", "lacks user_id, item_id, label, score"),
         ("user_id\titem_id\tlabel\tscore\n1\t2\tyes\t1\n", "line 2: expected user_id"),
         ("user_id\titem_id\tlabel\tscore\n1\t2\t1\n", "line 2: expected user_id"),
-        ("user_id\titem_id\tlabel\tscore\n1\t2\t1\tinf\n", "has no example of this data"),
+        ("user_id\titem_id\tlabel\tscore\n1\t2\t1\tinf\n", "has no line for user"),
         ("\0\1\2", "lacks user_id"),
     ],
 )

@@ -108,3 +108,11 @@ def test_paired_difference_is_narrower_than_unpaired():
     width = np.diff(one.minus(other).interval("NDCG@3"))
     assert width < 0.3 * np.diff(one.interval("NDCG@3"))
     assert one.minus(one).interval("MRR") == [0, 0]
+
+
+def test_cells_lose_the_zero_before_the_point_and_no_other():
+    result = metrics.Result({"MRR": 10.5}, {"MRR": np.array([-0.5, 20.25])})
+    assert metrics.cell(result, "MRR") == "10.500 [.019, 19.731]"
+    result = metrics.Result({"MRR": -0.0001}, {"MRR": np.array([-0.25, -0.25])})
+    assert metrics.cell(result, "MRR") == ".000 [-.250, -.250]"
+    assert metrics.cell(result, "AUC") == "-"
