@@ -69,7 +69,6 @@ OPTIONS = {
 }
 
 
-@one_line_errors
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
@@ -82,12 +81,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@one_line_errors
+def checked_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options, and read the prompts file once so that a mistake in it is reported early."""
+    options = parse(argv)
+    read_texts(options.prompts)
+    return options
+
+
 # The prompts that paragraphs and profiles are made of
 PREFERENCE_TEXTS = ("line", "line without a summary", "first preference", "preference", "profile", "nothing")
 
 
 if __name__ == "__main__":
-    parse()  # --help and mistakes are answered before the slow imports
+    checked_options()  # --help and mistakes are answered before the slow imports
 
 import contextlib
 import shutil
@@ -242,7 +249,7 @@ def describe(options, encoding: Encoding, texts: dict, lines: dict[str, list[int
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = checked_options(argv)
     data = DataFolder(options.data)
     encoding = Encoding(data, options.model, trust=options.trust_remote_code)
     if options.show:

@@ -78,7 +78,7 @@ PADDING = 0  # stands before the shorter prompts of a batch, and is masked
 
 def stop_tokens(core, prompts: Prompts) -> list[int]:
     """The tokens that end a text: the chat template's end of turn, and the model's own."""
-    own = core.generation_config.eos_token_id
+    own = getattr(core.generation_config, "eos_token_id", None)  # a model may come without a generation_config
     own = own if isinstance(own, list) else [own]
     return sorted({prompts.template.end_of_turn, *(token for token in own if token is not None)})
 

@@ -22,6 +22,7 @@ from hanorec.run.runs import json_options, versions
 # A run may continue with other values of these options. They do not change the result, or they name a folder, and
 # `check` compares the hash of the folder.
 MAY_CHANGE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}
+MAY_CHANGE |= {"prompts", "descriptions"}  # their content is compared, as `lessons`
 COMPARED = {  # fields of config.json that must not change, and the option that each comes from
     "data": "--data",
     "sft_weights": "--sft",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +11,11 @@ from accelerate.tracking import get_available_trackers
 
 from hanorec.run.files import UserError
 
-ACCELERATE = re.compile(r"(.*/)?accelerate(_cli(\.py)?)?|accelerate\.commands\..+")  # a program, or a module after -m
+# The launcher in a command line whose words end with NUL: `accelerate launch`, `accelerate-launch`, or a module
+LAUNCHER = re.compile(
+    r"[\0/](accelerate|accelerate_cli\.py|accelerate\.commands\.accelerate_cli)\0launch\0"
+    r"|[\0/](accelerate-launch|accelerate/commands/launch\.py|accelerate\.commands\.launch)\0"
+)
 
 
 def start_accelerator(mixed_precision: str = "no", report_to: str | None = None, out: Path | None = None):
@@ -41,7 +46,8 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         started = f"the launcher was asked for {requested} processes but started {accelerator.num_processes}"
         raise UserError(f"{started}; on CPUs use accelerate launch --multi_gpu --num_processes {requested}")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and not user_sets_threads():
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the launcher had set 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores)  # the launcher had set 1
     return accelerator
 
 
@@ -56,8 +62,13 @@ def parent_words(name: str) -> list[str]:
 def launcher_command() -> list[str]:
     """Return the words of the `accelerate launch` command that started this process, [] if none did."""
     words = parent_words("cmdline")
-    before_launch = words[: words.index("launch")] if "launch" in words else []
-    return words if any(map(ACCELERATE.fullmatch, before_launch)) else []
+    return words if LAUNCHER.search("\0".join(["", *words, ""])) else []
+
+
+def python_command() -> list[str]:
+    """Return the words that start this script without a launcher: by its path, or with -m as a module."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
 
 
 def launcher_option(name: str) -> str | None:

@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +14,7 @@ from accelerate.utils import gather_object, tqdm
 
 from hanorec.run import checkpoints
 from hanorec.run.files import UserError, delete, locked, read_json, write_json
-from hanorec.run.launch import launcher_command
+from hanorec.run.launch import launcher_command, python_command
 from hanorec.run.runs import begin_run, json_options, weights_hash
 
 
@@ -41,7 +40,7 @@ class Log:
         self.start_timing()
         self.signal = 0  # the signal that this process received
         self.any_signal = 0  # the largest signal that any process received
-        self.command = shlex.join(launcher_command() or ["python", *sys.argv])  # read now: the launcher may end first
+        self.command = shlex.join(launcher_command() or python_command())  # read now: the launcher may end first
         if options.report_to:
             values = json_options(options).items()
             config = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in values}

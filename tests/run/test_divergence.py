@@ -47,6 +47,6 @@ def test_learning_rates_that_diverge(stage, rate, steps, prepared, lora_run, tmp
         error = refused(capsys, sft.main, "--data", prepared, "--warmup-steps", 0, *argv)
     else:
         error = refused(capsys, dpo_hano.main, "--sft", lora_run, "--sigma", 0, *argv)
-    assert "(users " in error or "scores are no numbers" in error
+    assert "(users " in error or "scores are NaN or infinite" in error
     assert not (tmp_path / "run" / "result.json").exists()
     assert not list((tmp_path / "run").glob("*/*.safetensors"))

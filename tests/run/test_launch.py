@@ -2,8 +2,10 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,3 +56,30 @@ def test_the_launchers_own_environment_and_options_count(monkeypatch, variables,
     finally:
         launcher.kill()
         launcher.wait()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["python", "/env/bin/accelerate", "launch", "sft.py"], True),
+        (["python", "-m", "accelerate.commands.accelerate_cli", "launch", "sft.py"], True),
+        (["python", "/env/bin/accelerate-launch", "sft.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "sft.py"], True),
+        (["python", "/env/lib/accelerate/commands/launch.py", "sft.py"], True),
+        (["make", "launch"], False),
+        (["bash", "launch", "accelerate"], False),
+    ],
+)
+def test_every_form_of_the_launcher_is_recognised(monkeypatch, words, expected):
+    monkeypatch.setattr(launch, "parent_words", lambda name: words)
+    assert launch.launcher_command() == (words if expected else [])
+
+
+def test_the_command_to_continue(monkeypatch):
+    """By the script's path; of a module that was started with -m, by the module's name."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--seed", "1"])
+    main = SimpleNamespace(__spec__=None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert launch.python_command() == ["python", "sft.py", "--seed", "1"]
+    main.__spec__ = SimpleNamespace(name="mllm_srec.teach")
+    assert launch.python_command() == ["python", "-m", "mllm_srec.teach", "--seed", "1"]
