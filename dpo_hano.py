@@ -4,13 +4,15 @@
     accelerate launch dpo_hano.py --sft runs/ml-1m/sft --out runs/ml-1m/dpo_hano --sigma 0.1
     accelerate launch dpo_hano.py --hardness none --responsiveness none --sigma 0        # plain DPO
 
-Starts from the SFT result merged into the backbone and trains a fresh LoRA. With that LoRA off, the model is the
-reference; its log-probabilities are computed once and kept in the SFT run (reference/). Writes config.json,
-metrics.jsonl, adapter/ (PEFT's format, of the epoch that validated best), and with --export DIR the models in DIR/base,
-DIR/adapter and DIR/merged, which load without this project. The same command continues a run that was interrupted.
+Starts from the SFT model and trains a new LoRA on it. The reference is the same model with that LoRA switched off. The
+reference's log-probabilities are computed once and kept in reference/ of the SFT run. Writes config.json, metrics.jsonl
+and adapter/: the LoRA of the epoch with the best validation metric, in PEFT's format. --export DIR also writes the
+models DIR/base, DIR/adapter and DIR/merged, which load without this project. The same command continues an interrupted
+run. The equations (5) to (12) of the paper are in hanorec_loss.py; `take_step` below calls them in their order.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from hanorec.run.files import UserError, one_line_errors
@@ -25,23 +27,23 @@ from hanorec.run.options import (
 )
 from hanorec.run.runs import check_out, read_run
 
-INHERITED = ("data", "model", "tasks", "summaries", "candidate_images", "blank_images")  # no options of their own
+INHERITED = ("data", "model", "tasks", "summaries", "candidate_images", "blank_images")  # from the SFT run only
 NOISES = ["relative", "absolute"]
-SIGMA_HELP = "NoDO's noise; the paper: 0.05 (MicroLens), 0.1 (Netflix, MovieLens-1M); 0: w/o NoDO"
-HARDNESS_HELP = "lambda from neighbour profiles (the paper), from the pair's own similarity (w/o SAM), or 1"
-RESPONSIVENESS_HELP = "eta of equation (8), DAMA's moving average, or 1; w/o HaRS: none, with --hardness none"
+SIGMA_HELP = "size of NoDO's noise; the paper: 0.05 (MicroLens), 0.1 (Netflix, MovieLens-1M); 0: no noise (w/o NoDO)"
+HARDNESS_HELP = "lambda from neighbour profiles (the paper), from the cosine of the pair's items (w/o SAM), or 1"
+RESPONSIVENESS_HELP = "eta of equation (8), eta with DAMA's moving average, or 1 (w/o HaRS, with --hardness none)"
 OPTIONS = {
     "": [
         Option("--sft", Path, Path("runs/demo/sft"), "finished SFT run"),
         Option("--out", Path, None, "run folder to write", shown="dpo_hano beside the SFT run"),
-        Option("--export", Path, None, "also write the models, loadable without this project", metavar="DIR"),
+        Option("--export", Path, None, "also write the models to DIR, loadable without this project", metavar="DIR"),
     ],
     "method": [
         Option("--beta", positive_float, 0.1, "beta0 of equation (7)"),
         Option("--sigma", non_negative_float, 0.05, SIGMA_HELP),
-        Option("--noise", NOISES, "relative", "sigma in units of each matrix's RMS, or as it is (the authors' code)"),
+        Option("--noise", NOISES, "relative", "unit of sigma: a matrix's root mean square, or 1 (the authors' code)"),
         Option("--hardness", ["topk", "cosine", "none"], "topk", HARDNESS_HELP),
-        Option("--top-k", positive_int, 10, "neighbours K of a profile"),
+        Option("--top-k", positive_int, 10, "number K of neighbours in a profile"),
         Option("--responsiveness", ["batch", "ema", "none"], "batch", RESPONSIVENESS_HELP),
     ],
     **training_options(
@@ -54,10 +56,11 @@ OPTIONS = {
         eval_limit=(0, 200),
     ),
 }
-PAIR_KINDS = {"rank": ["rank"], "yesno": ["yes", "no"]}  # the kinds of pairs that a task gives, see Prompts.pair_tree
+PAIR_KINDS = {"rank": ["rank"], "yesno": ["yes", "no"]}  # the kinds of pairs of each task, see Prompts.pair_tree
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options, without those that come from the SFT run."""
     options = Parser(__doc__, OPTIONS).parse_args(argv)
     options.out = options.out or options.sft.parent / "dpo_hano"
     return options
@@ -65,14 +68,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 @one_line_errors
 def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """Parse the options, and read the SFT run's config.json."""
+    """Parse the options, check --out and read the SFT run. Return (options, the SFT run's config.json)."""
     options = parse(argv)
     check_out(options.out, "dpo_hano")
     return options, read_run(options.sft, ["sft"])
 
 
 if __name__ == "__main__":
-    checked_options()  # --help and mistakes are answered before the slow imports
+    checked_options()  # prints --help and errors before the slow imports
 
 import numpy as np
 import torch
@@ -82,16 +85,15 @@ from hanorec.data.folder import DataFolder, Example
 from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
 from hanorec.model.export import export
-from hanorec.model.finished import load_finished
+from hanorec.model.finished import load_finished, save_trained
 from hanorec.model.images import mean_embeddings
 from hanorec.model.load import TINY, load_tokenizer, pick_dtype
-from hanorec.model.lora import TRAINED, add_lora
+from hanorec.model.lora import add_lora
 from hanorec.model.packing import PackedMLLM, check_attention
 from hanorec.model.reference import check_start, planned_pairs, reference_key, reference_logps
 from hanorec.model.samples import Samples
 from hanorec.ranking.scoring import validate
 from hanorec.run import checkpoints, training
-from hanorec.run.files import replacing
 from hanorec.run.launch import start_accelerator
 from hanorec.run.log import started
 from hanorec.run.runs import weights_hash
@@ -99,7 +101,7 @@ from mllm_srec.chain_of_thought import load_prompts, training_hash
 
 
 def pair_hardness(options: argparse.Namespace, encoding: Encoding, model, examples: list[Example]) -> torch.Tensor:
-    """Equation (6): lambda [R] of each example's (target, rejected), from the embeddings that DPO starts with."""
+    """Return equation (6), lambda of each example's pair (target, rejected item): [E]."""
     if options.hardness == "none":
         return torch.ones(len(examples))
     chosen = torch.tensor([example.target for example in examples])
@@ -118,17 +120,21 @@ def pair_hardness(options: argparse.Namespace, encoding: Encoding, model, exampl
 
 
 class Responsiveness:
-    """eta of a batch: `batch` is equation (8); `ema` is DAMA's form (arXiv 2502.01943), the sigmoid of the trimmed mean
-    reward gap over the sigmoid of its moving average; `none` is 1."""
+    """Computes eta from the reward gaps of a micro-batch.
 
-    ROUNDING = 1e-5  # reward gaps that are 0 but for rounding, which differs between numbers of processes
+    kind: `batch`: equation (8). `ema`: the form of DAMA (arXiv 2502.01943), sigmoid(trimmed mean of the reward gaps) /
+    sigmoid(moving average of this mean). `none`: 1.
+    """
+
+    ROUNDING = 1e-5  # mean|R| at the first step is a rounding error, which depends on the number of processes
     DECAY = 0.9
 
     def __init__(self, kind: str):
-        self.kind, self.average = kind, None
+        self.kind = kind
+        self.average = None
 
     def __call__(self, reward_gap: torch.Tensor) -> torch.Tensor | float:
-        """reward_gap: [B], of all processes. Returns a scalar."""
+        """Return eta, a scalar. reward_gap: [B], R of all processes."""
         if self.kind == "none":
             return 1.0
         if self.kind == "batch":
@@ -145,15 +151,12 @@ class Responsiveness:
 
 
 def load_policy(options, encoding: Encoding, examples: list[Example], accelerator) -> tuple[PackedMLLM, torch.Tensor]:
-    """Load the SFT result with a fresh LoRA on it.
-
-    It is merged in float32; on a quantized base it stays a frozen adapter.
-
-    Returns (policy, hardness [R] of each example's pair).
-    """
+    """Load the SFT model with a new LoRA. Return (policy, hardness [E] of the examples)."""
     dtype = pick_dtype(options.dtype, accelerator)
-    base = load_finished(options.sft, encoding, dtype if options.quantize else None, options.attn)
-    base = base if options.quantize else base.to(dtype)
+    if options.quantize:
+        base = load_finished(options.sft, encoding, dtype, options.attn)  # the SFT run's LoRA stays a frozen adapter
+    else:
+        base = load_finished(options.sft, encoding, None, options.attn).to(dtype)  # the LoRA is merged in float32
     hardness = pair_hardness(options, encoding, base, examples)
     model = add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
     packed = load_packed(model, encoding, not options.no_pack, training.first_device(model, accelerator))
@@ -161,48 +164,48 @@ def load_policy(options, encoding: Encoding, examples: list[Example], accelerato
         packed.enable_checkpointing()
     count = sum(parameter.numel() for parameter in training.trainable(packed))
     accelerator.print(f"{encoding.backbone}: {count:,} trained weights, {dtype}")
-    low, high = (float(hardness.quantile(q)) for q in (0.01, 0.99))
+    low, high = float(hardness.quantile(0.01)), float(hardness.quantile(0.99))
     accelerator.print(f"lambda ({options.hardness}): mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
     return packed, hardness
 
 
 def perturbation(packed: PackedMLLM, options: argparse.Namespace, step: int, number: int):
-    """The noise around forward and backward of micro-batch `number` of a step: NoDO, equations (9, 10).
+    """Return NoDO's context manager for one micro-batch, equations (9, 10). It yields ||noise|| / ||weights||.
 
-    Another perturbation goes here. It is new in each micro-batch and the same on every process.
-
-    Returns a context manager that yields the size of the noise over the size of the weights.
+    To replace NoDO by another perturbation, change this function only. The noise depends on the seed, the step and the
+    number of the micro-batch in the step, so it is the same on all processes.
     """
     seed = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
     return hanorec_loss.noisy_lora(packed, options.sigma, options.noise == "relative", generator)
 
 
-def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule, eta, options, accelerator) -> dict:
-    """One optimizer step.
+def take_step(step: int, micro_batches, model, packed, optimizer, schedule, responsiveness, options, accelerator):
+    """Make one optimizer step. Return its metrics, as means over micro-batches and processes.
 
     Args:
-        micro: this process's micro-batches: (batch, reference [B, 2], hardness [B]).
-        model: the module that accelerator.prepare returned for `packed`.
-        eta: from the reward gaps of all processes to eta.
-
-    Returns the metrics, as means over micro-batches and processes.
+        step: the number of the step, from 1. With options.seed it decides the noise.
+        micro_batches: this process's part of the step, a list of (batch, reference [B, 2], hardness [B]).
+        model: the module that accelerator.prepare returned for `packed`. packed: holds the LoRA weights.
+        optimizer, schedule: of the LoRA weights.
+        responsiveness: a function from the reward gaps of all processes to eta.
     """
     model.train()
     sums = {}
-    for number, (batch, reference, hardness) in enumerate(micro, 1):
-        last = number == len(micro)
+    for number, (batch, reference, hardness) in enumerate(micro_batches, 1):
+        last = number == len(micro_batches)
         with training.micro_step(model, accelerator, last), perturbation(packed, options, step, number) as noise:
+            policy = model(batch.to(accelerator.device)).view(-1, 2)
             reference, hardness = reference.to(accelerator.device), hardness.to(accelerator.device)
-            logps = model(batch.to(accelerator.device)).view(-1, 2)  # chosen, rejected
-            chosen_gain, rejected_gain = hanorec_loss.reward_gains(*logps.T, *reference.T)
-            reward_gap = options.beta * (chosen_gain - rejected_gain).detach()  # (7)
-            losses, metrics = hanorec_loss.hanorec_loss(
-                *logps.T, *reference.T, hardness, options.beta, eta(accelerator.gather(reward_gap))
-            )
-            accelerator.backward(losses.mean() / len(micro))
-        for name, value in (metrics | {"noise": noise.to(accelerator.device)}).items():
-            sums[name] = sums.get(name, 0) + value / len(micro)
+            logps = (*policy.T, *reference.T)  # chosen and rejected of the policy, chosen and rejected of the reference
+            chosen_log_ratio, rejected_log_ratio = hanorec_loss.log_ratios(*logps)
+            reward_gap = options.beta * (chosen_log_ratio - rejected_log_ratio).detach()  # (7)
+            eta = responsiveness(accelerator.gather(reward_gap))  # (8)
+            losses, metrics = hanorec_loss.hanorec_loss(*logps, hardness, options.beta, eta)  # (11, 12)
+            accelerator.backward(losses.mean() / len(micro_batches))
+        metrics["noise"] = noise.to(accelerator.device)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0) + value / len(micro_batches)
     norm = accelerator.clip_grad_norm_(training.trainable(packed), 1.0)
     rate = schedule.get_last_lr()[0]
     optimizer.step()
@@ -213,10 +216,14 @@ def take_step(step: int, micro: list[tuple], model, packed, optimizer, schedule,
 
 
 def open_data(options: argparse.Namespace, sft: dict) -> tuple[DataFolder, Encoding, dict]:
-    """Complete the options from the SFT run, and open its data. Returns (data, encoding, hashes for config.json)."""
-    all_epochs = options.epochs and not options.max_steps  # whoever gives --epochs wants all of them
+    """Open the SFT run's data, and complete `options` in place from the SFT run's config.json, `sft`.
+
+    Returns (data, encoding, hashes of the data and the SFT weights).
+    """
+    all_epochs = options.epochs and not options.max_steps  # --epochs alone: no limit of steps for the tiny backbone
     complete(options, OPTIONS, sft["options"]["model"] == TINY, sft["options"], options.sft, INHERITED)
-    options.max_steps = None if all_epochs else options.max_steps
+    if all_epochs:
+        options.max_steps = None
     check_attention(options.attn, not options.no_pack)
     data = DataFolder(Path(options.data))
     encoding = Encoding(data, options.model, options.blank_images, options.images, options.trust_remote_code)
@@ -231,15 +238,15 @@ def main(argv: list[str] | None = None) -> None:
     options, sft = checked_options(argv)
     data, encoding, hashes = open_data(options, sft)
     accelerator = start_accelerator(report_to=options.report_to, out=options.out)
-    checkpoints.check(options, accelerator, **hashes)
     if options.sigma and accelerator.distributed_type.value == "DEEPSPEED":
-        raise UserError("DeepSpeed steps before NoDO's noise is out of the weights: configs/fsdp2.yaml, or --sigma 0")
+        raise UserError("DeepSpeed cannot train with NoDO's noise; use --config_file configs/fsdp2.yaml, or --sigma 0")
+    checkpoints.check(options, accelerator, **hashes)
 
     # Model and pairs
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
     prompts = load_prompts(data, encoding, options.candidate_images, options.summaries)
     packed, hardness = load_policy(options, encoding, examples, accelerator)
-    kinds = [kind for task in options.tasks for kind in PAIR_KINDS[task]]
+    kinds = list(itertools.chain(*(PAIR_KINDS[task] for task in options.tasks)))
     pairs = Samples(prompts, prompts.pair_tree, examples, kinds, options.max_length)
     accelerator.print(f"{data.folder}: {len(examples)} examples x {len(kinds)} pairs ({', '.join(kinds)})")
     steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
@@ -255,35 +262,33 @@ def main(argv: list[str] | None = None) -> None:
     key = reference_key(hashes, pairs, planned, packed, prompts, options.quantize)
     reference = reference_logps(packed, encoding, pairs, planned, key, options.sft / "reference", accelerator)
     eta = Responsiveness(options.responsiveness)
-    torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
+    torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 
     def load(step: int, numbers: list[list[int]]) -> list[tuple]:
-        micro = []
+        micro_batches = []
         for batch in numbers:
             trees = [pairs.tree(number) for number in batch]
             lambdas = hardness[[number // len(kinds) for number in batch]]
-            micro.append((packed.collate(trees, encoding.tokens), reference[batch], lambdas))
-        return micro
+            micro_batches.append((packed.collate(trees, encoding.tokens), reference[batch], lambdas))
+        return micro_batches
 
     # Train
     with started(options, "dpo_hano", accelerator, steps, hashes) as log:
-        done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=eta)
-        for step, numbers, micro in training.loaded(load, batches, done, accelerator.device):
+        steps_done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=eta)
+        for step, numbers, micro_batches in training.loaded(load, batches, steps_done, accelerator.device):
             if step == 1:
-                check_start(packed, *micro[0][:2], accelerator.device)
-            metrics = take_step(step, micro, model, packed, optimizer, schedule, eta, options, accelerator)
-            log.step(step, metrics, pairs.users([number for batch in numbers for number in batch]))
+                batch, batch_reference, _ = micro_batches[0]
+                check_start(packed, batch, batch_reference, accelerator.device)
+            metrics = take_step(step, micro_batches, model, packed, optimizer, schedule, eta, options, accelerator)
+            log.step(step, metrics, pairs.users(itertools.chain(*numbers)))
 
-            validated = step % steps_per_epoch == 0 or step == steps
-            if validated:
+            validation_due = step % steps_per_epoch == 0 or step == steps
+            if validation_due:
                 log.flush()
                 values = validate(packed, encoding, prompts, val_examples, options, accelerator, pairs.shortened)
-                if log.validation(step, step / steps_per_epoch, values):
-                    weights = training.whole_weights(model, accelerator)
-                    if accelerator.is_main_process:
-                        with replacing(options.out / "adapter") as new:
-                            packed.model.save_pretrained(new, selected_adapters=[TRAINED], state_dict=weights)
-            log.end_step(step, validated)
+                if log.validation(step, step / steps_per_epoch, values):  # the best so far
+                    save_trained(model, packed, encoding, options.out, accelerator)
+            log.end_step(step, validation_due)
         if options.export and accelerator.is_main_process:
             export(options, encoding, options.out / "adapter")
         log.finish()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The method of HaNoRec on tensors: hardness, responsiveness, the dynamic beta, its DPO loss, and noisy LoRA weights.
 
-This file needs torch and nothing else: copy it into your own project. The equation numbers are those of HaNoRec
-(SIGIR 2026, arXiv 2511.18740). N items, d = width of an item vector, K neighbours, B preference pairs. A pair is one
-prompt with a chosen and a rejected answer. A log-probability is summed over the tokens of an answer.
+This file needs torch alone: copy it into your own project. The equation numbers are those of HaNoRec (SIGIR 2026,
+arXiv 2511.18740). Shapes: N items, d numbers in an item vector, K neighbours, B preference pairs. A pair is a prompt
+with a chosen and a rejected answer. The log-probability of an answer (logp) is the sum over its tokens, in nats.
 
     vectors  = fuse_item_vectors(text, image)                                  # [N, d], once per training run
     profiles = neighbor_profiles(vectors)                                      # [N, K]
@@ -14,8 +14,7 @@ prompt with a chosen and a rejected answer. A log-probability is summed over the
         losses, metrics = hanorec_loss(chosen, rejected, reference_chosen, reference_rejected, hardness[batch])
         losses.mean().backward()
 
-With hardness 1, eta 1 and sigma 0 this is DPO (arXiv 2305.18290), exactly. Not here: the moving average of DAMA's
-responsiveness (arXiv 2502.01943), which is a state and lives with the caller; pass its value as `eta`.
+With hardness 1, eta 1 and sigma 0 the loss is exactly that of DPO (arXiv 2305.18290).
 """
 
 import contextlib
@@ -23,12 +22,13 @@ import re
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 def fuse_item_vectors(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """One unit vector per item from its title's and its picture's vector: z = norm(norm(text) + norm(image)).
+    """Return one unit vector per item: z = norm(norm(text) + norm(image)), [N, d], float32.
 
-    text, image: [N, d]; a row of zeros (an item without an image) adds nothing. Returns [N, d], float32.
+    text, image: [N, d], the vectors of the titles and of the images. An item without an image has a row of zeros.
     """
     if text.shape != image.shape:
         raise ValueError(f"text {tuple(text.shape)} and image {tuple(image.shape)} must have the same shape [N, d]")
@@ -36,86 +36,79 @@ def fuse_item_vectors(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 
 def neighbor_profiles(item_vectors: torch.Tensor, k: int = 10, temperature: float = 1.0) -> torch.Tensor:
-    """How closely an item's k nearest neighbours surround it: softmax of its k largest cosines, descending.
+    """Return the profile of each item: softmax of its k largest cosines to other items, descending. [N, k], float32.
 
-    item_vectors: [N, d], need not be normalised. temperature divides the cosines. Returns [N, k], float32. An item is
-    not its own neighbour. Computed in blocks of rows, so memory grows with N, not with N squared.
+    item_vectors: [N, d], of any length. temperature: divides the cosines. Memory grows with N, not with N squared.
     """
     count = len(item_vectors)
     if not 1 <= k < count:
         raise ValueError(f"k={k} neighbours need more than k items; there are {count}")
     vectors = F.normalize(item_vectors.float(), dim=-1)
     profiles = vectors.new_empty(count, k)
-    for start in range(0, count, 1024):
+    for start in range(0, count, 1024):  # the profiles of 1024 items at a time
         cosines = vectors[start : start + 1024] @ vectors.T  # [rows, N]
-        rows = torch.arange(len(cosines), device=cosines.device)
-        cosines[rows, start + rows] = -torch.inf
+        cosines[:, start:].fill_diagonal_(-torch.inf)  # an item is not its own neighbour
         profiles[start : start + 1024] = (cosines.topk(k, dim=-1).values / temperature).softmax(dim=-1)
     return profiles
 
 
 def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Equation (5): the Euclidean distance between two items' neighbour profiles.
+    """Return equation (5), the Euclidean distance D between the profiles of a pair's two items: [B].
 
-    profiles: [N, K]; chosen, rejected: [B], item indices. Returns [B]. Over random pairs it hardly varies (a softmax
-    over sorted cosines is almost flat), so lambda is nearly constant: see its logged spread, and cosine_distance.
+    profiles: [N, K]. chosen, rejected: [B], item indices. A softmax over sorted cosines is almost flat, so D hardly
+    varies between pairs and lambda is nearly constant. `cosine_distance` varies more.
     """
     return (profiles[chosen].float() - profiles[rejected].float()).norm(dim=-1)
 
 
 def cosine_distance(item_vectors: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """1 - cos of the pair's own vectors: the distance without Top-K clusters (the paper's "w/o SAM").
+    """Return the distance without neighbours (the paper's "w/o SAM"): D = 1 - cosine of the pair's two items, [B].
 
-    item_vectors: [N, d]; chosen, rejected: [B], item indices. Returns [B]. Standardise it over all training pairs
-    ((D - mean) / std, then hardness_weight(..., 0)) to give lambda a real spread.
+    item_vectors: [N, d]. chosen, rejected: [B], item indices. For a lambda that varies, standardise D over all training
+    pairs: hardness_weight((D - D.mean()) / D.std(), 0).
     """
     return 1 - F.cosine_similarity(item_vectors[chosen].float(), item_vectors[rejected].float(), dim=-1)
 
 
 def hardness_weight(distance: torch.Tensor, mean_distance: float | torch.Tensor) -> torch.Tensor:
-    """Equation (6): lambda = sigmoid(D) / sigmoid(mean D); smaller is harder (the two items are alike).
+    """Return equation (6), lambda = sigmoid(D) / sigmoid(mean D): [B], without gradient. Smaller means harder.
 
-    distance: [B]; mean_distance: over all training pairs, not over the batch. Returns [B], without gradient.
+    distance: [B], D. mean_distance: the mean of D over all training pairs, not over the batch.
     """
     mean_distance = torch.as_tensor(mean_distance, dtype=torch.float32, device=distance.device)
     return (distance.detach().float().sigmoid() / mean_distance.sigmoid()).detach()
 
 
-def reward_gains(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-    """How much the policy gained on the reference, in nats: (of the chosen answer, of the rejected one).
-
-    All log-probabilities: [B]. Returns [B] each, float32. Equation (7) is beta0 times their difference.
-    """
+def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    """Return log pi(y) - log pi_ref(y), the two parentheses of equation (7): (chosen [B], rejected [B]), float32."""
     chosen = policy_chosen_logps.float() - reference_chosen_logps.float().detach()
     rejected = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
     return chosen, rejected
 
 
 def responsiveness(reward_gap: torch.Tensor, rounding: float = 0.0) -> torch.Tensor:
-    """Equation (8): eta = sigmoid(mean of the trimmed r) / sigmoid(mean of r), with r = R / mean(R).
+    """Return equation (8), eta = sigmoid(mean of the trimmed r) / sigmoid(mean of r): a scalar without gradient.
 
-    One smallest and one largest r are dropped if B > 2. If |mean(R)| <= 1e-8, r = R / mean|R| (at least 1e-8). Returns
-    a scalar, no gradient. Note: eta(R) = eta(-R), and eta swings widely while mean(R) is near 0, as at DPO's start.
+    r = R / mean(R), and r = R / max(mean|R|, 1e-8) if |mean(R)| <= 1e-8. If B > 2, one smallest and one largest r are
+    trimmed. eta varies strongly while mean(R) is near 0, as at the start of DPO. Elsewhere eta(R) = eta(-R).
 
-    Args:
-        reward_gap: [B], R of equation (7) of the whole batch, the pairs of every process included.
-        rounding: if mean|R| is not larger, every R counts as 0, and eta is 1. Before the first step every R is 0 but
-            for rounding errors, which eta would magnify.
+    reward_gap: [B], R of equation (7), of the pairs of all processes. rounding: if mean|R| <= rounding, every R counts
+    as 0 and eta is 1. (Before the first step R is a rounding error, and the division would enlarge it.)
 
     >>> responsiveness(torch.tensor([1.0, 2.0, 3.0, 6.0]))   # r = 1/3, 2/3, 1, 2: sigmoid(5/6) / sigmoid(1)
     tensor(0.9535)
     """
     gap = reward_gap.detach().float().flatten()
-    gap = gap * (gap.abs().mean() > rounding)
-    mean = gap.mean()
-    scale = torch.where(mean.abs() > 1e-8, mean, gap.abs().mean().clamp_min(1e-8))
-    relative = gap / scale
-    return trimmed_mean(relative).sigmoid() / relative.mean().sigmoid()
+    gap = torch.where(gap.abs().mean() <= rounding, 0.0, gap)
+    mean, mean_size = gap.mean(), gap.abs().mean().clamp_min(1e-8)
+    relative_gap = gap / torch.where(mean.abs() > 1e-8, mean, mean_size)  # r
+    return trimmed_mean(relative_gap).sigmoid() / relative_gap.mean().sigmoid()
 
 
 def trimmed_mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean of values [B] without one smallest and one largest if B > 2, as equation (8) filters a batch."""
-    return values.sort().values[1:-1].mean() if len(values) > 2 else values.mean()
+    """Return the mean of values [B] without one smallest and one largest value if B > 2, as in equation (8)."""
+    ascending, _ = values.sort()
+    return ascending[1:-1].mean() if len(values) > 2 else values.mean()
 
 
 def hanorec_loss(
@@ -129,77 +122,76 @@ def hanorec_loss(
     beta_floor: float = 1e-6,
     gather=None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Equations (11, 12): DPO with a beta of its own for each pair.
+    """Return equations (11, 12): the losses [B] of DPO with one beta per pair (average them), and `preference_metrics`.
 
-    A smaller beta does not by itself give a hard pair more gradient: beta' * sigmoid(-beta' * gap) falls with beta'
-    until the gap exceeds 1.278 / beta' (12.8 nats at 0.1). `hard_gradient_share` is what the harder half really gets.
+    A smaller beta' gives a pair more gradient only if log_ratio_gap exceeds 1.278 / beta' (12.8 nats at 0.1). See the
+    metric `hard_gradient_share` for the part of the gradient that the harder half of the pairs gets.
 
     Args:
-        policy_chosen_logps and the other log-probabilities, hardness (lambda of equation (6)): [B].
-        beta: beta0. beta_floor: the least beta'.
-        eta: a number; None computes equation (8) from this batch; a function is called with the reward gaps.
-        gather: such as `accelerator.gather`; joins the reward gaps of all processes, for the last two.
-
-    Returns losses [B] (average them) and metrics, see `preference_metrics`.
+        policy_*_logps, reference_*_logps, hardness (lambda of equation (6)): [B].
+        beta: beta0. beta_floor: the smallest beta'.
+        eta: a number; or a function from the reward gaps R to eta; or None for `responsiveness`.
+        gather: a function such as `accelerator.gather` that joins the R of all processes before eta is computed.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     shapes = {tuple(x.shape) for x in (*logps, hardness)}
     if len(shapes) != 1 or policy_chosen_logps.dim() != 1:
         raise ValueError(f"log-probabilities and hardness must all be [B], one number a pair; got {sorted(shapes)}")
-    chosen_gain, rejected_gain = reward_gains(*logps)
-    gap = chosen_gain - rejected_gain  # [B], the bracket of (7)
-    if eta is None or callable(eta):
-        reward_gap = beta * gap.detach()  # (7)
-        eta = (eta or responsiveness)(gather(reward_gap) if gather else reward_gap)  # (8)
-    eta = torch.as_tensor(eta, dtype=torch.float32, device=gap.device).detach()
+    chosen_log_ratio, rejected_log_ratio = log_ratios(*logps)
+    log_ratio_gap = chosen_log_ratio - rejected_log_ratio  # [B], the bracket of (7)
+    eta = responsiveness if eta is None else eta
+    if callable(eta):
+        reward_gap = beta * log_ratio_gap.detach()  # (7), R, [B]
+        eta = eta(reward_gap if gather is None else gather(reward_gap))  # (8)
+    eta = torch.as_tensor(eta, dtype=torch.float32, device=log_ratio_gap.device).detach()
     hardness = hardness.detach().float()
-    dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), [B]
-    losses = -F.logsigmoid(dynamic_beta * gap)  # (12)
-    return losses, preference_metrics(losses, chosen_gain, rejected_gain, hardness, dynamic_beta, beta, eta)
+    dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B]
+    losses = -F.logsigmoid(dynamic_beta * log_ratio_gap)  # (12), [B]
+    return losses, preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, beta, eta)
 
 
-def preference_metrics(losses, chosen_gain, rejected_gain, hardness, dynamic_beta, beta: float, eta) -> dict:
-    """What to log of a batch: detached scalars by name. Rewards are in nats times beta.
+@torch.no_grad()
+def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, beta: float, eta) -> dict:
+    """Return the metrics of a batch: scalars without gradient, by name. Log ratios, hardness, dynamic_beta: [B].
 
-    losses, chosen_gain, rejected_gain (see `reward_gains`), hardness, dynamic_beta: [B].
+    `hard_gradient_share`: the harder half is the first half of the pairs sorted by hardness; pairs of equal hardness
+    keep their order in the batch. The middle pair of an odd B is in both halves. The share of no gradient is 0.5.
     """
-    losses, chosen_gain, rejected_gain = losses.detach(), chosen_gain.detach(), rejected_gain.detach()
-    gap = chosen_gain - rejected_gain
-    pull = dynamic_beta * (-dynamic_beta * gap).sigmoid()  # |d loss / d gap|
-    order, half = hardness.argsort(stable=True), (len(hardness) + 1) // 2  # both halves have the middle of odd numbers
-    harder, easier = pull[order[:half]].sum(), pull[order[-half:]].sum()
-    metrics = {
+    log_ratio_gap = chosen_log_ratio - rejected_log_ratio
+    gradient_size = dynamic_beta * (-dynamic_beta * log_ratio_gap).sigmoid()  # |d loss / d log_ratio_gap|, [B]
+    gradient_size = gradient_size[hardness.argsort(stable=True)]  # of the hardest pair first
+    half = (len(hardness) + 1) // 2
+    harder, easier = gradient_size[:half].sum(), gradient_size[-half:].sum()
+    return {
         "loss": losses.mean(),
-        "accuracy": (gap > 0).float().mean(),
-        "margin": (beta * gap).mean(),
-        "reward_chosen": beta * chosen_gain.mean(),
-        "reward_rejected": beta * rejected_gain.mean(),
+        "accuracy": (log_ratio_gap > 0).float().mean(),
+        "margin": (beta * log_ratio_gap).mean(),
+        "reward_chosen": beta * chosen_log_ratio.mean(),
+        "reward_rejected": beta * rejected_log_ratio.mean(),
         "eta": eta,
-        "hard_gradient_share": harder / (harder + easier),
+        "hard_gradient_share": torch.where(harder + easier == 0, 0.5, harder / (harder + easier)),
+        "lambda_mean": hardness.mean(),
+        "lambda_p01": hardness.quantile(0.01),
+        "lambda_p99": hardness.quantile(0.99),
+        "beta_mean": dynamic_beta.mean(),
+        "beta_p01": dynamic_beta.quantile(0.01),
+        "beta_p99": dynamic_beta.quantile(0.99),
     }
-    for name, values in (("lambda", hardness), ("beta", dynamic_beta)):
-        low, high = values.quantile(values.new_tensor([0.01, 0.99]))
-        metrics |= {f"{name}_mean": values.mean(), f"{name}_p01": low, f"{name}_p99": high}
-    return metrics
-
-
-LORA_MATRIX = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # the names of LoRA's weights in PEFT
 
 
 @contextlib.contextmanager
 def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, generator: torch.Generator | None = None):
-    """Equations (9, 10), NoDO: A' = A + noise, B' = B + noise in every trainable LoRA matrix while the context is open.
+    """Add noise to every trainable LoRA matrix inside the `with` block: equations (9, 10), NoDO.
 
-    Open it around forward AND backward: with activation checkpointing the forward runs again in backward, and must see
-    the same noise. A backward() after it raises, because autograd sees that the weights changed (but with activation
-    checkpointing it computes without the noise). Leave it before optimizer.step(): RuntimeError. The weights come back
-    bit for bit, also after an error. ValueError without trainable LoRA weights, or if others hold them (ZeRO-3).
+    Put forward AND backward into the block: activation checkpointing repeats the forward during backward, and the
+    repeated forward must see the same noise. At the end of the block the weights get their old values back, bit for
+    bit, also after an error. Call optimizer.step() after the block: inside, it raises RuntimeError.
 
-    sigma, relative: the size of the noise, see `draw_noise`. generator: makes the draw repeatable, and equal on every
-    process that seeds it alike. Weights sharded by fully_shard (DTensor) need one: each process draws the whole noise
-    and takes its part. Yields ||noise|| / ||weights|| over all matrices, a scalar (0 for sigma 0).
+    sigma, relative: the size of the noise. generator: makes the noise repeatable, and equal on all processes if they
+    give it the same seed; weights that fully_shard has sharded need one. Yields ||noise|| / ||weights||, a scalar.
     """
-    weights = [p for name, p in model.named_parameters() if p.requires_grad and LORA_MATRIX.search(name)]
+    lora_matrix = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # PEFT's names
+    weights = [p for name, p in model.named_parameters() if p.requires_grad and lora_matrix.search(name)]
     if not weights:
         raise ValueError("the model has no trainable LoRA weights (no lora_A or lora_B that requires a gradient)")
     if sigma == 0:
@@ -207,38 +199,42 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
         return
     if any(p.numel() == 0 for p in weights):
         raise ValueError("LoRA weights are sharded away; NoDO needs them whole, or sharded by torch's fully_shard")
-    saved = [p.detach().clone() for p in weights]
+    if generator is None and any(hasattr(p, "device_mesh") for p in weights):
+        raise ValueError("sharded LoRA weights need a generator with the same seed on all processes")
+    noisy, old_values = set(weights), [p.detach().clone() for p in weights]
+
+    def refuse_step(optimizer, args, kwargs):  # torch calls it before each step of any optimizer
+        if any(not noisy.isdisjoint(group["params"]) for group in optimizer.param_groups):
+            raise RuntimeError("the LoRA weights carry noise; call optimizer.step() after leaving noisy_lora")
+
+    hook = register_optimizer_step_pre_hook(refuse_step)
     try:
-        noise_square = weight_square = 0.0
-        with torch.no_grad():
-            for weight in weights:
-                noise = draw_noise(weight, sigma, relative, generator)
-                noise_square += noise.square().sum()
-                weight_square += weight.float().square().sum()
-                weight.add_(noise.to(weight.dtype))  # (9, 10)
-        versions = [weight._version for weight in weights]
-        ratio = (noise_square / weight_square).sqrt()
-        yield ratio.full_tensor() if hasattr(ratio, "full_tensor") else ratio
-        if versions != [weight._version for weight in weights]:
-            raise RuntimeError("LoRA weights changed under the noise; call optimizer.step() after leaving noisy_lora")
+        yield add_noise(weights, sigma, relative, generator)
     finally:
+        hook.remove()
         with torch.no_grad():
-            for weight, original in zip(weights, saved, strict=True):
-                weight.copy_(original)
+            for weight, old_value in zip(weights, old_values, strict=True):
+                weight.copy_(old_value)
 
 
-def draw_noise(
-    weight: torch.Tensor, sigma: float, relative: bool = True, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """sigma * eps of equations (9, 10) for one matrix, float32, on its device and sharded like it.
+@torch.no_grad()
+def add_noise(weights: list, sigma: float, relative: bool, generator: torch.Generator | None) -> torch.Tensor:
+    """Add sigma * eps to each weight in place: equations (9, 10). Return ||noise|| / ||weights|| over all, a scalar.
 
-    relative: eps ~ N(0, RMS of the matrix), so a matrix of zeros gets no noise; else eps ~ N(0, 1), as in the authors'
-    code.
+    eps is Gaussian with mean 0. Its standard deviation is the matrix's root mean square if `relative`, else 1.
     """
-    device = generator.device if generator is not None else weight.device
-    noise = torch.randn(weight.shape, generator=generator, device=device, dtype=torch.float32) * sigma
-    noise = noise.to(weight.device)
-    if hasattr(weight, "device_mesh"):  # each process takes its part
-        mesh, placements = weight.device_mesh, weight.placements
-        noise = torch.distributed.tensor.distribute_tensor(noise, mesh, placements, src_data_rank=None)
-    return noise * weight.float().square().mean().sqrt() if relative else noise
+    noise_square = weight_square = 0.0
+    for weight in weights:
+        device = weight.device if generator is None else generator.device
+        eps = torch.randn(weight.shape, generator=generator, device=device, dtype=torch.float32)
+        noise = sigma * eps.to(weight.device)
+        if hasattr(weight, "device_mesh"):  # every process has drawn the whole noise, and takes its part
+            mesh, placements = weight.device_mesh, weight.placements
+            noise = torch.distributed.tensor.distribute_tensor(noise, mesh, placements, src_data_rank=None)
+        if relative:
+            noise = noise * weight.float().square().mean().sqrt()
+        noise_square += noise.square().sum()
+        weight_square += weight.float().square().sum()
+        weight.add_(noise.to(weight.dtype))  # (9, 10)
+    ratio = (noise_square / weight_square).sqrt()
+    return ratio.full_tensor() if hasattr(ratio, "full_tensor") else ratio  # a DTensor has full_tensor

@@ -15,16 +15,14 @@ from mllm_srec.texts import fill
 class ThoughtPrompts(Prompts):
     """The user as root; then for each candidate the question, the steps of thought, the answer.
 
-    Attributes:
+    Args:
         steps_share: the share of the examples whose steps are trained. The answers of all are. Steps have many more
             tokens than answers, and the loss is over tokens.
     """
 
-    steps_share = 1.0
-
-    def __init__(self, user_texts: UserTexts, template: ChatTemplate, items, tokens):
+    def __init__(self, user_texts: UserTexts, template: ChatTemplate, items, tokens, steps_share: float = 1.0):
         super().__init__(template, items, tokens)
-        self.user_texts, self.texts = user_texts, user_texts.texts
+        self.user_texts, self.texts, self.steps_share = user_texts, user_texts.texts, steps_share
         self.yes, self.no = self.texts["yes"], self.texts["no"]
 
     def yesno_questions(self, example: Example, candidates) -> list[Node]:
@@ -62,14 +60,18 @@ class ThoughtPrompts(Prompts):
 
 
 def load_prompts(
-    data: DataFolder, encoding: Encoding, candidate_images: bool = False, summaries: str | None = None
+    data: DataFolder,
+    encoding: Encoding,
+    candidate_images: bool = False,
+    summaries: str | None = None,
+    steps_share: float = 1.0,
 ) -> Prompts:
     """The prompts of a data folder: of the chain of thought if `summaries` is a name of summaries, else plain."""
     template = load_template(encoding.source, encoding.trust)
     if summaries is None:
         return Prompts(template, encoding.items, encoding.tokens, candidate_images)
     user_texts = load_user_texts(summaries_folder(data, encoding, summaries), encoding, timelines(data))
-    return ThoughtPrompts(user_texts, template, encoding.items, encoding.tokens)
+    return ThoughtPrompts(user_texts, template, encoding.items, encoding.tokens, steps_share)
 
 
 def training_hash(data: DataFolder, encoding: Encoding, summaries: str | None = None) -> str:

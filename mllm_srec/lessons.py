@@ -1,6 +1,7 @@
-"""What mllm_srec.teach teaches: descriptions of items and, by a rule, preference paragraphs and profiles."""
+"""The samples of mllm_srec.teach: descriptions of items, and preference paragraphs and profiles made by a rule."""
 
 import itertools
+import operator
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,39 +15,48 @@ from hanorec.run.files import UserError, read_jsonl
 from mllm_srec.preferences import SUMMARY, UserTexts
 from mllm_srec.texts import fill, item_prompt
 
-KINDS = 3  # samples of an item: its summary, a paragraph about a window, a profile
+KINDS = 3  # the samples of an item: 0 its summary, 1 a preference paragraph about random items, 2 a profile
 
 
 def taught_items(count: int, share: float, seed: int) -> list[int]:
-    """The items that are taught: a share of them, drawn from the seed."""
-    return sorted(np.random.default_rng([seed, 11]).permutation(count)[: max(1, round(share * count))].tolist())
+    """Draw the item indices that are taught: a share of the `count` items, decided by the seed."""
+    shuffled = np.random.default_rng([seed, 11]).permutation(count)
+    return sorted(shuffled[: max(1, round(share * count))].tolist())
 
 
 def read_descriptions(path: Path, items: Items) -> dict[int, dict]:
-    """The lines of descriptions.jsonl by item index."""
-    found = {}
+    """Read descriptions.jsonl. Return its lines by item index."""
+    descriptions = {}
     remedy = "give a file of lines with item and text by --descriptions"
     for line in read_jsonl(path, {"item": str, "text": str}, remedy):
         if line["item"] not in items.index_of or not line["text"].strip():
-            raise UserError(f"{path}: item {line['item']} has no text, or is not in items.jsonl")
-        found[items.index_of[line["item"]]] = line
-    return found
+            raise UserError(f"{path}: item {line['item']} has an empty text, or is not in items.jsonl")
+        descriptions[items.index_of[line["item"]]] = line
+    return descriptions
 
 
 def short_description(line: dict) -> str:
-    """An item in a few words: its first two facts, or its text."""
+    """Return an item in a few words: its first two facts, or its text if it has no facts."""
     facts = [str(value) for value in line.get("facts", {}).values()]
     return " ".join(facts[:2]) or line["text"].rstrip(".")
 
 
-def window_paragraph(window: list[dict], before: str | None) -> str:
-    """The rule by which paragraphs are taught: the window's items, and the first part of the paragraph before."""
-    earlier = re.match(r"Lately (.*?)(; before|\.$)", before or "")
-    return f"Lately {', '.join(map(short_description, window))}" + (f"; before {earlier[1]}." if earlier else ".")
+def window_paragraph(window: list[dict], previous: str | None) -> str:
+    """Return the preference paragraph of a window: "Lately <its items>; before <items of the previous paragraph>."
+
+    Args:
+        window: the descriptions of the window's items.
+        previous: the paragraph of the previous window; None for the first window.
+    """
+    paragraph = f"Lately {', '.join(map(short_description, window))}"
+    previous_items = re.match(r"Lately (.*?)(; before|\.$)", previous or "")
+    if previous_items:
+        paragraph += f"; before {previous_items[1]}"
+    return paragraph + "."
 
 
 def profile_of(paragraph: str) -> str:
-    """The rule by which profiles are taught: the two most frequent words of the paragraph."""
+    """Return the profile that belongs to a paragraph: "Likes" and its two most frequent words."""
     words = re.findall(r"\w{3,}", paragraph.replace("Lately", "").replace("before", ""))
     counts = Counter(words)
     frequent = sorted(counts, key=lambda word: (-counts[word], words.index(word)))
@@ -54,51 +64,53 @@ def profile_of(paragraph: str) -> str:
 
 
 class Lessons:
-    """The samples: prompts of mllm_srec.summarize with the replies that are taught.
+    """Builds the samples: a prompt of mllm_srec.summarize and the reply to learn.
 
     Args:
-        descriptions: the line of each taught item, by item index.
+        texts: the texts of the prompts, by name.
+        descriptions: the line of descriptions.jsonl of each taught item, by item index.
         window: items in a window.
     """
 
     def __init__(
-        self,
-        encoding,
-        prompts: Prompts,
-        texts: dict[str, str],
-        descriptions: dict[int, dict],
-        window: int,
-        seed: int,
+        self, encoding, prompts: Prompts, texts: dict[str, str], descriptions: dict[int, dict], window: int, seed: int
     ):
         self.encoding, self.prompts, self.texts, self.descriptions = encoding, prompts, texts, descriptions
-        self.window, self.seed, self.items = window, seed, sorted(descriptions)
+        self.items = sorted(descriptions)
+        self.window, self.seed = window, seed
         summaries = [descriptions[i]["text"] if i in descriptions else None for i in range(len(encoding.items))]
         self.user_texts = UserTexts(texts, encoding.items, {}, summaries, {})
 
     def sample(self, number: int, step: int) -> tuple[int, list, str]:
-        """Sample `number`: (which prompt, its parts, the reply). Windows are drawn anew in each optimizer step."""
+        """Return sample `number`: (number of its prompt's text, parts of the prompt, reply).
+
+        Each optimizer step draws new windows. A paragraph has 0, 1 or (half of the time) 2 windows before its own.
+        """
         item, kind = self.items[number // KINDS], number % KINDS
         if kind == 0:
             parts = item_prompt(self.texts, "both", self.encoding, item)
             return 0, parts, f"Summary: {self.descriptions[item]['text']}"
         rng = np.random.default_rng([self.seed, step, number])
         *earlier, window = rng.choice(self.items, size=(3, self.window)).tolist()
-        before, windows_before = None, rng.choice([0, 1, 2, 2])
-        for items in earlier[:windows_before]:
-            before = window_paragraph([self.descriptions[item] for item in items], before)
-        paragraph = window_paragraph([self.descriptions[item] for item in window], before)
+        previous = None
+        for items in earlier[: rng.choice([0, 1, 2, 2])]:
+            previous = window_paragraph([self.descriptions[item] for item in items], previous)
+        paragraph = window_paragraph([self.descriptions[item] for item in window], previous)
         if kind == 2:
             return 1, fill(self.texts["profile"], preference=paragraph), profile_of(paragraph)
-        return 3 if before is None else 2, self.user_texts.preference_prompt(window, before), paragraph
+        prompt = 3 if previous is None else 2
+        return prompt, self.user_texts.preference_prompt(window, previous), paragraph
 
     def trees(self, numbers: list[int], step: int) -> list[list[Node]]:
-        """Prompt trees of a batch. Prompts of one kind share what they begin with."""
-        trees, samples = [], sorted((self.sample(number, step) for number in numbers), key=lambda sample: sample[0])
-        for _, group in itertools.groupby(samples, key=lambda sample: sample[0]):
-            group = [(self.prompts.complete_prompt(parts), reply) for _, parts, reply in group]
-            shared = common_length([node.ids for node, _ in group], self.prompts.template.image_token)
-            for node, reply in group:
-                root, rest = Node(None, node.ids[:shared]), Node(0, node.ids[shared:], node.images)
+        """Return the prompt trees of a batch. Prompts from the same text share their first tokens as a root."""
+        samples = sorted((self.sample(number, step) for number in numbers), key=operator.itemgetter(0))
+        trees = []
+        for _, group in itertools.groupby(samples, key=operator.itemgetter(0)):
+            prompts = [(self.prompts.complete_prompt(parts), reply) for _, parts, reply in group]
+            shared = common_length([node.ids for node, _ in prompts], self.prompts.template.image_token)
+            for node, reply in prompts:
+                root = Node(None, node.ids[:shared])
+                rest = Node(0, node.ids[shared:], node.images)
                 trees.append([root, rest, self.prompts.answer(reply, 1)])
         return trees
 
@@ -110,26 +122,27 @@ class Lessons:
 def score_summaries(
     folder: Path, descriptions: dict[int, dict], taught: set[int], data: DataFolder
 ) -> dict[str, float]:
-    """Measure how many summaries name a fact's value and no other value of that fact, and print the shares.
+    """Print, for each fact, the share of summaries that name its right value and none of its other values.
 
     Args:
-        folder: that mllm_srec.summarize wrote.
-        descriptions: by item index; only items with facts count.
-        taught: the items that the model was taught.
+        folder: a summaries folder of mllm_srec.summarize.
+        descriptions: lines of descriptions.jsonl by item index. Only items with facts count.
+        taught: the item indices that the model was taught.
 
-    Returns the share among the items that were not taught, by fact.
+    Returns the share of the items that were not taught, by name of the fact.
     """
     summaries = {}
     for line in read_jsonl(folder / "items.jsonl", SUMMARY, "give a folder that mllm_srec.summarize wrote"):
         summaries[data.items.index_of[line["item"]]] = (line["summary"] or "").casefold()
-    names = list(dict.fromkeys(name for line in descriptions.values() for name in line.get("facts", {})))
+    facts = [line.get("facts", {}) for line in descriptions.values()]
+    names = dict.fromkeys(itertools.chain(*facts))  # each name once, in order
     if not names:
         raise UserError("no description has facts; --score needs them")
     return {name: score_fact(name, summaries, descriptions, taught) for name in names}
 
 
 def score_fact(name: str, summaries: dict[int, str], descriptions: dict[int, dict], taught: set[int]) -> float:
-    """The share for one fact, printed beside the share of the most frequent value."""
+    """Print and return the share for one fact. Also prints the share of always naming the most frequent value."""
     values = {
         item: str(line["facts"][name]).casefold()
         for item, line in descriptions.items()
@@ -140,10 +153,11 @@ def score_fact(name: str, summaries: dict[int, str], descriptions: dict[int, dic
     for item, value in values.items():
         named = {other for other, pattern in patterns.items() if pattern.search(summaries.get(item, ""))}
         right[item] = named == {value}
-    parts = {"not taught": [i for i in values if i not in taught], "taught": [i for i in values if i in taught]}
-    shares = {part: float(np.mean([right[i] for i in items])) for part, items in parts.items() if items}
-    rest = parts["not taught"]
-    most_frequent = max(Counter(values[item] for item in rest).values(), default=0) / max(len(rest), 1)
+    not_taught = [item for item in values if item not in taught]
+    parts = {"not taught": not_taught, "taught": [item for item in values if item in taught]}
+    shares = {part: float(np.mean([right[item] for item in items])) for part, items in parts.items() if items}
+    counts = Counter(values[item] for item in not_taught)
+    most_frequent = max(counts.values(), default=0) / max(len(not_taught), 1)
     shown = ", ".join(f"{share:.3f} of {len(parts[part])} {part}" for part, share in shares.items())
     print(f"{name}: {shown}; the most frequent value {most_frequent:.3f}")
     return shares.get("not taught", float("nan"))

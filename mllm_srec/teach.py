@@ -1,15 +1,16 @@
-"""Teach a backbone to write what mllm_srec.summarize asks for: an untrained one, or one that should write otherwise.
+"""Teach a backbone to write the texts of mllm_srec.summarize. The tiny backbone cannot write without this.
 
     python -m mllm_srec.teach              # the demo: half of its descriptions.jsonl -> runs/demo/teach
-    accelerate launch -m mllm_srec.summarize --run runs/demo/teach                  # the taught backbone writes
-    python -m mllm_srec.teach --score data/demo/summaries/tiny      # its summaries of the items that it was not taught
+    accelerate launch -m mllm_srec.summarize --run runs/demo/teach            # write with the taught backbone
+    python -m mllm_srec.teach --score data/demo/summaries/tiny                # measure the summaries that it wrote
 
-descriptions.jsonl in the data folder has a line for each item: `item`, `text` (its summary) and, if there are any,
-`facts` by name, which --score looks for in a summary. Paragraphs and profiles are taught by a rule (lessons.py) on
-random windows of the taught items. Writes a run folder as sft.py does.
+descriptions.jsonl in the data folder has one line per item: `item`, `text` (the summary to learn) and optional `facts`
+(name: value), which --score looks for in a summary. The texts of preference paragraphs and profiles are made by a rule
+(lessons.py) from random windows of the taught items. Writes a run folder like sft.py.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from hanorec.run.files import one_line_errors, read_json, value_hash
@@ -17,24 +18,19 @@ from hanorec.run.options import Option, Parser, bounded, complete, positive_int,
 from hanorec.run.runs import check_out, read_run, weights_hash
 from mllm_srec.texts import PROMPTS_FILE, read_texts
 
+SCORE_HELP = "train nothing; measure the summaries in DIR, of the items that the run --out was not taught"
 OPTIONS = {
     "": [
         Option("--data", Path, Path("data/demo"), "data folder"),
-        Option("--model", str, None, "which of the data's encodings, if there are several"),
+        Option("--model", str, None, "backbone, if the data folder is encoded for several"),
         Option("--out", Path, None, "run folder to write", shown="runs/<data>/teach"),
-        Option("--descriptions", Path, None, "the texts", shown="<data>/descriptions.jsonl"),
+        Option("--descriptions", Path, None, "texts to learn", shown="<data>/descriptions.jsonl"),
         Option(
-            "--share", bounded(float, 0, 1.01, open_below=True), 0.5, "of the items that are taught, drawn by the seed"
+            "--share", bounded(float, 0, 1.01, open_below=True), 0.5, "share of the items to teach, drawn by the seed"
         ),
         Option("--prompts", Path, PROMPTS_FILE, "file of all prompts", shown="mllm_srec/prompts.txt"),
         Option("--window", positive_int, 3, "items in a window"),
-        Option(
-            "--score",
-            Path,
-            None,
-            "measure the summaries in a folder on the items that --out was not taught, and train nothing",
-            metavar="DIR",
-        ),
+        Option("--score", Path, None, SCORE_HELP, metavar="DIR"),
         Option("--tune", ["lora", "full"], None, "what is trained", shown="lora; tiny: full"),
     ],
     **training_options(lr=(1e-4, 2e-3), epochs=(3, 32), batch_size=(2, 16), grad_accum=(8, 1)),
@@ -43,53 +39,40 @@ OPTIONS = {
 
 @one_line_errors
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options, without the defaults that depend on the backbone."""
     options = Parser(__doc__, OPTIONS).parse_args(argv)
     options.out = options.out or Path("runs") / options.data.resolve().name / "teach"
     options.descriptions = options.descriptions or options.data / "descriptions.jsonl"
-    options.dropout, options.blank_images, options.start = 0.0, False, None  # as sft.py's runs have them
-    read_texts(options.prompts)
+    options.dropout, options.blank_images, options.start = 0.0, False, None  # options of sft.py
+    read_texts(options.prompts)  # UserError if the file cannot be used
     return options
 
 
 if __name__ == "__main__":
-    parse()  # --help and mistakes are answered before the slow imports
+    parse()  # prints --help and errors before the slow imports
 
 import torch
 
 from hanorec.data.folder import DataFolder
 from hanorec.model.encoding import Encoding
-from hanorec.model.supervised import (
-    check_tuning,
-    mixed_precision,
-    save_trained,
-    supervised_step,
-    trainable_model,
-)
-from hanorec.run import checkpoints
+from hanorec.model.finished import save_trained
+from hanorec.model.supervised import check_tuning, mixed_precision, supervised_step, trainable_model
+from hanorec.run import checkpoints, training
 from hanorec.run.launch import start_accelerator
 from hanorec.run.log import started
-from hanorec.run.training import (
-    adamw,
-    cosine,
-    loaded,
-    own_micro_batches,
-    plan_steps,
-    trainable,
-    whole_weights,
-)
 from mllm_srec.chain_of_thought import load_prompts
 from mllm_srec.lessons import KINDS, Lessons, read_descriptions, score_summaries, taught_items
 from mllm_srec.preferences import MANIFEST
 
 
 def score(options: argparse.Namespace, data: DataFolder) -> dict[str, float]:
-    """--score: measure the summaries of a folder against the descriptions."""
+    """Measure the summaries of the folder --score against the descriptions. Return the shares by fact."""
     descriptions = read_descriptions(options.descriptions, data.items)
-    before = read_run(options.out, ["teach"])["options"]
-    taught = set(taught_items(len(data.items), before["share"], before["seed"]))
+    run_options = read_run(options.out, ["teach"])["options"]
+    taught = set(taught_items(len(data.items), run_options["share"], run_options["seed"]))
     manifest = read_json(options.score / "manifest.json", MANIFEST, "give a folder that mllm_srec.summarize wrote")
     if manifest.get("made_by", {}).get("weights") != weights_hash(options.out):
-        print(f"note: {options.score} was written by another model than {options.out}")
+        print(f"note: the model of {options.out} did not write {options.score}")
     return score_summaries(options.score, descriptions, taught, data)
 
 
@@ -106,40 +89,43 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     accelerator = start_accelerator(mixed_precision(options), options.report_to, options.out)
 
     # Data
-    texts, everything = read_texts(options.prompts), read_descriptions(options.descriptions, data.items)
-    taught = [item for item in taught_items(len(data.items), options.share, options.seed) if item in everything]
-    descriptions = {item: everything[item] for item in taught}
-    lessons = Lessons(encoding, load_prompts(data, encoding), texts, descriptions, options.window, options.seed)
+    texts = read_texts(options.prompts)
+    descriptions = read_descriptions(options.descriptions, data.items)
+    taught = [item for item in taught_items(len(data.items), options.share, options.seed) if item in descriptions]
+    taught_descriptions = {item: descriptions[item] for item in taught}
+    lessons = Lessons(encoding, load_prompts(data, encoding), texts, taught_descriptions, options.window, options.seed)
     accelerator.print(f"{options.descriptions}: {len(taught)} of {len(data.items)} items are taught")
-    hashes = {"data": encoding.hash(), "lessons": value_hash([texts, sorted(everything.items())])}
+    hashes = {"data": encoding.hash(), "lessons": value_hash([texts, sorted(descriptions.items())])}
     checkpoints.check(options, accelerator, **hashes)
-    steps, _ = plan_steps(len(taught) * KINDS, options, accelerator)
-    batches = own_micro_batches(len(taught), KINDS, options.batch_size, options.grad_accum, steps, options, accelerator)
+    steps, _ = training.plan_steps(len(taught) * KINDS, options, accelerator)
+    batches = training.own_micro_batches(
+        len(taught), KINDS, options.batch_size, options.grad_accum, steps, options, accelerator
+    )
 
     # Model
     packed = trainable_model(options, encoding, accelerator)
-    torch.manual_seed(options.seed + accelerator.process_index)  # LoRA's dropout
-    optimizer = adamw(packed, options.lr)
-    schedule = cosine(optimizer, steps)
+    torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
+    optimizer = training.adamw(packed, options.lr)
+    schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
-    parameters = trainable(packed)
+    parameters = training.trainable(packed)
 
-    def load(step: int, numbers: list[list[int]]) -> list:
+    def load_micro_batches(step: int, numbers: list[list[int]]) -> list:
         return [packed.collate(lessons.trees(batch, step), encoding.tokens) for batch in numbers]
 
+    # Train
     with started(options, "teach", accelerator, steps, hashes, every=10, named="items") as log:
-        done = log.resume(packed, optimizer, set(), schedule=schedule)
-        for step, numbers, micro in loaded(load, batches, done, accelerator.device):
+        steps_done = log.resume(packed, optimizer, set(), schedule=schedule)
+        loaded = training.loaded(load_micro_batches, batches, steps_done, accelerator.device)
+        for step, numbers, micro_batches in loaded:
             model.train()
             rate = schedule.get_last_lr()[0]
-            loss, norm = supervised_step(model, micro, parameters, optimizer, schedule, accelerator)
-            items = [data.items.ids[taught[number // KINDS]] for batch in numbers for number in batch]
+            loss, norm = supervised_step(model, micro_batches, parameters, optimizer, schedule, accelerator)
+            items = [data.items.ids[taught[number // KINDS]] for number in itertools.chain(*numbers)]
             log.step(step, {"loss": loss, "grad_norm": norm, "lr": rate}, items)
-            log.end_step(step, validated=step == steps)
-        log.best = {"step": steps}
-        weights = whole_weights(model, accelerator)
-        if accelerator.is_main_process:
-            save_trained(packed.model, weights, encoding, options)
+            log.end_step(step, step == steps)
+        log.best = {"step": steps}  # the weights of the last step are kept
+        save_trained(model, packed, encoding, options.out, accelerator)
         log.finish()
     return None
 

@@ -60,7 +60,7 @@ def test_hardness_by_hand():
     ("gap", "expected"),
     [
         ([1.0, 2.0, 3.0, 6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # mean 3: r = 1/3, 2/3, 1, 2
-        ([-1.0, -2.0, -3.0, -6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # eta(R) = eta(-R)
+        ([-1.0, -2.0, -3.0, -6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # eta(R) = eta(-R), mean(R) is not near 0
         ([4.0, 1.0], 1.0),  # two pairs: nothing is dropped
         ([0.0, 0.0, 0.0], 1.0),  # as before the first step: r = 0
         ([1.0, -1.0, 0.5, -0.5], sigmoid(0.0) / sigmoid(0.0)),  # mean 0: divided by mean |R|
@@ -92,10 +92,19 @@ def test_loss_by_hand():
     assert float(metrics["margin"]) == pytest.approx(mean)
     assert float(metrics["reward_chosen"]) == pytest.approx(0.2 * (1 + 0.5 + 1.5) / 3)
     assert float(metrics["reward_rejected"]) == pytest.approx(0.2 * (-0.5 + 1 - 1.5) / 3)
-    pull = [b * sigmoid(-b * g) for b, g in zip(betas, gap, strict=True)]
-    assert float(metrics["hard_gradient_share"]) == pytest.approx(
-        (pull[0] + pull[1]) / (pull[0] + 2 * pull[1] + pull[2])
-    )
+    size = [b * sigmoid(-b * g) for b, g in zip(betas, gap, strict=True)]  # of the gradient
+    share = (size[0] + size[1]) / (size[0] + 2 * size[1] + size[2])
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(share)
+
+
+def test_the_gradient_share_of_equally_hard_pairs_and_of_no_gradient():
+    gap, zeros, ones = torch.tensor([0.0, 2.0, 0.0, 2.0]), torch.zeros(4), torch.ones(4)
+    _, metrics = h.hanorec_loss(gap, zeros, zeros, zeros, ones, beta=1.0, eta=1.0)
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(0.5)  # the order of the batch: 0, 2 and 0, 2
+    _, metrics = h.hanorec_loss(gap.sort()[0], zeros, zeros, zeros, ones, beta=1.0, eta=1.0)
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(0.5 / (0.5 + sigmoid(-2)))
+    _, metrics = h.hanorec_loss(ones * 1000, zeros, zeros, zeros, ones, beta=1.0, eta=1.0)  # sigmoid(-1000) is 0
+    assert float(metrics["hard_gradient_share"]) == 0.5
 
 
 def test_plain_dpo_is_trl_formula():
@@ -209,14 +218,18 @@ def test_backward_after_the_noise_is_gone_is_refused():
         loss.backward()
 
 
-def test_an_optimizer_step_under_the_noise_is_refused():
-    model = Stack(None)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_under_the_noise_is_refused(fused):
+    model, other = Stack(None), torch.nn.Linear(16, 1)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused)
     with pytest.raises(RuntimeError, match="after leaving noisy_lora"), h.noisy_lora(model, 0.3):
         model(torch.randn(5, 16)).backward()
+        torch.optim.SGD(other.parameters()).step()  # an optimizer of other weights may step
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    optimizer.step()
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(("relative", "expected"), [(True, 0.3), (False, None)])
@@ -256,5 +269,9 @@ def test_noise_refuses_models_without_whole_trainable_lora():
         pass
     empty = Stack(None)
     empty.layers[0].lora_A["default"].weight = torch.nn.Parameter(torch.empty(0))
-    with pytest.raises(ValueError, match="sharded"), h.noisy_lora(empty, 0.1):
+    with pytest.raises(ValueError, match="sharded away"), h.noisy_lora(empty, 0.1):
+        pass
+    sharded = Stack(None)
+    sharded.layers[0].lora_A["default"].weight.device_mesh = "as a DTensor has one"
+    with pytest.raises(ValueError, match="need a generator"), h.noisy_lora(sharded, 0.1):
         pass

@@ -116,7 +116,7 @@ def test_images_encoded_live_give_the_stored_numbers(prepared, sft_run, tmp_path
     for one, other in zip(stored, lines(sft_run / "predictions.jsonl"), strict=True):
         np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-4)
     message = refused(capsys, sft.main, "--data", str(data), "--images", "stored")
-    assert "holds no image tokens; go without --images, or run prepare_data.py" in message
+    assert "holds no image tokens; leave out --images, or run prepare_data.py" in message
 
 
 def encoded_for(family, prepared, folder):

@@ -1,4 +1,4 @@
-"""A data folder encoded for one backbone: which backbone, where its files are, and the image tokens of the items."""
+"""The encoding of a data folder for one backbone: the backbone, its files, and the image tokens of the items."""
 
 from hanorec.data.folder import DataFolder
 from hanorec.model.images import ImageTokens
@@ -7,17 +7,17 @@ from hanorec.run.files import UserError, value_hash
 
 
 class Encoding:
-    """One backbone's encoding of a data folder.
+    """Opens a data folder's encoding for one backbone.
 
     Args:
-        model: the backbone, a hub name or a folder, or `tiny`; None if the data folder has only one encoding.
+        model: the backbone: a hub name, a folder, or `tiny`. None if the data folder has only one encoding.
         blank_images: replace every image by one neutral image.
-        images: `stored` (read image tokens from the folder) or `live` (compute them from the pictures in each batch).
-            None: stored if they are.
-        trust: run the backbone's own Python code.
+        images: `stored`: read image tokens from the folder. `live`: compute them from the image files in each batch.
+            None: `stored` if the folder holds image tokens, else `live`.
+        trust: run the Python code that comes with the backbone.
 
     Attributes:
-        backbone: its name. source: where its files are (a hub name or a folder).
+        backbone: the name of the backbone. source: the hub name or the folder of its files.
         items: the Items of the data folder. tokens: their ImageTokens.
         manifest: encoded/<backbone>/manifest.json.
     """
@@ -33,7 +33,7 @@ class Encoding:
         encodings = data.encodings()
         names = ", ".join(encodings) or "no backbone"
         if model is None and len(encodings) > 1:
-            raise UserError(f"{data.folder} is encoded for {names}; say which with --model")
+            raise UserError(f"{data.folder} is encoded for {names}; choose one with --model")
         model = model or next(iter(encodings), TINY)
         remedy = f"run prepare_data.py --out {data.folder} --encode-only --model {model}"
         if model not in encodings:
@@ -41,9 +41,9 @@ class Encoding:
         self.folder, self.manifest = encodings[model]
         if self.manifest["items"] != data.manifest["files"]["items.jsonl"]:
             pixels = self.manifest["max_pixels"]
-            raise UserError(f"{self.folder} is of another items.jsonl; {remedy} --max-pixels {pixels}")
+            raise UserError(f"{self.folder} was made from another items.jsonl; {remedy} --max-pixels {pixels}")
         if images == "stored" and self.manifest["tokens"] is None:
-            raise UserError(f"{self.folder} holds no image tokens; go without --images, or {remedy}")
+            raise UserError(f"{self.folder} holds no image tokens; leave out --images, or {remedy}")
         self.data, self.items, self.trust = data, data.items, trust
         self.backbone, self.tiny = model, model == TINY
         self.source = data.folder / "tiny" if self.tiny else model
@@ -53,8 +53,9 @@ class Encoding:
         self.tokens = ImageTokens(self.items, self.folder, blank_images, live)
 
     def image_processor(self):
+        """Load the backbone's image processor, with the largest image size of the encoding."""
         return load_image_processor(self.source, self.manifest["max_pixels"], self.trust)
 
     def hash(self, *further: str) -> str:
-        """SHA-256 of everything that training reads. further: hashes of what prompts use beside the data."""
+        """Return the SHA-256 of everything that training reads. further: hashes of other texts in the prompts."""
         return value_hash([self.data.manifest, self.manifest, *further])

@@ -1,4 +1,4 @@
-"""Export a DPO run as models that load without this project."""
+"""Export a DPO run as models that can be loaded without this project."""
 
 import argparse
 import json
@@ -14,11 +14,18 @@ from hanorec.run.files import replacing, write_json
 
 
 def export(options: argparse.Namespace, encoding: Encoding, adapter: Path) -> None:
-    """Write DIR/base (backbone and SFT merged), DIR/adapter (DPO's, naming DIR/base), DIR/merged (both), in float32."""
+    """Write three models in float32 into the folder options.export.
+
+    base: the SFT model. adapter: the LoRA of DPO, with the path of `base` in its config. merged: both in one.
+
+    Args:
+        adapter: the adapter/ that DPO trained.
+    """
     pixels = encoding.manifest["max_pixels"]
     for name in ("base", "merged"):
         model = load_finished(options.sft, encoding)
-        model = load_adapter(model, adapter) if name == "merged" else model
+        if name == "merged":
+            model = load_adapter(model, adapter)
         with replacing(options.export / name) as new:
             save_with_processors(model, new, encoding.source, pixels, encoding.trust)
     with replacing(options.export / "adapter") as new:

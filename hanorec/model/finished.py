@@ -1,34 +1,37 @@
-"""The model that a finished run ended with: the backbone or the run's own weights, and the adapters on it."""
+"""Save the weights that a run has trained, and load the model of a finished run."""
 
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from hanorec.model.encoding import Encoding
-from hanorec.model.load import load_model, load_tokenizer
+from hanorec.model.load import load_model, load_tokenizer, save_with_processors
 from hanorec.model.lora import FROZEN, TRAINED, load_adapter
-from hanorec.run.files import UserError, read_json
+from hanorec.model.packing import PackedMLLM
+from hanorec.run.files import UserError, read_json, replacing
 from hanorec.run.runs import COMMANDS, read_run, weights_hash
+from hanorec.run.training import whole_weights
 
 
 def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = None, attn: str | None = None):
-    """Load the model that a finished run ended with.
+    """Load the model of a finished run: the backbone or the run's own weights, then the adapters of SFT and DPO.
 
     Args:
-        dtype: None merges all adapters, in float32. With a dtype the last adapter stays an adapter, as in training:
-            rounded into half-precision weights, most of what it learned would be lost. On a quantized base every
-            adapter stays one.
-        attn: the attention; the run's if None.
+        dtype: of the model, None for float32. With None all adapters are merged. Otherwise the last adapter is not
+            merged: rounding to half precision would lose most of its small weights. On a quantized backbone no adapter
+            is merged if there is a dtype.
+        attn: the attention implementation; None for that of the run.
     """
     config = finished_config(run, encoding)
     options = config["options"]
     attn, quantize = attn or options.get("attn", "sdpa"), options.get("quantize")
-    runs = [(run, config)]  # the SFT run first, then the DPO run on it
+    runs = [(run, config)]
     if config["stage"] == "dpo_hano":
         start = Path(options["sft"])
         if weights_hash(start) != config["sft_weights"]:
             raise UserError(f"{run} was trained on other weights of {start}; run dpo_hano.py again")
-        runs.insert(0, (start, finished_config(start, encoding)))
+        runs.insert(0, (start, finished_config(start, encoding)))  # the SFT run, before the DPO run
     adapters = [(folder, own["stage"]) for folder, own in runs if own["options"].get("tune") != "full"]
     model = load_base(*runs[0], encoding, dtype if quantize or not adapters else None, attn)
     for folder, stage in adapters:
@@ -42,7 +45,7 @@ def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = Non
 
 
 def finished_config(run: Path, encoding: Encoding) -> dict:
-    """The config of a finished run of this backbone whose weights are those that it ended with; else UserError."""
+    """Read the config.json of a finished run. UserError if its backbone or its weights are not the expected ones."""
     config = read_run(run, ("teach", "sft", "dpo_hano"))
     backbone, command = config["options"]["model"], COMMANDS[config["stage"]]
     if backbone != encoding.backbone:
@@ -50,18 +53,37 @@ def finished_config(run: Path, encoding: Encoding) -> dict:
         raise UserError(f"{run} is a run of {backbone}, and {folder} is encoded for {encoding.backbone}")
     ended = read_json(run / "result.json", {"weights": str}, f"run {command} --out {run} again")
     if weights_hash(run) != ended["weights"]:
-        raise UserError(f"{run} does not hold the weights that it ended with; run {command} again")
+        raise UserError(f"the weights in {run} have changed since the run finished; run {command} again")
     return config
 
 
 def load_base(run: Path, config: dict, encoding: Encoding, dtype: torch.dtype | None, attn: str):
-    """The model below the adapters: the run's own with --tune full, else the backbone."""
+    """Load the model without adapters: the run's own model/ with --tune full, else the backbone."""
     options = config["options"]
     if options["tune"] == "full":
-        own, given = (load_tokenizer(name, encoding.trust).get_vocab() for name in (run / "model", encoding.source))
-        if own != given:
+        run_tokenizer = load_tokenizer(run / "model", encoding.trust)
+        data_tokenizer = load_tokenizer(encoding.source, encoding.trust)
+        if run_tokenizer.get_vocab() != data_tokenizer.get_vocab():
             raise UserError(f"{run} has another tokenizer than {encoding.data.folder}: it was trained on other titles")
         return load_model(run / "model", dtype, attn, trust=encoding.trust)
     quantize = options.get("quantize")
     model = load_model(encoding.source, dtype, attn, quantize, encoding.trust)
-    return model.dequantize() if quantize and dtype is None else model  # to the values that it was trained with
+    # dequantize: float32 weights with the quantized values, to merge the adapter that was trained on these values
+    return model.dequantize() if quantize and dtype is None else model
+
+
+def save_trained(model, packed: PackedMLLM, encoding: Encoding, out: Path, accelerator) -> None:
+    """Write the trained weights: out/adapter (PEFT's format) if there is a LoRA, else out/model with its tokenizer.
+
+    All processes must call this. model: the module that accelerator.prepare returned for `packed`.
+    """
+    weights = whole_weights(model, accelerator)
+    if not accelerator.is_main_process:
+        return
+    if isinstance(packed.model, PeftModel):
+        with replacing(out / "adapter") as new:
+            packed.model.save_pretrained(new, selected_adapters=[TRAINED], state_dict=weights)
+    else:
+        pixels = encoding.manifest["max_pixels"]
+        with replacing(out / "model") as new:
+            save_with_processors(packed.model, new, encoding.source, pixels, encoding.trust, state_dict=weights)

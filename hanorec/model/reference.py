@@ -1,4 +1,4 @@
-"""DPO's reference: its log-probabilities, computed once, kept, and compared with the policy's before the first step."""
+"""The reference of DPO: compute its log-probabilities once, keep them in a file, compare the policy with them."""
 
 from pathlib import Path
 
@@ -18,18 +18,21 @@ from hanorec.run.training import micro_batches
 
 
 def planned_pairs(pairs: Samples, steps: int, steps_per_epoch: int, options, accelerator) -> list[int]:
-    """The numbers of the pairs that the run will use: all, or those of its few steps."""
+    """Return the numbers of the pairs that the run will train on: all, or fewer if it ends before one epoch."""
     if steps >= steps_per_epoch:
         return list(range(len(pairs)))
-    per_step = options.batch_size * options.grad_accum * accelerator.num_processes
-    batches = micro_batches(len(pairs.examples), len(pairs.kinds), per_step, 1, 1, 0, options.seed)
-    return sorted({number for _ in range(steps) for number in next(batches)[0]})
+    count = steps * options.batch_size * options.grad_accum * accelerator.num_processes
+    (planned,) = next(micro_batches(len(pairs.examples), len(pairs.kinds), count, 1, 1, 0, options.seed))
+    return sorted(planned)
 
 
 def reference_key(
     hashes: dict, pairs: Samples, planned: list[int], packed: PackedMLLM, prompts: Prompts, quantize: str | None
 ) -> str:
-    """A hash of everything that the reference's log-probabilities are made of. hashes: of the data and the SFT run."""
+    """Return a hash of everything that decides the reference's log-probabilities.
+
+    hashes: of the data and of the SFT weights, by name. planned: see `planned_pairs`.
+    """
     return value_hash(
         {
             "hashes": hashes,
@@ -47,44 +50,46 @@ def reference_key(
 def reference_logps(
     packed: PackedMLLM, encoding: Encoding, pairs: Samples, planned: list[int], key: str, folder: Path, accelerator
 ) -> torch.Tensor:
-    """[pairs, 2]: the reference's log-probabilities of the chosen and the rejected answer (NaN for pairs not planned).
+    """Return the reference's log-probabilities of the chosen and the rejected answers: [pairs, 2], NaN if not planned.
 
-    They are read from `folder` if it has a file of that key; else all processes compute them, and they are kept.
+    Reads the file of `key` in `folder`. If it does not exist, all processes compute the log-probabilities and write it.
     """
     path = folder / f"{key[:16]}.safetensors"
     if not path.exists():
         size = 32 if encoding.tiny else 8
         chunks = [planned[i : i + size] for i in range(0, len(planned), size)]
-        found = []
+        computed = []  # (pair number, [chosen, rejected])
         packed.eval()
         for chunk in tqdm(shared_out(chunks, accelerator), desc="reference", unit="batch"):
             batch = packed.collate([pairs.tree(number) for number in chunk], encoding.tokens)
             with without_trained_adapter(packed.model), torch.no_grad():
                 logps = packed(batch.to(accelerator.device))
-            found += list(zip(chunk, logps.view(-1, 2).tolist(), strict=True))
-        found = gather_object(found) if accelerator.num_processes > 1 else found
+            computed += zip(chunk, logps.view(-1, 2).tolist(), strict=True)
         logps = torch.full((len(pairs), 2), torch.nan)
-        for number, values in found:
+        for number, values in gather_object(computed):
             logps[number] = torch.tensor(values)
         if accelerator.is_main_process:
             with replacing(path) as new:
                 save_file({"logps": logps}, new, metadata={"key": key})
         accelerator.wait_for_everyone()
-    return load_tensors(path, {"logps": (len(pairs), 2)}, "delete it, and it is computed again")["logps"]
+    return load_tensors(path, {"logps": (len(pairs), 2)}, "delete it; it will be computed again")["logps"]
 
 
 PAPER_BETA = 0.1
 
 
 def check_start(packed: PackedMLLM, batch, reference: torch.Tensor, device) -> None:
-    """UserError unless the reward gap, without noise and dropout, is 0 before the first step."""
+    """Raise UserError if a reward gap is not 0 before the first step, without noise and dropout.
+
+    reference: [B, 2], log-probabilities of the chosen and the rejected answers of `batch`.
+    """
     packed.eval()
     with torch.no_grad():
-        gain = packed(batch.to(device)).view(-1, 2) - reference.to(device)
-    worst = float((PAPER_BETA * (gain[:, 0] - gain[:, 1])).abs().max())
-    exact = next(packed.core.parameters()).dtype == torch.float32
-    if not worst <= (1e-4 if exact else 5e-2):
+        log_ratios = packed(batch.to(device)).view(-1, 2) - reference.to(device)
+    largest = float((PAPER_BETA * (log_ratios[:, 0] - log_ratios[:, 1])).abs().max())
+    tolerance = 1e-4 if next(packed.core.parameters()).dtype == torch.float32 else 5e-2
+    if not largest <= tolerance:  # also if it is NaN
         raise UserError(
-            f"before the first step the reward gap is {worst:.2e}, not 0: policy and reference differ. The likely "
-            "cause is a reference kept from other weights or another dtype: delete reference/ in the SFT run, try again"
+            f"before the first step the reward gap is {largest:.2e}, not 0: policy and reference differ. The kept "
+            "reference is probably of other weights or another dtype: delete reference/ in the SFT run and try again"
         )

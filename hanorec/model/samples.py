@@ -1,6 +1,6 @@
-"""What a training stage trains on: samples of examples, and the warm-up's sequences, each with its prompt tree."""
+"""The samples of a training stage, by number: questions about the examples, and sequences for the warm-up."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hanorec.data.folder import Example
 from hanorec.model.prompts import Prompts, fit_to_length
@@ -8,15 +8,15 @@ from hanorec.model.trees import Node
 
 
 class Samples:
-    """Every kind of sample of every example: sample n is kind n % len(kinds) of example n // len(kinds).
+    """Builds the prompt tree of each sample. Sample n is kind n % len(kinds) of example n // len(kinds).
 
     Args:
-        build: from (example, kind) to a prompt tree.
+        build: a function from (example, kind) to a prompt tree.
         kinds: the tasks of SFT, or the kinds of pairs of DPO.
-        max_length: most tokens of a path.
+        max_length: the largest number of tokens of a prompt with one answer.
 
     Attributes:
-        shortened: (user, target) of the examples whose prompts lost history items so far.
+        shortened: (user, target) of the examples that had to lose history items so far, to stay within max_length.
 
     Raises:
         UserError: an example is too long even with one history item.
@@ -34,21 +34,24 @@ class Samples:
         return len(self.examples) * len(self.kinds)
 
     def example(self, number: int) -> Example:
+        """Return the example of a sample."""
         return self.examples[number // len(self.kinds)]
 
     def tree(self, number: int) -> list[Node]:
+        """Return the prompt tree of a sample, with as many history items as fit."""
         build = self.builds[number % len(self.kinds)]
         return fit_to_length(build, self.example(number), self.max_length, self.shortened)
 
-    def users(self, numbers: Sequence[int]) -> list[str]:
-        """The user of each of these samples."""
+    def users(self, numbers: Iterable[int]) -> list[str]:
+        """Return the user of each sample."""
         return [self.example(number).user for number in numbers]
 
 
 class WarmUp:
-    """Language modelling over the training sequences: stretches of them, overlapping by three quarters.
+    """Builds the prompt trees of the warm-up: language modelling over windows of the training sequences.
 
-    Every second stretch that ends at a training example's target has its ranking question and candidates before it.
+    A window has options.warmup_items items and starts a quarter of that after the window before. With the rank task,
+    every second window is turned into the ranking question of a training example if it ends at that example's target.
     """
 
     def __init__(self, prompts: Prompts, examples: list[Example], sequences: dict[str, list[int]], options):
@@ -56,26 +59,27 @@ class WarmUp:
         candidates_of = {}
         if "rank" in options.tasks:
             candidates_of = {(example.user, example.target): example.candidates for example in examples}
-        self.stretches: list[tuple[str, list[int], list[int]]] = []  # user, items, candidates
+        self.windows: list[tuple[str, list[int], list[int]]] = []  # user, items, candidates
         size = options.warmup_items
         step = max(size // 4, 1)
         for user, items in sequences.items():
             for start in range(step - size, len(items), step):
-                stretch = items[max(start, 0) : start + size]
-                candidates = []
-                if len(self.stretches) % 2:
-                    candidates = candidates_of.get((user, stretch[-1]), [])
-                if set(candidates) & set(stretch[:-1]):  # other positives, with --protocol official
+                window = items[max(start, 0) : start + size]
+                if len(window) < 2:
+                    continue
+                candidates = candidates_of.get((user, window[-1]), []) if len(self.windows) % 2 else []
+                if set(candidates) & set(window[:-1]):  # with --protocol official: other positives of the user
                     candidates = []
-                if len(stretch) > 1:
-                    self.stretches.append((user, stretch, candidates))
+                self.windows.append((user, window, candidates))
 
     def __len__(self) -> int:
-        return len(self.stretches)
+        return len(self.windows)
 
-    def tree(self, number: int) -> list:
-        _, stretch, candidates = self.stretches[number]
-        return self.prompts.language_tree(stretch, self.max_length, candidates)
+    def tree(self, number: int) -> list[Node]:
+        """Return the prompt tree of a window."""
+        _, items, candidates = self.windows[number]
+        return self.prompts.language_tree(items, self.max_length, candidates)
 
-    def users(self, numbers: list[int]) -> list[str]:
-        return [self.stretches[number][0] for number in numbers]
+    def users(self, numbers: Iterable[int]) -> list[str]:
+        """Return the user of each window."""
+        return [self.windows[number][0] for number in numbers]

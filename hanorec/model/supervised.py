@@ -1,4 +1,4 @@
-"""Supervised training on answers, as sft.py and mllm_srec.teach share it: the model, an optimizer step, the weights."""
+"""Supervised training on answers, shared by sft.py and mllm_srec.teach: options, trainable model, optimizer step."""
 
 import argparse
 
@@ -7,18 +7,19 @@ import torch
 from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
 from hanorec.model.finished import load_finished
-from hanorec.model.load import load_model, pick_dtype, save_with_processors
+from hanorec.model.load import load_model, pick_dtype
 from hanorec.model.lora import add_lora
-from hanorec.model.packing import PackedMLLM
-from hanorec.run.files import UserError, replacing
+from hanorec.model.packing import Batch, PackedMLLM
+from hanorec.run.files import UserError
 from hanorec.run.training import first_device, micro_step
 
 
 def check_tuning(options: argparse.Namespace, encoding: Encoding) -> None:
-    """Decide --tune if it is not given, and raise UserError for options that do not go with it."""
-    options.model, options.tune = encoding.backbone, options.tune or ("full" if encoding.tiny else "lora")
+    """Set options.model, and options.tune if it is not given. UserError for options that contradict --tune."""
+    options.model = encoding.backbone
+    options.tune = options.tune or ("full" if encoding.tiny else "lora")
     if options.quantize and options.tune == "full":
-        raise UserError("--quantize is for --tune lora; rounded weights cannot be trained")
+        raise UserError("--quantize is for --tune lora; quantized weights cannot be trained")
     if options.tune == "lora" and options.start:
         raise UserError("--start is for --tune full; LoRA starts from the backbone")
     if options.tune == "lora" and options.dropout:
@@ -26,18 +27,21 @@ def check_tuning(options: argparse.Namespace, encoding: Encoding) -> None:
 
 
 def mixed_precision(options: argparse.Namespace) -> str:
-    """bf16 if full training computes in bfloat16: its master weights stay in float32. LoRA's base is cast instead."""
+    """Return accelerate's mixed precision: bf16 for full training in bfloat16, else no.
+
+    In full training the weights stay in float32. With LoRA the frozen backbone itself is loaded in bfloat16.
+    """
     half = options.dtype == "bfloat16" or (options.dtype == "auto" and torch.cuda.is_available())
     return "bf16" if options.tune == "full" and half else "no"
 
 
 def trainable_model(options: argparse.Namespace, encoding: Encoding, accelerator) -> PackedMLLM:
-    """The backbone, or the run of --start, with the weights that --tune names made trainable."""
+    """Load the backbone, or the model of --start, and make it trainable: the language model, or a new LoRA on it."""
     if options.tune == "full":
         if options.start:
             model = load_finished(options.start, encoding, attn=options.attn)
         else:
-            model = load_model(encoding.source, torch.float32, options.attn, trust=encoding.trust)  # master weights
+            model = load_model(encoding.source, torch.float32, options.attn, trust=encoding.trust)
         for part in (model.get_decoder(), model.get_output_embeddings()):
             part.requires_grad_(True)
     else:
@@ -52,36 +56,27 @@ def trainable_model(options: argparse.Namespace, encoding: Encoding, accelerator
     return packed
 
 
-def supervised_step(model, micro: list, parameters: list, optimizer, schedule, accelerator):
-    """One optimizer step: the mean negative log-likelihood of the answer tokens of all micro-batches and processes.
+def supervised_step(model, micro_batches: list[Batch], parameters: list, optimizer, schedule, accelerator):
+    """Make one optimizer step on the mean negative log-likelihood of all answer tokens of the step.
 
     Args:
-        micro: this process's micro-batches, a Batch each.
+        model: the module that accelerator.prepare returned.
+        micro_batches: this process's part of the step.
+        parameters: the trained weights. optimizer, schedule: of these weights.
 
-    Returns (loss in nats per answer token, the gradient's norm before clipping at 1).
+    Returns (loss in nats per answer token, the norm of the gradient before clipping at 1).
     """
-    tokens = torch.tensor(float(sum(int(batch.answers.sum()) for batch in micro)), device=accelerator.device)
-    tokens = accelerator.reduce(tokens)
+    own_tokens = sum(int(batch.answers.sum()) for batch in micro_batches)
+    tokens = accelerator.reduce(torch.tensor(float(own_tokens), device=accelerator.device))  # of all processes
     loss = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro, 1):
-        with micro_step(model, accelerator, last=number == len(micro)):
+    for number, batch in enumerate(micro_batches, 1):
+        with micro_step(model, accelerator, last=number == len(micro_batches)):
             with accelerator.autocast():
                 nll = -model(batch.to(accelerator.device)).sum() / tokens
-            accelerator.backward(nll * accelerator.num_processes)  # gradients are averaged over processes
+            accelerator.backward(nll * accelerator.num_processes)  # accelerate averages gradients
         loss += nll.detach()
     norm = accelerator.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     return accelerator.reduce(loss), norm
-
-
-def save_trained(model, weights: dict, encoding: Encoding, options: argparse.Namespace) -> None:
-    """Write adapter/ (PEFT's format) or, with --tune full, model/ with its tokenizer. weights: the whole state dict."""
-    if options.tune == "full":
-        with replacing(options.out / "model") as new:
-            pixels = encoding.manifest["max_pixels"]
-            save_with_processors(model, new, encoding.source, pixels, encoding.trust, state_dict=weights)
-    else:
-        with replacing(options.out / "adapter") as new:
-            model.save_pretrained(new, state_dict=weights)
