@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
     prompts = load_prompts(data, encoding, options.candidate_images, options.summaries)
     packed, hardness = load_policy(options, encoding, examples, accelerator)
-    kinds = list(itertools.chain(*(PAIR_KINDS[task] for task in options.tasks)))
+    kinds = [kind for task in options.tasks for kind in PAIR_KINDS[task]]
     pairs = Samples(prompts, prompts.pair_tree, examples, kinds, options.max_length)
     accelerator.print(f"{data.folder}: {len(examples)} examples x {len(kinds)} pairs ({', '.join(kinds)})")
     steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Train
     with started(options, "dpo_hano", accelerator, steps, hashes) as log:
-        steps_done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=eta)
+        state = eta if options.responsiveness == "ema" else None  # the other kinds of eta have no state
+        steps_done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=state)
         for step, numbers, micro_batches in training.loaded(load, batches, steps_done, accelerator.device):
             if step == 1:
                 batch, batch_reference, _ = micro_batches[0]

@@ -209,7 +209,11 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
 
     hook = register_optimizer_step_pre_hook(refuse_step)
     try:
-        yield add_noise(weights, sigma, relative, generator)
+        ratio = add_noise(weights, sigma, relative, generator)
+        versions = [weight._version for weight in weights]
+        yield ratio
+        if versions != [weight._version for weight in weights]:  # changed by something else than an optimizer
+            raise RuntimeError("the LoRA weights changed inside noisy_lora, and the change would be lost")
     finally:
         hook.remove()
         with torch.no_grad():
