@@ -1,4 +1,4 @@
-"""The chain-of-thought prompts of MLLM-SRec, and the choice between them and the plain prompts."""
+"""Build the chain-of-thought prompts of MLLM-SRec, and choose between them and the plain prompts."""
 
 import zlib
 from dataclasses import replace
@@ -8,16 +8,20 @@ from hanorec.model.encoding import Encoding
 from hanorec.model.prompts import Prompts, fit_to_length
 from hanorec.model.template import ChatTemplate, load_template
 from hanorec.model.trees import Node
-from mllm_srec.preferences import UserTexts, load_user_texts, summaries_folder, summaries_hash, timelines
+from hanorec.run.files import read_json, value_hash
+from mllm_srec.preferences import MANIFEST, UserTexts, load_user_texts, summaries_folder, summarize_command, timelines
 from mllm_srec.texts import fill
 
 
 class ThoughtPrompts(Prompts):
-    """The user as root; then for each candidate the question, the steps of thought, the answer.
+    """Builds prompt trees with a chain of thought.
+
+    The root is the user. Then each candidate has a node with the question and the steps of thought, and after it the
+    answers.
 
     Args:
-        steps_share: the share of the examples whose steps are trained. The answers of all are. Steps have many more
-            tokens than answers, and the loss is over tokens.
+        steps_share: the share of the training examples whose steps are scored. The answers of all examples are scored.
+            Steps have many more tokens than answers, and the loss is a mean over tokens.
     """
 
     def __init__(self, user_texts: UserTexts, template: ChatTemplate, items, tokens, steps_share: float = 1.0):
@@ -25,32 +29,43 @@ class ThoughtPrompts(Prompts):
         self.user_texts, self.texts, self.steps_share = user_texts, user_texts.texts, steps_share
         self.yes, self.no = self.texts["yes"], self.texts["no"]
 
-    def yesno_questions(self, example: Example, candidates) -> list[Node]:
-        values = self.user_texts.at(example)
+    def yesno_questions(self, example: Example, candidates, score_steps: bool = False) -> list[Node]:
+        """Return the user, then the question and the steps about each candidate: nodes 1, 2, ... of the tree."""
+        values = self.user_texts.prompt_values(example)
         tree = [self.add_parts(self.root(), fill(self.texts["user"] + "\n", **values))]
         for candidate in candidates:
             title = self.items.titles[candidate]
             node = self.add_parts(Node(0, []), fill(self.texts["candidate"], title=title, image=candidate))
-            node.ids += [*self.template.tail, *self.text(self.user_texts.steps(values, candidate))]
+            node.ids += self.template.tail
+            start = len(node.ids)
+            node.ids += self.text(self.user_texts.steps(values, candidate))
+            if score_steps:
+                node.scored = range(start, len(node.ids))
             tree.append(node)
         return tree
 
     def sft_tree(self, example: Example, task: str) -> list[Node]:
-        """The tree of the plain prompts; for a share of the examples, the steps are scored too."""
-        tree = super().sft_tree(example, task)
-        if zlib.crc32(f"{example.user} {example.target}".encode()) >= self.steps_share * 2**32:
-            return tree
-        values = self.user_texts.at(example)
-        for question, candidate in ((1, example.target), (2, example.rejected)):
-            count = len(self.text(self.user_texts.steps(values, candidate)))
-            length = len(tree[question].ids)
-            tree[question].scored = range(length - count, length)
-        return tree
+        """Return Yes about the target and No about the rejected item. In a share of the examples the steps are scored.
+
+        Args:
+            task: `yesno`; there is no chain of thought for the ranking question.
+        """
+        number = zlib.crc32(f"{example.user} {example.target}".encode())  # uniform below 2**32
+        score_steps = number < self.steps_share * 2**32
+        questions = self.yesno_questions(example, [example.target, example.rejected], score_steps)
+        return [*questions, self.answer(self.yes, 1), self.answer(self.no, 2)]
 
     def check_fit(self, builds, examples: list[Example], max_length: int) -> None:
-        """UserError if an example's tree, with one history item, is longer than max_length tokens: as it stands, and
-        with the item of the longest line as its rejected item."""
-        lengths = [len(self.text(self.user_texts.line(item))) for item in range(len(self.items))]
+        """Raise UserError if an example is longer than max_length tokens when its history is cut to one item.
+
+        Each example is also tried with the item of the longest title and summary as its rejected item, because
+        evaluation may have any item as a candidate. In evaluation this bounds the candidates' titles and summaries for
+        the users of `examples`. It does not bound images, words in common, and the texts of other users.
+
+        Args:
+            builds: functions from an example to a prompt tree.
+        """
+        lengths = [len(self.text(self.user_texts.item_line(item))) for item in range(len(self.items))]
         longest = lengths.index(max(lengths))
         for example in examples:
             short = replace(example, history=example.history[-1:])
@@ -66,7 +81,13 @@ def load_prompts(
     summaries: str | None = None,
     steps_share: float = 1.0,
 ) -> Prompts:
-    """The prompts of a data folder: of the chain of thought if `summaries` is a name of summaries, else plain."""
+    """Load the prompts for a data folder.
+
+    Args:
+        candidate_images: plain prompts show the images of candidates too.
+        summaries: name of the summaries folder for chain-of-thought prompts; None: plain prompts.
+        steps_share: see ThoughtPrompts.
+    """
     template = load_template(encoding.source, encoding.trust)
     if summaries is None:
         return Prompts(template, encoding.items, encoding.tokens, candidate_images)
@@ -75,7 +96,13 @@ def load_prompts(
 
 
 def training_hash(data: DataFolder, encoding: Encoding, summaries: str | None = None) -> str:
-    """SHA-256 of everything that training reads: data, encoding and, if prompts use them, summaries."""
+    """Return the SHA-256 of everything that training reads: data, encoding and, with a name of summaries, these.
+
+    It covers the texts in the summaries folder and the prompts, but not the model that wrote the texts.
+    """
     if summaries is None:
         return encoding.hash()
-    return encoding.hash(summaries_hash(summaries_folder(data, encoding, summaries)))
+    folder = summaries_folder(data, encoding, summaries)
+    manifest = read_json(folder / "manifest.json", MANIFEST, summarize_command(folder))
+    hashes = [manifest.get(name, {}).get("hash") for name in ("items", "preferences")]
+    return encoding.hash(value_hash([manifest["data"], manifest["prompts"], *hashes]))

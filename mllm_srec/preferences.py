@@ -1,7 +1,9 @@
-"""What MLLM-SRec knows about a user at a point of time: item summaries, preference paragraphs and profiles.
+"""Load the texts of MLLM-SRec about items and users, and choose those that an example's prompt may use.
 
-A user's timeline is everything that the user chose, oldest first. An example stands at a point of it, its cut: the
-number of items before its target. Nothing behind the cut enters the example's prompt.
+A user's timeline is a list of the items that the user chose, oldest first. An example's cut is the number of timeline
+items up to the end of its history. The target comes after the cut: it is the next item or, with prepare_data.py
+--protocol official, the third one. An example's prompt uses only paragraphs and profiles that were written from items
+before its cut.
 """
 
 import re
@@ -14,33 +16,39 @@ from hanorec.model.encoding import Encoding
 from hanorec.run.files import UserError, file_hash, read_json, read_jsonl, value_hash
 from mllm_srec.texts import fill, fill_text, read_texts
 
-# The fields of the files in data/<name>/summaries/<name>/, and their types. A text of None cannot be used.
+# The fields of the files in data/<data>/summaries/<name>/, and their types. An unusable text is None.
 TEXT = (str, type(None))
 MANIFEST = {"data": str, "prompts": str}
 SUMMARY = {"item": str, "summary": TEXT, "fault": TEXT}
 PREFERENCE = {"user": str, "end": int, "paragraph": TEXT, "fault": TEXT, "profile": TEXT, "profile_fault": TEXT}
-PICTURES = ("backbone", "items", "tokens")  # of the encoding's manifest: they identify the pictures
 
 
 def timelines(data: DataFolder) -> dict[str, list[int]]:
-    """Everything that each user chose before the test target, oldest first, as item indices.
+    """Return the timeline of each user, as item indices.
 
-    It is the training sequence, then what the histories of validation and test examples have beyond it.
+    It is the user's training sequence, then the items that the histories of validation and test examples add. With
+    leave-one-out, it ends where the test example's history ends. With --split user, a training user's timeline ends
+    with the last training target, and another user's timeline is the history of the user's only example.
     """
-    found = {user: list(items) for user, items in data.sequences().items()}
+    timelines = {user: list(items) for user, items in data.sequences().items()}
     for example in [*data.examples("val"), *data.examples("test")]:
-        timeline = found.setdefault(example.user, [])
-        timeline += [item for item in example.history if item not in timeline]
-    return found
+        timeline = timelines.setdefault(example.user, [])
+        for item in example.history:
+            if item not in timeline:
+                timeline.append(item)
+    return timelines
 
 
 def window_ends(cuts: Iterable[int], window: int, step: int, before: int = 0) -> list[int]:
-    """Where a user's windows end, as numbers of items: after `window` items, then every `step` items to the last cut.
+    """Return where a user's windows end, as numbers of timeline items.
+
+    The first window ends after `window` items. The next ones end every `step` items, at the last cut at the latest.
 
     Args:
         cuts: of the user's examples.
-        window: items in a window; 0: the whole history at each cut.
-        before: begin so many items before the first cut, not at the beginning. Later items do not move it.
+        window: items in a window. 0: a window is everything before a cut, one for each cut.
+        before: 0: the first window begins where the timeline begins. Otherwise it begins so many items before the first
+            cut, and items that are added to the timeline later do not move it.
 
     >>> window_ends([4, 8], window=3, step=3), window_ends([4, 8], 3, 1, before=4), window_ends([4, 8], 0, 3)
     ([3, 6], [3, 4, 5, 6, 7, 8], [4, 8])
@@ -53,83 +61,92 @@ def window_ends(cuts: Iterable[int], window: int, step: int, before: int = 0) ->
 
 
 class UserTexts:
-    """The texts about items and users, as prompts read them.
+    """The texts about items and users, and the parts of prompts that are made from them.
 
     Args:
         texts: the prompts by name.
-        timelines: by user, as `timelines` gives them.
-        summaries: [N], by item index; None without a usable summary.
-        users: by user [(end, paragraph or None, profile or None)], ordered by end. The paragraph was made of the first
-            `end` items of the timeline.
+        timelines: by user, as the function `timelines` returns them.
+        summaries: [N], by item index; None where there is no usable summary.
+        users: by user [(end, paragraph or None, profile or None)], ordered by end. The texts were written from the
+            first `end` items of the timeline.
     """
 
-    def __init__(
-        self, texts: dict[str, str], items: Items, timelines: dict[str, list[int]], summaries: list, users: dict
-    ):
+    def __init__(self, texts: dict[str, str], items: Items, timelines: dict, summaries: list, users: dict):
         self.texts, self.items, self.timelines, self.summaries, self.users = texts, items, timelines, summaries, users
         self.position = {u: {item: i for i, item in enumerate(timeline)} for u, timeline in timelines.items()}
-        counts = Counter(word for item in range(len(summaries)) for word in self.words(item))
+        counts = Counter(word for item in range(len(summaries)) for word in self.item_words(item))
         self.frequent = {word for word, count in counts.items() if 2 * count > len(summaries)}
 
     def cut(self, example: Example) -> int:
-        """How many items of the user's timeline an example may know: up to the last one of its history."""
+        """Return the number of timeline items up to the end of the example's history."""
         return self.position[example.user][example.history[-1]] + 1
 
-    def line(self, item: int) -> str:
-        """An item as it stands in a prompt."""
+    def item_line(self, item: int) -> str:
+        """Return the line about an item in a prompt: its title and, if it is usable, its summary."""
         title, summary = self.items.titles[item], self.summaries[item]
         if summary is None:
             return fill_text(self.texts["line without a summary"], title=title)
         return fill_text(self.texts["line"], title=title, summary=summary)
 
-    def lines(self, items: Iterable[int]) -> str:
-        return "\n".join(self.line(item) for item in items) or self.texts["nothing"]
+    def item_lines(self, items: Iterable[int]) -> str:
+        return "\n".join(self.item_line(item) for item in items) or self.texts["nothing"]
 
-    def preference_prompt(self, items: Iterable[int], before: str | None) -> list[str | int]:
-        """The prompt for a paragraph about these items. before: the paragraph before, None for a user's first."""
-        if before is None:
-            return fill(self.texts["first preference"], items=self.lines(items))
-        return fill(self.texts["preference"], items=self.lines(items), preference=before)
+    def preference_prompt(self, items: Iterable[int], previous: str | None) -> list[str | int]:
+        """Return the parts of the prompt for a preference paragraph.
 
-    def at(self, example: Example) -> dict[str, str]:
-        """What is known about the user at an example's cut.
-
-        Returns profile and preference (the last usable ones that nothing behind the cut entered), since (the items of
-        the history after that paragraph) and last (its last item).
+        Args:
+            items: the items of the window.
+            previous: the user's paragraph of an earlier window; None if there is none.
         """
-        cut, nothing = self.cut(example), self.texts["nothing"]
-        preference_end, preference, profile = 0, nothing, nothing
-        for end, paragraph, line in self.users.get(example.user, []):
-            if end <= cut and paragraph is not None:
-                preference_end, preference = end, paragraph or nothing
-            if end <= cut and line is not None:
-                profile = line or nothing
-        position, last = self.position[example.user], example.history[-1]
-        return {
-            "profile": profile,
-            "preference": preference,
-            "since": self.lines(item for item in example.history if position[item] >= preference_end),
-            "last": self.summaries[last] or self.items.titles[last],
-        }
+        if previous is None:
+            return fill(self.texts["first preference"], items=self.item_lines(items))
+        return fill(self.texts["preference"], items=self.item_lines(items), preference=previous)
 
-    def words(self, item: int) -> list[str]:
-        """The distinct words of an item's title and summary, in order."""
+    def prompt_values(self, example: Example) -> dict[str, str]:
+        """Return what the prompt says about an example's user, by placeholder.
+
+        Returns:
+            preference, profile: the last usable ones that were written from items before the cut.
+            since: the lines of the history items after that paragraph's window.
+            last: the summary, or else the title, of the last history item.
+        """
+        cut, paragraph_end = self.cut(example), 0
+        values = {"profile": self.texts["nothing"], "preference": self.texts["nothing"]}
+        for end, paragraph, profile in self.users.get(example.user, []):
+            if end > cut:
+                break
+            if paragraph is not None:
+                paragraph_end, values["preference"] = end, paragraph
+            if profile is not None:
+                values["profile"] = profile
+        position, last = self.position[example.user], example.history[-1]
+        values["since"] = self.item_lines(item for item in example.history if position[item] >= paragraph_end)
+        values["last"] = self.summaries[last] or self.items.titles[last]
+        return values
+
+    def item_words(self, item: int) -> list[str]:
+        """Return the distinct words of an item's title and summary, in order."""
         text = f"{self.items.titles[item]} {self.summaries[item] or ''}"
         return list(dict.fromkeys(re.findall(r"\w{3,}", text.casefold())))
 
-    def common(self, item: int, *texts: str) -> str:
-        """The words of an item that these texts have too, without the words that most items have."""
-        others = " ".join(text for text in texts if text != self.texts["nothing"])
-        known = set(re.findall(r"\w{3,}", others.casefold()))
-        words = [word for word in self.words(item) if word in known and word not in self.frequent]
+    def shared_words(self, item: int, *texts: str) -> str:
+        """Return the words of an item that also are in one of the texts. Words of more than half of all items do not
+        count."""
+        written = " ".join(text for text in texts if text != self.texts["nothing"])
+        text_words = set(re.findall(r"\w{3,}", written.casefold()))
+        words = [word for word in self.item_words(item) if word in text_words and word not in self.frequent]
         return ", ".join(words) or self.texts["nothing"]
 
     def steps(self, values: dict[str, str], candidate: int) -> str:
-        """The steps of thought about a candidate, from `at` and the candidate's texts. The label enters nowhere."""
+        """Return the steps of thought about a candidate. They do not depend on the label.
+
+        Args:
+            values: what `prompt_values` returns for the example.
+        """
         title = self.items.titles[candidate]
         summary = self.summaries[candidate] or title
-        common = self.common(candidate, values["preference"], values["since"])
-        return fill_text(self.texts["steps"], title=title, summary=summary, common=common, **values) + "\n"
+        shared = self.shared_words(candidate, values["preference"], values["since"])
+        return fill_text(self.texts["steps"], title=title, summary=summary, common=shared, **values) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,26 +154,25 @@ class UserTexts:
 
 
 def summaries_folder(data: DataFolder, encoding: Encoding, name: str | None) -> Path:
-    """The folder of summaries of this name; of the encoding's name if None or empty."""
+    """Return the path of a summaries folder. Without a name, it has the encoding's name."""
     if encoding.tokens.blank_images:
-        raise UserError("summaries tell what the pictures show: with them --blank-images hides little")
+        raise UserError("summaries describe the pictures, so --blank-images does not hide them; go without one of both")
     return data.folder / "summaries" / (name or encoding.folder.name)
 
 
 def data_hash(items: Items, timelines: dict[str, list[int]]) -> str:
-    """SHA-256 of the items and timelines that texts are written for."""
+    """Return the SHA-256 of the items and timelines that texts are written about."""
     return value_hash([items.ids, items.titles, list(timelines.items())])
 
 
-def summaries_hash(folder: Path) -> str:
-    """SHA-256 of the texts in a summaries folder and of their prompts, but not of how they were written."""
-    manifest = read_json(folder / "manifest.json", MANIFEST, remedy(folder))
-    hashes = [manifest.get(name, {}).get("hash") for name in ("items", "preferences")]
-    return value_hash([manifest["data"], manifest["prompts"], *hashes])
+def pictures_of(encoding: Encoding) -> dict:
+    """Return the entries of the encoding's manifest that identify its pictures."""
+    return {name: encoding.manifest[name] for name in ("backbone", "items", "tokens")}
 
 
-def remedy(folder: Path) -> str:
-    return f"run mllm_srec.summarize --name {folder.name}"
+def summarize_command(folder: Path) -> str:
+    """Return the advice at the end of an error message: the command that writes this summaries folder."""
+    return f"run python -m mllm_srec.summarize --data {folder.parent.parent} --name {folder.name}"
 
 
 def load_user_texts(folder: Path, encoding: Encoding, timelines: dict[str, list[int]]) -> UserTexts:
@@ -165,26 +181,25 @@ def load_user_texts(folder: Path, encoding: Encoding, timelines: dict[str, list[
     Raises:
         UserError: it is unfinished or changed, or was written for other data, or for other pictures of this backbone.
     """
-    again = remedy(folder)
-    manifest = read_json(folder / "manifest.json", MANIFEST, again)
+    remedy = summarize_command(folder)
+    manifest = read_json(folder / "manifest.json", MANIFEST, remedy)
     if "preferences" not in manifest:
-        raise UserError(f"{folder} is not finished; {again}")
-    pictures = manifest.get("pictures")
-    other_pictures = False
-    if pictures and pictures["backbone"] == encoding.backbone:
-        other_pictures = any(pictures[name] != encoding.manifest[name] for name in PICTURES)
-    if manifest["data"] != data_hash(encoding.items, timelines) or other_pictures:
-        raise UserError(f"{folder} was written for another state of its data; {again}")
+        raise UserError(f"{folder} is not finished; {remedy}")
+    current, pictures = pictures_of(encoding), manifest.get("pictures")  # None: written without pictures
+    other_pictures = pictures and pictures["backbone"] == current["backbone"] and pictures != current
+    if other_pictures or manifest["data"] != data_hash(encoding.items, timelines):
+        raise UserError(f"{folder} was written for other items, timelines or pictures; {remedy}")
     texts = read_texts(folder / "prompts.txt")
     if manifest["prompts"] != value_hash(texts):
-        raise UserError(f"{folder}/prompts.txt is not what manifest.json lists; {again}")
+        raise UserError(f"{folder}/prompts.txt is not what manifest.json lists; {remedy}")
     for name in ("items", "preferences"):
-        if manifest[name]["hash"] != file_hash(folder / f"{name}.jsonl"):
-            raise UserError(f"{folder / name}.jsonl is not what manifest.json lists; delete it and {again}")
+        path = folder / f"{name}.jsonl"
+        if not path.exists() or manifest[name]["hash"] != file_hash(path):
+            raise UserError(f"{path} is missing, or not what manifest.json lists; {remedy}")
     summaries = [None] * len(encoding.items)
-    for line in read_jsonl(folder / "items.jsonl", SUMMARY, again):
+    for line in read_jsonl(folder / "items.jsonl", SUMMARY, remedy):
         summaries[encoding.items.index_of[line["item"]]] = line["summary"]
     users: dict[str, list] = {}
-    for line in read_jsonl(folder / "preferences.jsonl", PREFERENCE, again):
+    for line in read_jsonl(folder / "preferences.jsonl", PREFERENCE, remedy):
         users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
     return UserTexts(texts, encoding.items, timelines, summaries, users)

@@ -1,7 +1,8 @@
-"""A file of lines that takes long to write: shared out over processes, safe against a crash, continued by the next run.
+"""Write a file of JSON lines that takes long to compute, by several processes, and continue it after a crash.
 
-Each process appends to a part of its own; in the end all parts together are the file. A part begins with a key, a hash
-of what its lines are made of. Parts with another key are begun anew. A line that was cut off is dropped.
+Each process appends its lines to a file of its own, a part. At the end all parts are joined into the file. The first
+line of a part is a key: a hash of everything that the lines are computed from. A part with another key is overwritten.
+If a crash left an incomplete last line in a part, that line is dropped.
 """
 
 import json
@@ -12,44 +13,55 @@ from hanorec.run.files import replacing, write_jsonl
 
 
 class Record:
-    """The file while it is written.
+    """A file of JSON lines while it is written.
 
     Args:
-        path: of the finished file.
-        key: a hash of what its lines are made of.
+        path: the file, which `finish` writes.
+        key: a hash of everything that the lines are computed from.
 
     Attributes:
-        done: the lines that earlier runs left, of all processes.
+        done: the lines that earlier runs wrote, of all processes; then the lines that this process adds.
     """
 
     def __init__(self, path: Path, key: str, accelerator):
         self.path, self.key, self.accelerator = path, key, accelerator
-        self.done = self.lines()
-        accelerator.wait_for_everyone()  # every process has read the parts
-        own = path.with_name(f".{path.name}.{accelerator.process_index}.part")
-        kept = complete_lines(own) if key_of(own) == key else (json.dumps({"key": key}) + "\n").encode()
-        with replacing(own) as new:
-            new.write_bytes(kept)
-        self.file = open(own, "a", encoding="utf-8")  # closed by finish
+        self.done = self.read_parts()
+        accelerator.wait_for_everyone()  # until every process has read the parts
+        part = path.with_name(f".{path.name}.{accelerator.process_index}.part")
+        lines = [json.dumps({"key": key}).encode(), *self.read_part(part)]
+        with replacing(part) as new:
+            new.write_bytes(b"".join(line + b"\n" for line in lines))
+        self.file = open(part, "a", encoding="utf-8")  # closed by finish
 
     def parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f".{self.path.name}.*.part"))
 
-    def lines(self) -> list[dict]:
-        """The lines of all parts with this key."""
-        parts = [part for part in self.parts() if key_of(part) == self.key]
-        return [json.loads(line) for part in parts for line in complete_lines(part).splitlines()[1:]]
+    def read_part(self, part: Path) -> list[bytes]:
+        """Return the complete lines of a part, without its key; none if it is absent or has another key."""
+        content = part.read_bytes() if part.exists() else b""
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        if not lines or json.loads(lines[0])["key"] != self.key:
+            return []
+        return lines[1:]
+
+    def read_parts(self) -> list[dict]:
+        return [json.loads(line) for part in self.parts() for line in self.read_part(part)]
 
     def add(self, lines: list[dict]) -> None:
-        """Append lines. After that they outlast this process."""
+        """Append lines to this process's part. From then on a crash does not lose them."""
         self.file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.file.flush()
+        self.done += lines
 
     def finish(self, order: Callable) -> list[dict]:
-        """Write the file, its lines sorted by the key `order`, and delete the parts. Returns all lines."""
+        """Join all parts into the file and delete the parts. Returns the lines of the file.
+
+        Args:
+            order: from a line to its sort key.
+        """
         self.file.close()
         self.accelerator.wait_for_everyone()
-        lines = sorted(self.lines(), key=order)
+        lines = sorted(self.read_parts(), key=order)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_jsonl(self.path, lines)
@@ -57,15 +69,3 @@ class Record:
                 part.unlink()
         self.accelerator.wait_for_everyone()
         return lines
-
-
-def complete_lines(part: Path) -> bytes:
-    """A part up to the end of its last complete line."""
-    content = part.read_bytes() if part.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
-
-
-def key_of(part: Path) -> str | None:
-    """The key that a part begins with."""
-    first = complete_lines(part).split(b"\n")[0]
-    return json.loads(first)["key"] if first else None

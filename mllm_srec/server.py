@@ -1,4 +1,5 @@
-"""Texts from an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): many requests at once, with retries."""
+"""Generate texts on an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): many requests at once, with
+retries."""
 
 import base64
 import http.client
@@ -16,18 +17,18 @@ from hanorec.model.load import load_tokenizer
 from hanorec.run.files import UserError
 from mllm_srec.writers import Reply, control_tokens
 
-TIMEOUT = 600  # seconds for an answer: a busy server may hold a request back
+TIMEOUT = 600  # seconds for an answer: a busy server may let a request wait
 LONGEST_PAUSE = 30  # seconds between two tries
-OF_THIS_PROMPT = (400, 413, 422)  # statuses that refuse one prompt, perhaps not others
+PROMPT_REFUSED = (400, 413, 422)  # statuses that refuse this prompt, but perhaps not others
 
 
 class Server:
-    """Called with prompts (lists of parts, see `texts.fill`), it returns a Reply to each.
+    """A text generator on a server. Call it with prompts (lists of parts, see `texts.fill`) to get a Reply to each.
 
     Args:
         url: the server's address, up to /v1.
-        model: its name for the model; None: the first that it lists.
-        encoding: whose images are sent, no larger than they are encoded.
+        model: the server's name for the model; None: the first one that the server lists.
+        encoding: has the images, and the number of pixels that they are reduced to.
         options: parallel, retries, max_tokens, seed, batch_size.
 
     Raises:
@@ -37,7 +38,8 @@ class Server:
     def __init__(self, url: str, model: str | None, encoding: Encoding, options):
         self.url, self.encoding, self.options = url.rstrip("/"), encoding, options
         self.batch_size = options.batch_size
-        self.lost = threading.Event()  # set once the server is given up
+        self.errors: list[str] = []  # of requests that failed; all requests report the first one
+        self.stopped = threading.Event()  # set after the first error
         control = control_tokens(load_tokenizer(encoding.source, encoding.trust))
         self.control = sorted(control, key=len, reverse=True)
         self.model = model or self.first_model()
@@ -49,6 +51,7 @@ class Server:
             raise UserError(f"{self.url}/models names no model ({error}); give --server-model") from error
 
     def length(self, parts: list) -> int:
+        """Return the number of characters of a prompt."""
         return sum(len(part) for part in parts if isinstance(part, str))
 
     def __call__(self, prompts: list[list]) -> list[Reply]:
@@ -69,30 +72,29 @@ class Server:
         )
         try:
             choice = answer["choices"][0]
-            text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
-            text.encode()
-        except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError):  # half a character
+            text = choice["message"]["content"] or ""
+            ended = choice.get("finish_reason") in (None, "stop")  # else: the length, a filter, an error
+            text.encode()  # UnicodeEncodeError: half a character
+        except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError):
             return Reply(json.dumps(answer)[:200], "nonsense")
-        fault = None
-        if reason not in (None, "stop"):  # its length, a filter, an error
-            fault = "limit"
-        elif any(token in text for token in self.control):
-            fault = "control"
-        return Reply(text, fault).checked()
+        return Reply.checked(text, ended, control=any(token in text for token in self.control))
 
     def text(self, text: str) -> dict:
-        """A text part. What spells a control token is split, since a server would read it as one."""
+        """Return a text part of a message.
+
+        A space is put into each spelling of a control token. Otherwise the server would read it as that token.
+        """
         for token in self.control:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return {"type": "text", "text": text}
 
     def image(self, item: int) -> dict | None:
-        """An image part, as PNG within max_pixels; None for an item without an image."""
+        """Return an image part of a message, a PNG of at most max_pixels pixels; None for an item without an image."""
         path = self.encoding.items.images[item]
         if not path:
             return None
-        image, most = open_image(self.encoding.data.folder / path), self.encoding.manifest["max_pixels"]
-        scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
+        image = open_image(self.encoding.data.folder / path)
+        scale = min(1.0, (self.encoding.manifest["max_pixels"] / (image.width * image.height)) ** 0.5)
         image.thumbnail((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -100,29 +102,35 @@ class Server:
         return {"type": "image_url", "image_url": {"url": url}}
 
     def answer(self, path: str, body: dict | None = None):
-        """The server's answer, from JSON; None if it is no JSON. A busy or absent server is tried again, ever later."""
-        headers = {
-            "Content-Type": "application/json",
-            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
-        }
-        data, reason = None if body is None else json.dumps(body).encode(), ""
+        """Send a request. Returns the server's answer read from JSON; None if it is not JSON.
+
+        While the server is busy or does not respond, the request is sent again after longer and longer pauses.
+        """
+        headers = {"Content-Type": "application/json"}
+        headers["Authorization"] = f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"
+        data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.options.retries + 1):
-            if self.lost.wait(min(2**attempt / 2, LONGEST_PAUSE) if attempt else 0):
-                break
+            pause = min(2**attempt / 2, LONGEST_PAUSE) if attempt else 0
+            if self.stopped.wait(pause):  # another request failed
+                raise UserError(self.errors[0])
             try:
                 request = urllib.request.Request(f"{self.url}/{path}", data, headers)
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read()[:200].decode(errors='replace')}"
-                if body is not None and error.code in OF_THIS_PROMPT:
+                if body is not None and error.code in PROMPT_REFUSED:
                     return {"error": reason}
                 if error.code < 500 and error.code != 429:
-                    self.lost.set()
-                    raise UserError(f"{self.url} refuses a request ({reason})") from error
+                    raise self.stop(f"{self.url} refuses a request ({reason})") from error
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
                 return None
-            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address at all
+            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: the address is not valid
                 reason = f"{type(error).__name__}: {error}"
-        self.lost.set()  # the other requests stop too
-        raise UserError(f"{self.url} does not answer ({reason}); what is written stays: run the same again to go on")
+        raise self.stop(f"{self.url} does not answer ({reason}); run the same command again, which continues")
+
+    def stop(self, message: str) -> UserError:
+        """Stop all requests after an error. Returns the first error of all requests, for the caller to raise."""
+        self.errors.append(message)
+        self.stopped.set()
+        return UserError(self.errors[0])

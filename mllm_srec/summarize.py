@@ -1,14 +1,14 @@
-"""MLLM-SRec's stage before training: summaries of items, then each user's preferences as they change over time.
+"""Write the texts of MLLM-SRec before training: summaries of items, then each user's preferences as they change.
 
     accelerate launch -m mllm_srec.summarize --data data/ml-1m    # -> data/ml-1m/summaries/<backbone>/
-    accelerate launch -m mllm_srec.summarize --data data/ml-1m --window 0 --name whole   # no window
-    python -m mllm_srec.summarize --data data/ml-1m --server http://localhost:8000/v1    # prompts go to a server
+    accelerate launch -m mllm_srec.summarize --data data/ml-1m --window 0 --name whole   # the whole history at once
+    python -m mllm_srec.summarize --data data/ml-1m --server http://localhost:8000/v1    # a server writes the texts
     python -m mllm_srec.summarize --data data/ml-1m --show 2      # print the prompts, and write nothing
 
-Writes items.jsonl (item, summary, reply), preferences.jsonl (user, items, paragraph, profile: a line for each window),
-prompts.txt and manifest.json. Texts are appended batch by batch: a run that was cut off continues, and a run with
-another model, prompt or option starts anew. A text that is empty, refused, cut at the limit or without the requested
-form is counted and left out.
+Writes items.jsonl (a line for each item), preferences.jsonl (a line for each window of each user), prompts.txt and
+manifest.json; docs/mllm_srec.md lists their fields. After a crash, the same command continues. With another model,
+prompt or option, it writes the texts anew. Unusable texts (empty, refused, cut at the limit, without the requested
+form) are counted, and prompts go without them.
 """
 
 import argparse
@@ -34,36 +34,26 @@ OPTIONS = {
     "": [
         Option("--data", Path, Path("data/demo"), "data folder"),
         Option("--model", str, None, "which of the data's encodings, if there are several"),
-        Option("--run", Path, None, "a finished run of mllm_srec.teach or sft.py that writes, not the backbone"),
+        Option("--run", Path, None, "a finished run of mllm_srec.teach, sft.py or dpo_hano.py that writes the texts"),
         Option("--name", str, None, "folder to write under <data>/summaries", shown="the backbone's name"),
     ],
     "prompts": [
         Option("--prompts", Path, PROMPTS_FILE, "file of all prompts", shown="mllm_srec/prompts.txt"),
-        Option(
-            "--sees",
-            ["both", "image", "text"],
-            "both",
-            "what an item's summary is made of: both, its image alone (MLLM-MSR), its text alone",
-        ),
+        Option("--sees", ["both", "image", "text"], "both", "what an item's summary is written from"),
         Option("--window", non_negative_int, 3, "items in a window; 0: the whole history"),
         Option("--step", positive_int, 3, "items from one window to the next"),
-        Option(
-            "--before",
-            non_negative_int,
-            0,
-            "begin a user's windows so many items before the first example's history ends; 0: at the beginning",
-        ),
+        Option("--before", non_negative_int, 0, "begin N items before the first example; 0: at the start", metavar="N"),
         Option("--max-tokens", positive_int, 256, "most tokens of a text"),
-        Option("--show", non_negative_int, 0, "print N rendered prompts", metavar="N"),
+        Option("--show", non_negative_int, 0, "print N prompts of each kind, and write nothing", metavar="N"),
     ],
     "how": [
         Option("--batch-size", positive_int, None, "texts at once", shown="tiny: 64, else 8; server: 64"),
         DTYPE,
-        Option("--server", str, None, "an OpenAI-compatible server, its address up to /v1", metavar="URL"),
-        Option("--server-model", str, None, "the model's name there", metavar="NAME", shown="the first that it lists"),
-        Option("--parallel", positive_int, 16, "requests at a time"),
-        Option("--retries", non_negative_int, 5, "tries of a request after the first, with longer and longer pauses"),
-        Option("--seed", non_negative_int, 42, "sent to the server; a model here writes greedily"),
+        Option("--server", str, None, "OpenAI-compatible server that writes the texts, up to /v1", metavar="URL"),
+        Option("--server-model", str, None, "the server's name for the model", metavar="NAME", shown="its first"),
+        Option("--parallel", positive_int, 16, "requests to the server at a time"),
+        Option("--retries", non_negative_int, 5, "how often a request is sent again, after longer and longer pauses"),
+        Option("--seed", non_negative_int, 42, "sent to the server; without a server, decoding is greedy"),
         TRUST,
     ],
 }
@@ -73,11 +63,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
     if options.run and options.server:
-        parser.error("--run writes with a model here; it does not go with --server")
+        parser.error("--run does not go with --server: either the run writes the texts, or the server")
     if options.server_model and not options.server:
         parser.error("--server-model is for --server")
     if options.before and not options.window:
-        parser.error("--before is for windows; --window 0 reads the whole history")
+        parser.error("--before is for windows, and --window 0 has none")
     return options
 
 
@@ -89,7 +79,7 @@ def checked_options(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-# The prompts that paragraphs and profiles are made of
+# The prompts from which paragraphs and profiles are written
 PREFERENCE_TEXTS = ("line", "line without a summary", "first preference", "preference", "profile", "nothing")
 
 
@@ -99,6 +89,9 @@ if __name__ == "__main__":
 import contextlib
 import shutil
 from collections import Counter
+from functools import partial
+
+from transformers.utils import cached_file
 
 from hanorec.data.folder import DataFolder
 from hanorec.model.check import load_packed
@@ -118,7 +111,7 @@ from mllm_srec.writing import users_windows, write_items, write_preferences
 
 
 def load_writer(options: argparse.Namespace, data: DataFolder, encoding: Encoding, accelerator):
-    """Load the text generator: a model here, or a server. Returns (generator, a dict that identifies it)."""
+    """Load the text generator: a Local or a Server. Returns (generator, a dict that identifies it)."""
     options.batch_size = options.batch_size or (64 if encoding.tiny or options.server else 8)
     identity = {"max_tokens": options.max_tokens}
     if options.server:
@@ -132,67 +125,90 @@ def load_writer(options: argparse.Namespace, data: DataFolder, encoding: Encodin
         model = load_finished(options.run, encoding, dtype)
     else:
         model = load_model(encoding.source, dtype, trust=encoding.trust)
-        files = Path(encoding.source).glob("*.safetensors")
-        identity["weights"] = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    core = load_packed(model, encoding, True, accelerator.device).core
+        identity["weights"] = backbone_weights(encoding.source)
+    core = load_packed(model, encoding, False, accelerator.device).core  # generation does not pack
     prompts = load_prompts(data, encoding)
     return Local(core, prompts, encoding.tokens, options.max_tokens, options.batch_size), identity
 
 
-def write_stage(name: str, folder: Path, previous: dict, manifest: dict, key: str, accelerator, write) -> list[dict]:
-    """Write <name>.jsonl, or keep it if it is made of the same. Returns its lines.
+def backbone_weights(source: str | Path) -> list[tuple]:
+    """Return what identifies the weight files of a backbone: names, sizes and times, or for a hub name their hashes."""
+    if Path(source).is_dir():
+        files = Path(source).glob("*.safetensors")
+        return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    snapshot = Path(cached_file(source, "config.json", local_files_only=True)).parent
+    files = snapshot.glob("*.safetensors")  # links to files that are named by their hashes
+    return sorted((path.name, path.resolve().name) for path in files)
+
+
+def reason_to_write(path: Path, previous: dict, key: str) -> str | None:
+    """Return why a file must be written, or None if it is complete and still valid.
 
     Args:
-        previous: this file's entry in the old manifest; empty without one.
-        manifest: the new one, which is written too; it lists complete files only.
-        key: a hash of what the lines are made of.
-        write: from a Record to the lines.
+        previous: the file's entry in the old manifest; empty without one.
+        key: a hash of everything that the lines are computed from.
     """
-    path = folder / f"{name}.jsonl"
-    if path.exists() and previous.get("key") == key and previous["hash"] == file_hash(path):
-        accelerator.print(f"{path} stands")
+    if not previous:
+        return "is not complete"
+    if not path.exists():
+        return "is missing"
+    if previous["key"] != key:
+        return "is not of this model, these prompts and options"
+    if previous["hash"] != file_hash(path):
+        return "was changed after it was written"
+    return None
+
+
+def write_file(path: Path, old_manifest: dict, manifest: dict, key: str, accelerator, write) -> list[dict]:
+    """Write items.jsonl or preferences.jsonl, or keep the file if it is still valid. Returns its lines.
+
+    Args:
+        manifest: the new manifest. It gets an entry for the file. It is saved without that entry before `write` begins.
+        key: a hash of everything that the lines are computed from.
+        write: from (a Record, accelerator) to the lines.
+    """
+    name, previous = path.stem, old_manifest.get(path.stem, {})
+    reason = reason_to_write(path, previous, key)
+    if reason is None:
+        accelerator.print(f"{path} is kept")
         manifest[name] = previous
         return read_jsonl(path, {}, "delete it")
-    if previous:
-        accelerator.print(f"{path} is not of this model, these prompts and options: it is written anew")
+    accelerator.print(f"{path} {reason}: it is written now")
     if accelerator.is_main_process:
-        write_json(folder / "manifest.json", manifest)
-    lines = write(Record(path, key, accelerator))
+        write_json(path.with_name("manifest.json"), manifest)
+    lines = write(Record(path, key, accelerator), accelerator)
     faults = Counter(line["fault"] or "usable" for line in lines)
     faults += Counter(f"profile {line['profile_fault']}" for line in lines if line.get("profile_fault"))
     manifest[name] = {"key": key, "lines": len(lines), "faults": dict(faults), "hash": file_hash(path)}
-    if accelerator.is_main_process:
-        write_json(folder / "manifest.json", manifest)
     counted = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items()))
     accelerator.print(f"{path}: {len(lines)} lines, {counted}")
     return lines
 
 
 def show(options: argparse.Namespace, data: DataFolder, encoding: Encoding, texts: dict[str, str]) -> None:
-    """Print the first prompts of each kind as the model sees them; "..." stands for what is not written yet."""
+    """Print the first prompts of each kind as the model sees them, with "..." for texts that are not written yet."""
 
     def print_prompt(title: str, tree: list) -> None:
-        lines = prompts.show(tree).split("\n")
-        print(f"\n--- {printable(title)}", *map(printable, lines), sep="\n")
+        print(f"\n--- {printable(title)}", *map(printable, prompts.show(tree).split("\n")), sep="\n")
 
     prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
     for item in range(min(options.show, len(encoding.items))):
         parts = item_prompt(texts, options.sees, encoding, item)
         print_prompt(f"item {encoding.items.ids[item]}", [prompts.complete_prompt(parts)])
-    lines = timelines(data)
+    timeline_of = timelines(data)
     try:
         folder = preferences.summaries_folder(data, encoding, options.name)
-        user_texts = load_user_texts(folder, encoding, lines)
+        user_texts = load_user_texts(folder, encoding, timeline_of)
         user_texts.texts = texts
     except UserError as error:
-        print(f"\n({error}: ... stands for what is not written)")
-        users = {user: [(0, "...", "...")] for user in lines}
-        user_texts = UserTexts(texts, encoding.items, lines, ["..."] * len(encoding.items), users)
+        print(f"\n({error}: below, ... is in the place of texts that are not written yet)")
+        users = {user: [(0, "...", "...")] for user in timeline_of}
+        user_texts = UserTexts(texts, encoding.items, timeline_of, ["..."] * len(encoding.items), users)
     for example in data.examples("train", options.show):
-        user, values = example.user, user_texts.at(example)
-        first = lines[user][: options.window or user_texts.cut(example)]
-        for before in (None, values["preference"]):
-            parts = user_texts.preference_prompt(first, before)
+        user, values = example.user, user_texts.prompt_values(example)
+        window = timeline_of[user][: options.window or user_texts.cut(example)]
+        for previous in (None, values["preference"]):
+            parts = user_texts.preference_prompt(window, previous)
             print_prompt(f"user {user}, preference", [prompts.complete_prompt(parts)])
         parts = fill(texts["profile"], preference=values["preference"])
         print_prompt(f"user {user}, profile", [prompts.complete_prompt(parts)])
@@ -201,50 +217,42 @@ def show(options: argparse.Namespace, data: DataFolder, encoding: Encoding, text
 
 
 def write_all(options: argparse.Namespace, folder: Path, data: DataFolder, encoding: Encoding, accelerator) -> None:
-    """Write both files and the manifest of a summaries folder."""
-    texts, lines = read_texts(options.prompts), timelines(data)
-    path = folder / "manifest.json"
-    before = read_json(path, preferences.MANIFEST, "delete it") if path.exists() else {}
-    accelerator.wait_for_everyone()
+    """Write all files of a summaries folder, or keep those that are still valid."""
+    texts, timeline_of, path = read_texts(options.prompts), timelines(data), folder / "manifest.json"
+    old_manifest = read_json(path, preferences.MANIFEST, "delete it") if path.exists() else {}
+    accelerator.wait_for_everyone()  # until every process has read the old manifest
     writer, identity = load_writer(options, data, encoding, accelerator)
-    manifest = describe(options, encoding, texts, lines, identity)
+    manifest = {
+        "data": preferences.data_hash(encoding.items, timeline_of),
+        "prompts": value_hash(texts),
+        "titles_with_control_tokens": titles_with_control_tokens(encoding),
+        "pictures": None if options.sees == "text" else preferences.pictures_of(encoding),
+        "made_by": identity,
+        "options": json_options(options),
+    }
     if manifest["titles_with_control_tokens"]:
         accelerator.print(f"{manifest['titles_with_control_tokens']} titles spell control tokens, which stay text")
     if accelerator.is_main_process:
         with replacing(folder / "prompts.txt") as new:
             shutil.copyfile(options.prompts, new)
 
-    def write_file(name: str, key: str, write) -> list[dict]:
-        return write_stage(name, folder, before.get(name, {}), manifest, key, accelerator, write)
+    examples = [example for split in ("train", "val", "test") for example in data.examples(split)]
+    users = users_windows(examples, UserTexts(texts, encoding.items, timeline_of, [], {}), options)
 
     item_texts = {name: text for name, text in texts.items() if name.startswith("item")}
     key = value_hash([identity, options.sees, encoding.manifest, item_texts])
-    settings = (writer, texts, options.sees, encoding)
-    found = write_file("items", key, lambda record: write_items(*settings, record, accelerator))
-    summaries = {line["item"]: line["summary"] for line in found}
-    user_texts = UserTexts(texts, encoding.items, lines, [summaries[item] for item in encoding.items.ids], {})
+    write = partial(write_items, writer, texts, options.sees, encoding)
+    lines = write_file(folder / "items.jsonl", old_manifest, manifest, key, accelerator, write)
+    summaries = {line["item"]: line["summary"] for line in lines}
+    user_texts = UserTexts(texts, encoding.items, timeline_of, [summaries[item] for item in encoding.items.ids], {})
 
-    examples = [example for split in ("train", "val", "test") for example in data.examples(split)]
-    users = users_windows(examples, user_texts, options)
-    used = [texts[name] for name in PREFERENCE_TEXTS]
     windows = [[each.user, each.ends, sorted(each.read)] for each in users]
-    key = value_hash([identity, used, options.window, summaries, manifest["data"], *windows])
-    write_file("preferences", key, lambda record: write_preferences(writer, user_texts, users, record, accelerator))
+    preference_texts = [texts[name] for name in PREFERENCE_TEXTS]
+    key = value_hash([identity, preference_texts, options.window, summaries, manifest["data"], *windows])
+    write = partial(write_preferences, writer, user_texts, users)
+    write_file(folder / "preferences.jsonl", old_manifest, manifest, key, accelerator, write)
     if accelerator.is_main_process:
         write_json(path, manifest)
-
-
-def describe(options, encoding: Encoding, texts: dict, lines: dict[str, list[int]], identity: dict) -> dict:
-    """The manifest of a summaries folder, before its files are written. identity: of the text generator."""
-    pictures = {name: encoding.manifest[name] for name in preferences.PICTURES}
-    return {
-        "data": preferences.data_hash(encoding.items, lines),
-        "prompts": value_hash(texts),
-        "titles_with_control_tokens": titles_with_control_tokens(encoding),
-        "pictures": None if options.sees == "text" else pictures,
-        "made_by": identity,
-        "options": json_options(options),
-    }
 
 
 @one_line_errors

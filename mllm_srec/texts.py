@@ -1,4 +1,4 @@
-"""The prompts of MLLM-SRec as texts: read a prompts file, and fill its {words} in."""
+"""Read a file of MLLM-SRec's prompts, and replace the placeholders in them, such as {title}."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from hanorec.run.files import UserError
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
-WORDS = {  # the {words} that each prompt may use
+PLACEHOLDERS = {  # by prompt: the placeholders that it may have
     "item": {"title", "image"},
     "item without a picture": {"title"},
     "item by its picture alone": {"image"},
@@ -28,52 +28,51 @@ def read_texts(path: Path = PROMPTS_FILE) -> dict[str, str]:
     """Read a prompts file. Returns the prompts by name.
 
     Raises:
-        UserError: a prompt is missing, unknown or there twice, or uses a {word} that it cannot have.
+        UserError: a prompt is missing, unknown or defined twice, or has a placeholder that it may not have.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a file like {PROMPTS_FILE.name}") from error
-    found: dict[str, list[str]] = {}
+    prompt_lines: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
         if line.startswith("#"):
             continue
         heading = re.fullmatch(r"\[(.+)\]\s*", line)
         if heading:
             name = heading[1]
-            if name in found or name not in WORDS:
-                raise UserError(
-                    f"{path}, line {number}: [{name}] stands there twice, or is not among {', '.join(WORDS)}"
-                )
-            found[name] = []
-        elif found:
-            found[name].append(line)
+            if name in prompt_lines or name not in PLACEHOLDERS:
+                names = ", ".join(PLACEHOLDERS)
+                raise UserError(f"{path}, line {number}: [{name}] is there twice, or is not one of {names}")
+            prompt_lines[name] = []
+        elif prompt_lines:
+            prompt_lines[name].append(line)
         elif line.strip():
             raise UserError(f"{path}, line {number}: text before the first [name]")
-    texts = {name: "\n".join(lines).strip() for name, lines in found.items()}
-    for name, allowed in WORDS.items():
+    texts = {name: "\n".join(lines).strip() for name, lines in prompt_lines.items()}
+    for name, allowed in PLACEHOLDERS.items():
         if not texts.get(name):
-            raise UserError(f"{path} has no [{name}]; {PROMPTS_FILE.name} has it")
-        unknown = set(re.findall(r"{(\w+)}", texts[name])) - allowed
-        if unknown:
-            words = ", ".join(sorted(allowed)) or "nothing"
-            raise UserError(f"{path}, [{name}]: {{{min(unknown)}}} cannot stand there, only {words}")
+            raise UserError(f"{path} has no text for [{name}]; take it from {PROMPTS_FILE.name}")
+        not_allowed = set(re.findall(r"{(\w+)}", texts[name])) - allowed
+        if not_allowed:
+            names = ", ".join(sorted(allowed)) or "none"
+            raise UserError(f"{path}, [{name}]: {{{min(not_allowed)}}} is not allowed there; allowed are: {names}")
     return texts
 
 
 def without_words(texts: dict[str, str]) -> list[str]:
-    """The prompts without their {words}: what a tokenizer shall know."""
+    """Return the prompts without their placeholders. The tiny backbone's tokenizer is trained on them."""
     return [re.sub(r"{\w+}", "", text) for text in texts.values()]
 
 
 def fill(text: str, **values) -> list[str | int]:
-    """Fill the {words} of a text in. Returns the parts of a prompt: texts, and item indices for images.
+    """Replace the placeholders of a text. Returns the parts of a prompt: strings, and item indices for images.
 
     Args:
-        values: by word; an integer is the item index of an image.
+        values: by placeholder: a string, or the item index of an image. Placeholders in these strings are not replaced.
     """
     parts: list = [""]
-    for number, piece in enumerate(re.split(r"{(\w+)}", text)):
+    for number, piece in enumerate(re.split(r"{(\w+)}", text)):  # text and placeholders in turn
         value = values[piece] if number % 2 else piece
         if isinstance(value, int):
             parts += [value, ""]
@@ -83,14 +82,21 @@ def fill(text: str, **values) -> list[str | int]:
 
 
 def fill_text(text: str, **values: str) -> str:
-    """The same for a text without images."""
+    """Replace the placeholders of a text by strings only. Returns the text."""
     return "".join(fill(text, **values))
 
 
 def item_prompt(texts: dict[str, str], sees: str, encoding, item: int) -> list[str | int]:
-    """The prompt for an item's summary. sees: `both` its image and its text, its `image` alone, or its `text` alone."""
+    """Return the parts of the prompt for an item's summary.
+
+    Args:
+        texts: the prompts by name.
+        sees: what the prompt shows of an item that has an image: `image`, `text` or `both`. Without an image: the text.
+    """
     if sees == "text" or not encoding.tokens.length(item):
-        text = texts["item without a picture"]
+        name = "item without a picture"
+    elif sees == "image":
+        name = "item by its picture alone"
     else:
-        text = texts["item by its picture alone" if sees == "image" else "item"]
-    return fill(text, title=encoding.items.titles[item], image=item)
+        name = "item"
+    return fill(texts[name], title=encoding.items.titles[item], image=item)

@@ -1,7 +1,6 @@
 """Write the texts of MLLM-SRec: a summary of each item, then each user's preference paragraphs, window by window."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from accelerate.utils import tqdm
@@ -12,56 +11,47 @@ from mllm_srec.preferences import UserTexts, window_ends
 from mllm_srec.records import Record
 from mllm_srec.texts import fill, item_prompt
 
-ENOUGH = 64  # texts after which at least one must be usable
+FIRST_CHECK = 64  # texts: if all of so many are unusable, the run stops
 
 
-class Counts:
-    """How many texts are usable, and how many are at fault for which reason.
+def check_usable(kind: str, lines: list[dict], first_check: int = FIRST_CHECK) -> None:
+    """Raise UserError if there are at least `first_check` texts and none of them is usable.
 
     Args:
-        kind: what they are, in the plural.
-        lines: those that are written already.
+        kind: what the texts are, in the plural.
+        lines: the lines with the texts.
     """
-
-    def __init__(self, kind: str, lines: Iterable[dict]):
-        self.kind, self.faults, self.first_reply = kind, Counter(), ""
-        self.add(lines)
-
-    def add(self, lines: Iterable[dict]) -> None:
-        for line in lines:
-            self.faults[line["fault"] or "usable"] += 1
-            if line["fault"] and not self.first_reply:
-                self.first_reply = line["reply"]
-
-    def check(self, enough: int = ENOUGH) -> None:
-        """UserError if there are so many texts and none of them is usable."""
-        total = sum(self.faults.values())
-        if total >= enough and not self.faults["usable"]:
-            faults = ", ".join(f"{count} {name}" for name, count in sorted(self.faults.items()))
-            raise UserError(
-                f"none of {total} {self.kind} is usable ({faults}); the first reply is {self.first_reply[:200]!r}; "
-                "give a model that can write (teach the tiny backbone first: mllm_srec.teach), or other --prompts"
-            )
+    if len(lines) < first_check or any(line["fault"] is None for line in lines):
+        return
+    counts = Counter(line["fault"] for line in lines)
+    faults = ", ".join(f"{count} {fault}" for fault, count in sorted(counts.items()))
+    replies = [line["reply"] for line in lines if line["reply"]]
+    first_reply = replies[0][:200] if replies else ""
+    raise UserError(
+        f"none of {len(lines)} {kind} is usable ({faults}); the first reply is {first_reply!r}; give a model that can "
+        "write (teach the tiny backbone first: python -m mllm_srec.teach), or other --prompts"
+    )
 
 
-def write_items(
-    writer, texts: dict[str, str], sees: str, encoding: Encoding, record: Record, accelerator
-) -> list[dict]:
-    """Write items.jsonl: a line for each item. Items whose prompts have about one length are written together.
+def write_items(writer, texts: dict, sees: str, encoding: Encoding, record: Record, accelerator) -> list[dict]:
+    """Write items.jsonl, a line for each item. Items whose prompts are about equally long share a batch.
 
     Args:
-        writer: called with prompts, it returns a Reply to each (see writers.py).
-        sees: what a summary is made of, see `item_prompt`.
+        writer: a text generator, a Local or a Server.
+        texts: the prompts by name.
+        sees: what a summary is written from, see `item_prompt`.
+
+    Returns:
+        The lines.
     """
     items, done = encoding.items, {line["item"] for line in record.done}
-    left = [item for item, name in enumerate(items.ids) if name not in done]
-    own = left[accelerator.process_index :: accelerator.num_processes]
-    prompts = {item: item_prompt(texts, sees, encoding, item) for item in own}
-    own.sort(key=lambda item: writer.length(prompts[item]))
-    counts = Counts("summaries", record.done)
-    with tqdm(total=len(own), desc="items", unit="item") as bar:
-        for start in range(0, len(own), writer.batch_size):
-            batch, lines = own[start : start + writer.batch_size], []
+    missing = [item for item, name in enumerate(items.ids) if name not in done]
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    prompts = {item: item_prompt(texts, sees, encoding, item) for item in share}
+    share.sort(key=lambda item: writer.length(prompts[item]))
+    with tqdm(total=len(share), desc="items", unit="item") as bar:
+        for start in range(0, len(share), writer.batch_size):
+            batch, lines = share[start : start + writer.batch_size], []
             for item, reply in zip(batch, writer([prompts[item] for item in batch]), strict=True):
                 summary = reply.summary()
                 lines.append(
@@ -74,23 +64,26 @@ def write_items(
                     }
                 )
             record.add(lines)
-            counts.add(lines)
             bar.update(len(batch))
-            counts.check()
+            check_usable("summaries", record.done)
     lines = record.finish(lambda line: items.index_of[line["item"]])
-    Counts("summaries", lines).check(enough=1)
+    check_usable("summaries", lines, first_check=1)
     return lines
 
 
 @dataclass
 class Windows:
-    """The windows of one user: where they end, how many are written, and the last usable paragraph.
+    """The windows of one user, and how far their texts are written.
 
     Args:
-        timeline: everything that the user chose, oldest first.
-        ends: number of items before the end of each window.
-        read: the ends whose paragraph an example reads; those get a profile.
+        timeline: the items that the user chose, oldest first.
+        ends: where each window ends, as a number of timeline items.
+        read: the ends whose texts an example reads. Only these windows get a profile.
         size: items in a window; 0: everything before its end.
+
+    Attributes:
+        written: the number of windows whose paragraph is written.
+        paragraph: the last usable paragraph; None if there is none yet.
     """
 
     user: str
@@ -101,84 +94,95 @@ class Windows:
     written: int = 0
     paragraph: str | None = None
 
-    def left(self) -> int:
+    def remaining(self) -> int:
         return len(self.ends) - self.written
 
-    def take(self, paragraph: str | None) -> None:
-        """Take what was written for the next window, None if it cannot be used."""
+    def next_window(self) -> tuple[int, list[int]]:
+        """Return (end, items) of the next window."""
+        end = self.ends[self.written]
+        start = end - self.size if self.size else 0
+        return end, self.timeline[start:end]
+
+    def add(self, paragraph: str | None) -> None:
+        """Count the next window as written. Its paragraph is None if it is unusable."""
         self.written += 1
-        self.paragraph = paragraph or self.paragraph
-
-    def next_end(self) -> int:
-        return self.ends[self.written]
-
-    def next_items(self) -> list[int]:
-        """The items of the next window."""
-        end = self.next_end()
-        return self.timeline[end - self.size if self.size else 0 : end]
-
-    def prompt(self, user_texts: UserTexts) -> list[str | int]:
-        """The prompt for the next window's paragraph."""
-        return user_texts.preference_prompt(self.next_items(), self.paragraph if self.size else None)
+        if paragraph is not None:
+            self.paragraph = paragraph
 
 
 def users_windows(examples, user_texts: UserTexts, options) -> list[Windows]:
-    """The windows of every user that has examples."""
+    """Return the windows of each user that has examples."""
     cuts: dict[str, list[int]] = {}
     for example in examples:
         cuts.setdefault(example.user, []).append(user_texts.cut(example))
-    found = []
-    for user, own in cuts.items():
-        ends = window_ends(own, options.window, options.step, options.before)
-        last_ends = {max((end for end in ends if end <= cut), default=None) for cut in own}
-        found.append(Windows(user, user_texts.timelines[user], ends, last_ends - {None}, options.window))
-    return found
+    users = []
+    for user, user_cuts in cuts.items():
+        ends, read = window_ends(user_cuts, options.window, options.step, options.before), set()
+        for cut in user_cuts:
+            ends_before = [end for end in ends if end <= cut]
+            if ends_before:
+                read.add(ends_before[-1])
+        users.append(Windows(user, user_texts.timelines[user], ends, read, options.window))
+    return users
 
 
 def write_preferences(writer, user_texts: UserTexts, users: list[Windows], record: Record, accelerator) -> list[dict]:
-    """Write preferences.jsonl: a line for each window of each user.
+    """Write preferences.jsonl, a line for each window of each user.
 
-    The windows of a user wait for each other. So a batch has one window each of many users, those with most windows
-    left first.
+    A window's prompt has the paragraph of the window before. So a batch has only one window of a user. Users with the
+    most remaining windows come first.
+
+    Returns:
+        The lines.
     """
     by_user = {windows.user: windows for windows in users}
     for line in sorted(record.done, key=lambda line: line["end"]):
-        by_user[line["user"]].take(line["paragraph"])
-    own = users[accelerator.process_index :: accelerator.num_processes]
-    counts = Counts("paragraphs", record.done)
-    with tqdm(total=sum(windows.left() for windows in own), desc="preferences", unit="paragraph") as bar:
-        while own := sorted((windows for windows in own if windows.left()), key=Windows.left, reverse=True):
-            batch = own[: writer.batch_size]
-            lines = write_windows(writer, user_texts, batch)
+        by_user[line["user"]].add(line["paragraph"])
+    share = users[accelerator.process_index :: accelerator.num_processes]
+    with tqdm(total=sum(map(Windows.remaining, share)), desc="preferences", unit="paragraph") as bar:
+        while True:
+            share = sorted(filter(Windows.remaining, share), key=Windows.remaining, reverse=True)
+            if not share:
+                break
+            lines = write_windows(writer, user_texts, share[: writer.batch_size])
             record.add(lines)
-            counts.add(lines)
-            bar.update(len(batch))
-            counts.check()
+            bar.update(len(lines))
+            check_usable("paragraphs", record.done)
     order = {user: number for number, user in enumerate(by_user)}
     lines = record.finish(lambda line: (order[line["user"]], line["end"]))
-    Counts("paragraphs", lines).check(enough=1)
+    check_usable("paragraphs", lines, first_check=1)
     return lines
 
 
 def write_windows(writer, user_texts: UserTexts, batch: list[Windows]) -> list[dict]:
-    """Write the next paragraph of each of these users, and a profile from it if an example reads it."""
-    lines = []
-    for windows, reply in zip(batch, writer([windows.prompt(user_texts) for windows in batch]), strict=True):
-        lines.append(
-            {
-                "user": windows.user,
-                "end": windows.next_end(),
-                "items": [user_texts.items.ids[item] for item in windows.next_items()],
-                "paragraph": reply.line(),
-                "fault": reply.fault,
-                "profile": None,
-                "profile_fault": None,
-                "reply": reply.text if reply.fault else None,
-            }
-        )
-        windows.take(reply.line())
-    read = [n for n, windows in enumerate(batch) if windows.paragraph and lines[n]["end"] in windows.read]
-    prompts = [fill(user_texts.texts["profile"], preference=batch[n].paragraph) for n in read]
-    for n, reply in zip(read, writer(prompts) if prompts else [], strict=True):
-        lines[n] |= {"profile": reply.line(), "profile_fault": reply.fault}
+    """Write the next paragraph of each of these users and, if an example reads it, a profile. Returns the lines.
+
+    A profile is written from the user's last usable paragraph: the new one, or an earlier one if the new one is
+    unusable.
+    """
+    prompts = []
+    for windows in batch:
+        _, items = windows.next_window()
+        prompts.append(user_texts.preference_prompt(items, windows.paragraph if windows.size else None))
+    lines, with_profile, profile_prompts = [], [], []
+    for windows, reply in zip(batch, writer(prompts), strict=True):
+        end, items = windows.next_window()
+        line = {
+            "user": windows.user,
+            "end": end,
+            "items": [user_texts.items.ids[item] for item in items],
+            "paragraph": reply.line(),
+            "fault": reply.fault,
+            "profile": None,
+            "profile_fault": None,
+            "reply": reply.text if reply.fault else None,
+        }
+        lines.append(line)
+        windows.add(reply.line())
+        if windows.paragraph is not None and end in windows.read:
+            with_profile.append(line)
+            profile_prompts.append(fill(user_texts.texts["profile"], preference=windows.paragraph))
+    replies = writer(profile_prompts) if profile_prompts else []
+    for line, reply in zip(with_profile, replies, strict=True):
+        line["profile"], line["profile_fault"] = reply.line(), reply.fault
     return lines

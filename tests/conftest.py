@@ -59,6 +59,15 @@ def pytest_xdist_auto_num_workers(config):
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
+FORKED = ("test_processes.py", "test_server.py", "test_resume.py", "test_teach.py")
+
+
+def pytest_collection_modifyitems(items):
+    """What starts processes first: at the end no worker waits for a long test of another, and one of them is enough to
+    load the libraries for those processes (see helpers/forked.py)."""
+    items.sort(key=lambda item: item.path.name not in FORKED)
+
+
 def made_once(tmp_path_factory, name, make):
     """The folder of this name that all workers share. The first that asks has make(folder) fill it, the others wait."""
     base = tmp_path_factory.getbasetemp()

@@ -1,4 +1,4 @@
-"""Descriptions of MovieLens's films for teach.py, from what is known of them: genre, decade, and the poster's light.
+"""Descriptions of MovieLens's films for mllm_srec.teach: genre, decade, and the poster's light.
 
     python tests/describe.py --data data/movielens-small --source movielens-small/
 
@@ -13,10 +13,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from hanorec.model.images import open_image
 from hanorec.run.files import one_line_errors, read_jsonl, write_jsonl
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def poster_facts(path: Path) -> dict[str, str]:

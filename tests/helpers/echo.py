@@ -1,4 +1,4 @@
-"""A writer of texts that loads no model, and summarize.py with it."""
+"""A text generator that loads no model, and mllm_srec.summarize with it."""
 
 import json
 from types import SimpleNamespace
@@ -13,22 +13,24 @@ from mllm_srec.writing import users_windows, write_items, write_preferences
 
 
 class Echo:
-    """Writes texts that depend on every word of the prompt; `break_after` replies it falls over."""
+    """A text generator whose texts depend on every word of the prompt. It fails after `break_after` replies."""
 
-    batch_size, asked, break_after = 4, 0, None
+    batch_size = 4
+    replies = 0  # so far
+    break_after = None
 
     def length(self, parts):
         return len(str(parts))
 
     def __call__(self, many):
-        self.asked += len(many)
-        if self.break_after is not None and self.asked > self.break_after:
+        self.replies += len(many)
+        if self.break_after is not None and self.replies > self.break_after:
             raise KeyboardInterrupt
         return [writers.Reply(f"Summary: w{value_hash(parts)[:8]} Film") for parts in many]
 
 
 def write(data, name, writer, monkeypatch, *options):
-    """mllm_srec.summarize with this writer into the folder of this name."""
+    """Run mllm_srec.summarize with this writer (None: Echo). Returns the summaries folder of this name."""
     writer = writer or Echo()
     identity = {"by": getattr(writer, "name", type(writer).__name__)}
     monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, identity))
@@ -41,21 +43,18 @@ def lines(path):
 
 
 def texts_of(loaded):
-    """UserTexts that are written by Echo, in memory: for folders whose files are changed at will."""
+    """Return UserTexts with texts by Echo that are written to no file."""
     writer, options = Echo(), SimpleNamespace(window=3, step=3, before=0)
     accelerator = SimpleNamespace(process_index=0, num_processes=1)
-    lines_of, items = timelines(loaded.data), loaded.items
-    record = SimpleNamespace(done=[], written=[])
-    record.finish = lambda order: list(record.written)
-    record.add = record.written.extend
-    texts = read_texts(PROMPTS_FILE)
-    write_items(writer, texts, "both", loaded.encoding, record, accelerator)
-    summaries = {line["item"]: line["summary"] for line in record.written}
-    user_texts = UserTexts(texts, items, lines_of, [summaries[item] for item in items.ids], {})
-    record.written.clear()
+    items, written = loaded.items, []
+    record = SimpleNamespace(done=[], add=written.extend, finish=lambda order: sorted(written, key=order))
+    texts, timeline_of = read_texts(PROMPTS_FILE), timelines(loaded.data)
+    lines = write_items(writer, texts, "both", loaded.encoding, record, accelerator)
+    user_texts = UserTexts(texts, items, timeline_of, [line["summary"] for line in lines], {})
+    written.clear()
     examples = [example for split in ("train", "val", "test") for example in loaded.examples(split)]
-    write_preferences(writer, user_texts, users_windows(examples, user_texts, options), record, accelerator)
-    for line in sorted(record.written, key=lambda line: line["end"]):
+    users = users_windows(examples, user_texts, options)
+    for line in write_preferences(writer, user_texts, users, record, accelerator):
         user_texts.users.setdefault(line["user"], []).append((line["end"], line["paragraph"], line["profile"]))
     return user_texts
 

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 (the fixture `backbone` is imported)
-"""Greedy generation on stored image tokens against the model's own `generate` on pixels, on every family."""
+"""Greedy generation from stored image tokens, against the model's own generation from pixels, for every family."""
 
 import copy
 
@@ -17,7 +17,7 @@ from hanorec.model.trees import Node
 from hanorec.run.files import UserError
 from mllm_srec import writers
 
-ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # of each prompt: one image, two items of which one without, none, ...
+ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # the items of each prompt; some have an image, some none
 
 
 def prompt_of(backbone, items) -> Node:
@@ -30,7 +30,11 @@ def prompt_of(backbone, items) -> Node:
 
 
 def own_inputs(backbone, node, ids) -> dict:
-    """What the model's own forward takes for a prompt and what was added to it, pixels and all."""
+    """Return the arguments of the model's own forward, with pixels.
+
+    Args:
+        ids: [1, T], the tokens of the prompt and those after it.
+    """
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     kinds = (ids == backbone.packed.core.config.image_token_id).int()
     if node.images:
@@ -45,7 +49,7 @@ def own_inputs(backbone, node, ids) -> dict:
 
 @pytest.fixture
 def write(backbone, monkeypatch):
-    """Makes a Local that stops at given tokens. Its model comes with settings that would change every text."""
+    """A function that returns a Local with given stop tokens. Its model has settings that would change every text."""
     core = backbone.packed.core
     settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "max_length": 3, "eos_token_id": 7}
     monkeypatch.setattr(core, "generation_config", GenerationConfig(**settings, suppress_tokens=list(range(200))))
@@ -59,16 +63,16 @@ def write(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
-def test_the_template_and_the_model_say_what_ends_a_text(backbone, write):
-    core, turn = backbone.packed.core, backbone.prompts.template.end_of_turn
-    for own, expected in ((7, [7]), ([9, 7], [7, 9]), (None, [])):
-        core.generation_config.eos_token_id = own
+def test_stop_tokens_come_from_the_template_and_the_model(backbone, write):
+    core, end_of_turn = backbone.packed.core, backbone.prompts.template.end_of_turn
+    for eos, expected in ((7, [7]), ([9, 7], [7, 9]), (None, [])):
+        core.generation_config.eos_token_id = eos
         writers.Local(core, backbone.prompts, backbone.tokens, 12, 5)
-        assert core.generation_config.eos_token_id == sorted([*expected, turn])
+        assert core.generation_config.eos_token_id == sorted([*expected, end_of_turn])
 
 
 def test_a_batch_equals_the_models_own_generation(backbone, write):
-    """Also where texts end at different times."""
+    """Also if texts end after different numbers of tokens."""
     core, nodes, expected = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS], []
     for node in nodes:
         inputs = own_inputs(backbone, node, torch.tensor([node.ids]))
@@ -77,14 +81,13 @@ def test_a_batch_equals_the_models_own_generation(backbone, write):
         expected.append(ids[0, len(node.ids) :].tolist())
     assert write(12).generate(nodes) == [(text, False) for text in expected]
     stop = [expected[0][5], expected[1][2]]
-    found = write(12, stop).generate(nodes)
-    for (text, ended), whole in zip(found, expected, strict=True):
-        at = next((place for place, token in enumerate(whole) if token in stop), 12)
-        assert (text, ended) == (whole[:at], at < 12)
+    for (text, ended), whole in zip(write(12, stop).generate(nodes), expected, strict=True):
+        length = next((number for number, token in enumerate(whole) if token in stop), 12)
+        assert (text, ended) == (whole[:length], length < 12)
 
 
 def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):
-    """It would move into the next one's place."""
+    """Otherwise its tokens would be taken for those of the next picture."""
     node, tokens = prompt_of(backbone, [0, 4]), backbone.tokens
     first, last = (tokens.length(item) for item in node.images)
     monkeypatch.setattr(type(tokens), "live", property(lambda self: True, lambda self, value: None), raising=False)
@@ -97,7 +100,7 @@ def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch)
 
 
 def test_every_step_equals_the_models_own_forward(backbone, write):
-    """The logits behind given tokens, rows ending on the way; an untrained model's own texts tell little."""
+    """Compare the logits after each of some given tokens. Some rows end early. (An untrained model repeats tokens.)"""
     core, nodes = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS]
     if backbone.family in tiny_backbones.WINDOWS:
         assert min(len(node.ids) for node in nodes) > tiny_backbones.WINDOWS[backbone.family]
@@ -113,11 +116,11 @@ def test_every_step_equals_the_models_own_forward(backbone, write):
     steps = core.generate(**inputs, generation_config=core.generation_config, logits_processor=[force]).logits
     rows = list(range(len(nodes)))
     with torch.no_grad():
-        for length, found in enumerate(steps):
+        for length, logits in enumerate(steps):
             for row in rows:
                 ids = torch.tensor([[*nodes[row].ids, *given[row, :length].tolist()]])
-                own = core(**own_inputs(backbone, nodes[row], ids)).logits[0, -1]
-                torch.testing.assert_close(found[row], own, atol=2e-4, rtol=1e-4)
+                expected = core(**own_inputs(backbone, nodes[row], ids)).logits[0, -1]
+                torch.testing.assert_close(logits[row], expected, atol=2e-4, rtol=1e-4)
             if length == 2:
                 rows = [0, 2, 3]
     assert len(steps) == 7 and given.unique().numel() > 20

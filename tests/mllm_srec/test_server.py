@@ -1,4 +1,4 @@
-"""Texts from a server: `transformers serve` itself, where it is installed, and one that answers by a script."""
+"""Texts from a server: `transformers serve`, where it is installed, and a server with scripted answers."""
 
 import http.server
 import json
@@ -11,27 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Opened
+from echo import lines
 from forked import kill
 from forked import start as start_forked
+from PIL import Image
 from transformers.utils import import_utils
 
 from hanorec.run.files import UserError
 from mllm_srec import records, server, summarize, writers
-from mllm_srec.texts import fill
 
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+NAMES = ("items.jsonl", "preferences.jsonl")
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def start(model, pixels: int, port: int):
-    """The process of `transformers serve`, once it answers."""
+    """Start `transformers serve`. Returns its process when it answers."""
     process = start_forked(ROOT / "tests" / "helpers" / "serve.py", model, port, pixels, log="/dev/null")
     for _ in range(300):
         try:
@@ -49,26 +48,26 @@ def start(model, pixels: int, port: int):
 def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, data, taught, monkeypatch, capsys):
     shutil.copytree(prepared.parent / "raw", data.parent / "raw")  # the posters
     model = str(taught / "model")
-    common = ["--data", str(data), "--max-tokens", "48", "--batch-size", "16"]
-    summarize.main([*common, "--name", "local", "--run", str(taught)])
+    options = ["--data", str(data), "--max-tokens", "48", "--batch-size", "16"]
+    summarize.main([*options, "--name", "local", "--run", str(taught)])
     local = data / "summaries" / "local"
     assert sum(line["summary"] == "A film." for line in lines(local / "items.jsonl")) > 20
 
     port, served = free_port(), data / "summaries" / "served"
     process, add, batches = start(model, 3136, port), records.Record.add, []
 
-    def add_then_die(record, found):
-        add(record, found)
-        batches.append(len(found))
+    def add_then_die(record, batch):
+        add(record, batch)
+        batches.append(len(batch))
         if len(batches) == 2:
             kill(process)
 
     monkeypatch.setattr(records.Record, "add", add_then_die)
-    argv = [*common, "--name", "served", "--server", f"http://127.0.0.1:{port}/v1", "--server-model", model]
+    argv = [*options, "--name", "served", "--server", f"http://127.0.0.1:{port}/v1", "--server-model", model]
     with pytest.raises(SystemExit) as stop:
         summarize.main([*argv, "--retries", "1"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "does not answer" in error and "run the same again to go on" in error
+    assert stop.value.code == 2 and "does not answer" in error and "run the same command again" in error
     process = start(model, 3136, port)
     try:
         summarize.main(argv)
@@ -79,88 +78,96 @@ def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, data,
         assert lines(served / name) == lines(local / name)
 
 
-NAMES = ("items.jsonl", "preferences.jsonl")
-
-
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers with the next of `script`: (status, body)."""
+    """Answers with the next (status, body) of `script`, and with the last one again and again."""
 
-    script, asked = [], []
+    script = []
+    bodies = []  # of the requests
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append(body)
-        status, answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        self.bodies.append(body)
+        status, content = self.respond()
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def respond(self):
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
 
     def log_message(self, *_):
         pass
 
 
-def says(text, reason="stop"):
+def answer(text, reason="stop"):
     return 200, {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
 
 
 @pytest.fixture
-def asked(prepared, monkeypatch):
-    """A function: replies of a server.Server to prompts, by a script of answers."""
+def ask(prepared, monkeypatch):
+    """A function that gives prompts to a server.Server with scripted answers. It returns the replies."""
     monkeypatch.setattr(server, "LONGEST_PAUSE", 0.01)
-    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    scripted = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    threading.Thread(target=scripted.serve_forever, args=(0.01,), daemon=True).start()
     options = SimpleNamespace(batch_size=4, parallel=1, retries=2, seed=7, max_tokens=9)
 
     def ask(prompts, *script, parallel=1):
-        Scripted.script, Scripted.asked, options.parallel = list(script), [], parallel
-        url = f"http://127.0.0.1:{made.server_port}/v1/"
+        Scripted.script, Scripted.bodies, options.parallel = list(script), [], parallel
+        url = f"http://127.0.0.1:{scripted.server_port}/v1/"
         return server.Server(url, "m", Opened(prepared).encoding, options)(prompts)
 
     yield ask
-    made.shutdown()
+    scripted.shutdown()
 
 
-def test_answers_that_are_no_texts(asked):
-    answers = [says("Fine."), says("cut", "length"), says(None), says("I'm sorry, I cannot."), says("a <|im_end|>")]
-    answers += [says("cut", "content_filter"), (413, b"a large picture")]
-    answers += [
-        says("half \ud83d"),
-        (200, b"[" * 100_000),
-        says(["x"]),
-        (200, {"error": "?"}),
-        (200, b"<html>"),
-        (200, []),
-        (200, {"choices": []}),
-    ]
-    faults = [reply.fault for reply in asked([["?"]] * len(answers), *answers, says("unused"))]
+def test_answers_that_are_no_texts(ask):
+    good = [answer("Fine.")]
+    bad = [answer("cut", "length"), answer(None), answer("I'm sorry, I cannot."), answer("a <|im_end|>")]
+    bad += [answer("cut", "content_filter"), (413, b"a large picture"), answer("half \ud83d"), (200, b"[" * 100_000)]
+    bad += [answer(["x"]), (200, {"error": "?"}), (200, b"<html>"), (200, []), (200, {"choices": []})]
+    faults = [reply.fault for reply in ask([["?"]] * 14, *good, *bad, answer("unused"))]
     assert faults == [None, "limit", "empty", "refused", "control", "limit", *["nonsense"] * 8]
 
 
-def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(asked):
-    busy = [(503, b"busy"), (429, b"slow down"), says("Done.")]
-    assert asked([["?"]], *busy) == [writers.Reply("Done.")]
-    with pytest.raises(UserError, match=r"does not answer .503: busy.*run the same again"):
-        asked([["?"]] * 9, (503, b"busy"), parallel=4)
-    assert len(Scripted.asked) <= 4 * 3  # the others do not go on knocking
+def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(ask):
+    busy = [(503, b"busy"), (429, b"slow down"), answer("Done.")]
+    assert ask([["?"]], *busy) == [writers.Reply("Done.")]
+    with pytest.raises(UserError, match=r"does not answer .503: busy.*run the same command again"):
+        ask([["?"]] * 9, (503, b"busy"), parallel=4)
+    assert len(Scripted.bodies) <= 4 * 3  # the other requests stop too
     with pytest.raises(UserError, match=r"refuses a request .404: no such model"):
-        asked([["?"]], (404, b"no such model"))
-    assert len(Scripted.asked) == 1
+        ask([["?"]], (404, b"no such model"))
+    assert len(Scripted.bodies) == 1
 
 
-def test_what_a_server_is_sent(asked, prepared):
-    """Greedy, the picture as it is, and no control tokens that a title spells."""
+def test_the_first_error_is_reported(ask, monkeypatch):
+    """The first prompt pauses while the second is refused."""
+    monkeypatch.setattr(server, "LONGEST_PAUSE", 60)
+    busy, refused, first_came = (503, b"busy"), (401, b"no key"), threading.Event()
+
+    def respond(self):
+        if "first" in str(self.bodies[-1]):
+            first_came.set()
+            return busy
+        first_came.wait()
+        return refused
+
+    monkeypatch.setattr(Scripted, "respond", respond)
+    with pytest.raises(UserError, match=r"refuses a request .401: no key"):
+        ask([["first"], ["second"]], parallel=2)
+
+
+def test_what_a_server_is_sent(ask, prepared):
+    """Greedy decoding, the picture as it is, and no control tokens that a title spells."""
     data = Opened(prepared)
-    row = next(row for row in range(9) if data.tokens.length(row))
-    bare = next(row for row in range(len(data.items.ids)) if not data.tokens.length(row))
-    asked([["Heat <|im_end|>\n", row, " and ", bare]], says("Fine."))
-    (body,) = Scripted.asked
+    with_image = next(item for item in range(9) if data.tokens.length(item))
+    without_image = next(item for item in range(len(data.items)) if not data.tokens.length(item))
+    ask([["Heat <|im_end|>\n", with_image, " and ", without_image]], answer("Fine."))
+    (body,) = Scripted.bodies
     assert (body["temperature"], body["seed"], body["max_tokens"], body["model"]) == (0, 7, 9, "m")
     first, picture, last = body["messages"][0]["content"]
     assert first == {"type": "text", "text": "Heat < |im_end|>\n"} and last["text"] == " and "
-    prompts = data.prompts()
-    assert not set(prompts.tokenizer.encode(first["text"])) & set(prompts.tokenizer.all_special_ids)
+    tokenizer = data.prompts().tokenizer
+    assert not set(tokenizer.encode(first["text"])) & set(tokenizer.all_special_ids)
     with urllib.request.urlopen(picture["image_url"]["url"]) as file:
-        from PIL import Image
-
         assert Image.open(file).size in ((40, 60), (60, 40), (56, 56))
-    assert fill("{a}", a=1) == [1]

@@ -1,4 +1,4 @@
-"""MLLM-SRec's texts: what a row may know, and what its steps come from."""
+"""The prompts of MLLM-SRec: which items and texts an example's prompt has, and what its steps depend on."""
 
 import json
 from dataclasses import replace
@@ -8,22 +8,23 @@ import pytest
 from conftest import Opened
 from echo import lines, texts_of, thought_prompts
 
-from hanorec.model.trees import separate_paths
+from hanorec.model.trees import tree_length
 from hanorec.run.files import UserError, file_hash, write_json
 from mllm_srec.preferences import timelines
 from mllm_srec.texts import PROMPTS_FILE, fill, read_texts
 
 
 @pytest.mark.parametrize("position", range(-1, -7, -1))
-def test_nothing_at_or_behind_the_target_enters_an_examples_prompt(data, position):
-    """All that a user chose from the target on is exchanged: the row's prompt stays, word for word."""
+def test_a_prompt_has_nothing_from_the_target_on(data, position):
+    """If the target and all later items of a user are exchanged for others, the example's prompt stays the same."""
     loaded = Opened(data)
     user = max(loaded.sequences(), key=lambda user: len(loaded.sequences()[user]))
-    row = [row for row in [*loaded.examples("train"), *loaded.examples("val")] if row.user == user][position]
-    told = thought_prompts(loaded)
-    before = told.show(told.yesno_questions(row, row.candidates))
-    line, ids = timelines(loaded.data)[user], loaded.items.ids
-    later, other = line[line.index(row.target) :], [item for item in range(len(ids)) if item not in line]
+    examples = [each for each in [*loaded.examples("train"), *loaded.examples("val")] if each.user == user]
+    example, prompts = examples[position], thought_prompts(loaded)
+    expected = prompts.show(prompts.yesno_questions(example, example.candidates))
+    timeline, ids = timelines(loaded.data)[user], loaded.items.ids
+    later = timeline[timeline.index(example.target) :]
+    other = [item for item in range(len(ids)) if item not in timeline]
     exchange = {ids[one]: ids[two] for one, two in zip(later, other, strict=False)}
     assert len(exchange) == len(later) >= 1
     for name in ("sequences", "train", "val", "test"):
@@ -38,58 +39,60 @@ def test_nothing_at_or_behind_the_target_enters_an_examples_prompt(data, positio
     write_json(data / "manifest.json", manifest)
     loaded = Opened(data)
     assert not set(later) & set(timelines(loaded.data)[user])
-    told = thought_prompts(loaded)
-    assert told.show(told.yesno_questions(row, row.candidates)) == before
+    prompts = thought_prompts(loaded)
+    assert prompts.show(prompts.yesno_questions(example, example.candidates)) == expected
 
 
 def test_an_example_has_the_last_paragraph_before_its_cut(data):
-    loaded = Opened(data)
-    texts, ids = texts_of(loaded), loaded.items.ids
-    seen = set()
-    for row in [*loaded.examples("train"), *loaded.examples("val"), *loaded.examples("test")]:
-        line, cut, values = texts.timelines[row.user], texts.cut(row), texts.at(row)
-        assert line[:cut][-len(row.history) :] == row.history and row.target not in line[:cut]
-        ends = [end for end, *_ in texts.users.get(row.user, []) if end <= cut]
-        assert ends == list(range(3, cut + 1, 3))  # each once, at any cut
-        since = [texts.line(item) for item in row.history if item in line[len(ends) * 3 : cut]]
-        assert values["last"] == texts.summaries[row.history[-1]]
-        assert values["since"] == ("\n".join(since) or texts.texts["nothing"])
-        assert (values["profile"] == texts.texts["nothing"]) == (not ends)  # every point that a row reads has one
-        seen.add(cut % 3)
-    assert seen == {0, 1, 2} and len(ids) > 10
+    loaded, remainders = Opened(data), set()
+    user_texts = texts_of(loaded)
+    for example in [*loaded.examples("train"), *loaded.examples("val"), *loaded.examples("test")]:
+        values, cut = user_texts.prompt_values(example), user_texts.cut(example)
+        before_cut = user_texts.timelines[example.user][:cut]
+        assert before_cut[-len(example.history) :] == example.history and example.target not in before_cut
+        ends = [end for end, *_ in user_texts.users.get(example.user, []) if end <= cut]
+        assert ends == list(range(3, cut + 1, 3))
+        since = [user_texts.item_line(item) for item in example.history if item in before_cut[len(ends) * 3 :]]
+        assert values["last"] == user_texts.summaries[example.history[-1]]
+        assert values["since"] == ("\n".join(since) or "not known")
+        assert (values["profile"] == "not known") == (not ends)  # each window that an example reads has a profile
+        remainders.add(cut % 3)
+    assert remainders == {0, 1, 2}
 
 
-def test_the_steps_do_not_know_the_label(data):
-    """Target and rejected item change places: the same candidate, the same steps, and only the answer differs."""
+def test_the_steps_do_not_depend_on_the_label(data):
+    """If target and rejected item change places, the questions and their steps stay the same."""
     loaded = Opened(data)
-    told = thought_prompts(loaded)
-    for row in loaded.examples("train", 20):
-        root, yes, no, *answers = told.sft_tree(row, "yesno")
-        swapped = told.sft_tree(replace(row, target=row.rejected, rejected=row.target), "yesno")
-        assert [swapped[2], swapped[1]] == [yes, no] and swapped[0] == root and swapped[3:] == answers
-        steps = told.tokenizer.decode([yes.ids[offset] for offset in yes.scored])
+    prompts = thought_prompts(loaded)
+    for example in loaded.examples("train", 20):
+        root, yes, no, *answers = prompts.sft_tree(example, "yesno")
+        swapped = prompts.sft_tree(replace(example, target=example.rejected, rejected=example.target), "yesno")
+        assert swapped == [root, no, yes, *answers]
+        steps = prompts.tokenizer.decode([yes.ids[offset] for offset in yes.scored])
         assert steps.startswith("1. The user: ") and steps.endswith("Answer:\n")
-        assert loaded.items.titles[row.rejected] not in steps
-        assert [told.tokenizer.decode(answer.ids) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]
-        asked = told.evaluation_tree(row, "yesno")
-        assert [node.ids for node in asked[1:11] if node.ids == yes.ids] == [
-            yes.ids
-        ]  # what is scored is what was taught
-        assert not any(node.scored for node in asked[:11]) and len(asked) == 31
-        told.steps_share = 0.0
-        assert [node.ids for node in told.sft_tree(row, "yesno")] == [node.ids for node in (root, yes, no, *answers)]
-        assert not any(node.scored for node in told.sft_tree(row, "yesno")[:3])
-        told.steps_share = 1.0
-        pair = told.pair_tree(row, "no")
-        assert pair[1].ids == no.ids and told.tokenizer.decode(pair[2].ids) == "No.<|im_end|>"
+        assert loaded.items.titles[example.rejected] not in steps
+        assert [prompts.tokenizer.decode(answer.ids) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+        evaluated = prompts.evaluation_tree(example, "yesno")
+        assert [node.ids for node in evaluated[1:11]].count(yes.ids) == 1  # the question that was trained
+        assert not any(node.scored for node in evaluated[:11]) and len(evaluated) == 31
+        prompts.steps_share = 0.0
+        without_steps = prompts.sft_tree(example, "yesno")
+        assert [node.ids for node in without_steps] == [node.ids for node in (root, yes, no, *answers)]
+        assert not any(node.scored for node in without_steps[:3])
+        prompts.steps_share = 1.0
+        pair = prompts.pair_tree(example, "no")
+        assert pair[1].ids == no.ids and prompts.tokenizer.decode(pair[2].ids) == "No.<|im_end|>"
 
 
 def test_a_prompts_file_that_cannot_be_used(tmp_path):
     good, path = PROMPTS_FILE.read_text(), tmp_path / "mine.txt"
     for text, message in (
-        (good.replace("[profile]", "[profil]"), r"line \d+: \[profil\] stands there twice, or is not among"),
-        (good.replace("{title}: {summary}", "{title}: {label}"), r"\[line\]: {label} cannot stand there, only"),
-        (good.replace("[no]\nNo.", ""), r"has no \[no\]"),
+        (good.replace("[profile]", "[profil]"), r"line \d+: \[profil\] is there twice, or is not one of"),
+        (
+            good.replace("{title}: {summary}", "{title}: {label}"),
+            r"\[line\]: {label} is not allowed there; allowed are: summary, title",
+        ),
+        (good.replace("[no]\nNo.", ""), r"has no text for \[no\]"),
         ("hello\n" + good, "text before the first"),
     ):
         path.write_text(text)
@@ -97,28 +100,27 @@ def test_a_prompts_file_that_cannot_be_used(tmp_path):
             read_texts(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_texts(tmp_path / "none.txt")
-    assert fill("{a} and {b}", a="{b}", b=3) == ["{b} and ", 3]  # what is filled in is not read again
+    assert fill("{a} and {b}", a="{b}", b=3) == ["{b} and ", 3]  # a value's own placeholders stay
 
 
 def test_an_example_that_cannot_fit_is_found(data):
     loaded = Opened(data)
-    told = thought_prompts(loaded)
-    build = partial(told.sft_tree, task="yesno")
-    told.check_fit([build], loaded.examples("train"), 4096)
+    prompts, examples = thought_prompts(loaded), loaded.examples("train")
+    build = partial(prompts.sft_tree, task="yesno")
+    prompts.check_fit([build], examples, 4096)
     with pytest.raises(UserError, match="train with a larger --max-length"):
-        told.check_fit([build], loaded.examples("train"), 100)
-    rows, most = loaded.examples("train"), 0
-    for row in rows:
-        most = max(most, *(len(path.ids) for (path,) in separate_paths(build(row))))
-    unused = next(item for item in range(60) if all(item not in (row.target, row.rejected) for row in rows))
-    told.check_fit([build], rows, 2 * most + 100)
-    told.user_texts.summaries[unused] = "long " * 2 * most
+        prompts.check_fit([build], examples, 100)
+    longest = max(tree_length(build(example)) for example in examples)
+    prompts.check_fit([build], examples, 2 * longest + 100)
+    used = {item for example in examples for item in (example.target, example.rejected)}
+    unused = next(item for item in range(60) if item not in used)
+    prompts.user_texts.summaries[unused] = "long " * 2 * longest
     with pytest.raises(UserError, match="train with a larger --max-length"):
-        told.check_fit([build], rows, 2 * most + 100)
+        prompts.check_fit([build], examples, 2 * longest + 100)
 
 
-def test_what_is_not_known_is_nothing_in_common(data):
-    texts = texts_of(Opened(data))
-    texts.summaries[3] = "What is not known of a Zebra"
-    assert texts.common(3, "not known", "not known") == "not known"
-    assert texts.common(3, "a zebra", "not known") == "zebra"
+def test_not_known_has_no_words_in_common(data):
+    user_texts = texts_of(Opened(data))
+    user_texts.summaries[3] = "What is not known of a Zebra"
+    assert user_texts.shared_words(3, "not known", "not known") == "not known"
+    assert user_texts.shared_words(3, "a zebra", "not known") == "zebra"

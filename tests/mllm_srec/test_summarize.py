@@ -1,7 +1,8 @@
-"""summarize.py: a crash or a bad reply leaves no trace, and training and ranking on what it wrote."""
+"""mllm_srec.summarize: crashes, changed options and files, unusable texts; training and ranking on its texts."""
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +12,19 @@ from echo import Echo, lines, write
 import dpo_hano
 import evaluate
 import sft
-from hanorec.run.files import UserError, write_json
+from hanorec.run.files import UserError, value_hash, write_json
 from mllm_srec import records, summarize, writers
-from mllm_srec.texts import PROMPTS_FILE
+from mllm_srec.texts import PROMPTS_FILE, read_texts
 from mllm_srec.writers import titles_with_control_tokens
 
+NAMES = ("items.jsonl", "preferences.jsonl")
 
-@pytest.mark.parametrize("broken", [0, 9, 70, 130])
-def test_a_run_that_was_cut_off_goes_on(data, monkeypatch, broken):
+
+@pytest.mark.parametrize("break_after", [0, 9, 70, 130])
+def test_a_run_that_was_cut_off_goes_on(data, monkeypatch, break_after):
     whole = write(data, "whole", None, monkeypatch)
-    first, second = Echo(), Echo()
-    first.break_after = broken
+    first, second, third = Echo(), Echo(), Echo()
+    first.break_after = break_after
     with pytest.raises(KeyboardInterrupt):
         write(data, "cut", first, monkeypatch)
     folder = data / "summaries" / "cut"
@@ -31,63 +34,109 @@ def test_a_run_that_was_cut_off_goes_on(data, monkeypatch, broken):
     with pytest.raises(UserError, match=r"is not finished|does not exist"):
         Opened(data, summaries="cut").prompts()
     write(data, "cut", second, monkeypatch)
-    for name in ("items.jsonl", "preferences.jsonl"):
+    for name in NAMES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert not list(folder.glob(".*.part"))
-    assert first.asked + second.asked <= sum(len(lines(whole / n)) for n in ("items.jsonl", "preferences.jsonl")) * 2
-    again = Echo()
-    write(data, "cut", again, monkeypatch)
-    assert again.asked == 0
+    assert first.replies + second.replies <= 2 * sum(len(lines(whole / name)) for name in NAMES)
+    write(data, "cut", third, monkeypatch)
+    assert third.replies == 0
 
 
 def test_other_options_start_anew(data, monkeypatch, capsys):
-    folder = write(data, "a", None, monkeypatch)
-    first, counts = (folder / "items.jsonl").read_bytes(), Echo()
-    write(data, "a", counts, monkeypatch, "--step", 1)  # the items stand
-    assert (folder / "items.jsonl").read_bytes() == first and counts.asked > 0
+    folder, second = write(data, "a", None, monkeypatch), Echo()
+    items = (folder / "items.jsonl").read_bytes()
+    write(data, "a", second, monkeypatch, "--step", 1)
+    assert (folder / "items.jsonl").read_bytes() == items and second.replies > 0
     out = capsys.readouterr().out
-    assert "items.jsonl stands" in out and "preferences.jsonl is not of this model, these prompts and options" in out
+    assert "items.jsonl is kept" in out and "preferences.jsonl is not of this model, these prompts and options" in out
     text = PROMPTS_FILE.read_text().replace("Answer in a few words each", "Answer in one word each")
     (data / "mine.txt").write_text(text)
     write(data, "a", None, monkeypatch, "--prompts", data / "mine.txt")
-    assert (folder / "items.jsonl").read_bytes() != first
+    assert (folder / "items.jsonl").read_bytes() != items
     assert "one word each" in (folder / "prompts.txt").read_text()
 
 
-def test_files_that_were_changed_are_refused(data, monkeypatch):
+def test_folders_of_earlier_versions_are_kept(data, monkeypatch):
+    """The keys in manifest.json must not change: all texts would be written anew."""
+    folder = write(data, "a", None, monkeypatch)
+    manifest, texts, identity = json.loads((folder / "manifest.json").read_text()), read_texts(), {"by": "Echo"}
+    item_texts = {name: texts[name] for name in ("item", "item without a picture", "item by its picture alone")}
+    key = value_hash([identity, "both", Opened(data).encoding.manifest, item_texts])
+    assert manifest["items"]["key"] == key and manifest["made_by"] == identity
+    names = ("line", "line without a summary", "first preference", "preference", "profile", "nothing")
+    summaries = {line["item"]: line["summary"] for line in lines(folder / "items.jsonl")}
+    windows = {}
+    for line in lines(folder / "preferences.jsonl"):
+        _, ends, read = windows.setdefault(line["user"], (line["user"], [], []))
+        ends.append(line["end"])
+        if line["profile"]:
+            read.append(line["end"])
+    key = value_hash([identity, [texts[name] for name in names], 3, summaries, manifest["data"], *windows.values()])
+    assert manifest["preferences"]["key"] == key
+
+
+def test_files_that_were_changed_or_deleted_are_refused_and_written_anew(data, monkeypatch, capsys):
     folder = write(data, "a", None, monkeypatch)
     loaded = Opened(data, summaries="a")
-    loaded.prompts()
-    (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("Film", "Movie"))
-    with pytest.raises(
-        UserError, match=r"items.jsonl is not what manifest.json lists; delete it and run mllm_srec.summarize"
-    ):
-        loaded.prompts()
+    items, command = folder / "items.jsonl", f"; run python -m mllm_srec.summarize --data {data} --name "
+    written = items.read_text()
+    capsys.readouterr()
+    for text, reason in ((written.replace("Film", "Movie"), "was changed after it was written"), (None, "is missing")):
+        items.unlink()
+        if text:
+            items.write_text(text)
+        with pytest.raises(UserError, match=f"items.jsonl is missing, or not what manifest.json lists{command}a"):
+            loaded.prompts()
+        write(data, "a", None, monkeypatch)
+        assert f"items.jsonl {reason}: it is written now" in capsys.readouterr().out and items.read_text() == written
     (folder / "prompts.txt").write_text((folder / "prompts.txt").read_text().replace("No.", "Never."))
-    with pytest.raises(
-        UserError, match=r"prompts.txt is not what manifest.json lists; run mllm_srec.summarize --name a"
-    ):
+    with pytest.raises(UserError, match=f"prompts.txt is not what manifest.json lists{command}a"):
         loaded.prompts()
-    write(data, "a", None, monkeypatch)
-    assert "Movie" not in (folder / "items.jsonl").read_text()
-    with pytest.raises(
-        UserError, match=r"nothing/manifest.json does not exist; run mllm_srec.summarize --name nothing"
-    ):
+    with pytest.raises(UserError, match=f"nothing/manifest.json does not exist{command}nothing"):
         Opened(data, summaries="nothing").prompts()
 
 
+def test_a_backbones_weights_are_identified(data, tmp_path, monkeypatch):
+    """In a folder by names, sizes and times; of a hub name by the hashes of the files in the hub's cache."""
+    (tmp_path / "model.safetensors").write_text("weights")
+    stat = (tmp_path / "model.safetensors").stat()
+    assert summarize.backbone_weights(tmp_path) == [("model.safetensors", 7, stat.st_mtime_ns)]
+    cache = tmp_path / "models--org--backbone"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(summarize, "cached_file", partial(summarize.cached_file, cache_dir=str(tmp_path)))
+    for commit, weights in (("c1", "hash1"), ("c2", "hash2")):
+        snapshot = cache / "snapshots" / commit
+        for folder in (cache / "refs", cache / "blobs", snapshot):
+            folder.mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / "main").write_text(commit)
+        for name, blob in (("config.json", f"config{commit}"), ("model.safetensors", weights)):
+            (cache / "blobs" / blob).write_text("{}")
+            (snapshot / name).symlink_to(f"../../blobs/{blob}")
+        assert summarize.backbone_weights("org/backbone") == [("model.safetensors", weights)]
+
+
+def test_a_backbone_that_cannot_be_packed_writes(data, monkeypatch):
+    def check(packed, *_):
+        if packed.pack:
+            raise UserError("packing does not hold")
+
+    monkeypatch.setattr("hanorec.model.check.check", check)
+    with pytest.raises(SystemExit):  # the untrained backbone writes no usable text
+        summarize.main(["--data", str(data), "--max-tokens", "2"])
+    assert len(lines(data / "summaries" / "tiny" / "items.jsonl")) == 60
+
+
 def test_parts_of_several_processes_and_of_other_keys(tmp_path):
-    """Lines of every process count, those of another key do not."""
-    path, made = tmp_path / "items.jsonl", []
+    """The file gets the lines of every process, but not those of another key."""
+    path = tmp_path / "items.jsonl"
     for rank, key in ((0, "k"), (1, "k"), (2, "other")):
-        record = records.Record(path, key, SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None))
-        record.add([{"n": rank}])
-        made.append(record)
-    one = SimpleNamespace(process_index=0, wait_for_everyone=lambda: None, is_main_process=True)
-    again = records.Record(path, "k", one)
-    assert sorted(line["n"] for line in again.done) == [0, 1]
-    again.add([{"n": 7}])
-    assert [line["n"] for line in again.finish(lambda line: -line["n"])] == [7, 1, 0]
+        process = SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None)
+        records.Record(path, key, process).add([{"n": rank}])
+    process = SimpleNamespace(process_index=0, wait_for_everyone=lambda: None, is_main_process=True)
+    record = records.Record(path, "k", process)
+    assert sorted(line["n"] for line in record.done) == [0, 1]
+    record.add([{"n": 7}])
+    assert [line["n"] for line in record.finish(lambda line: -line["n"])] == [7, 1, 0]
     assert [line["n"] for line in lines(path)] == [7, 1, 0] and not list(tmp_path.glob(".*.part"))
 
 
@@ -112,14 +161,14 @@ def test_parts_of_several_processes_and_of_other_keys(tmp_path):
         ("A red poster.", "no_summary", None),
     ],
 )
-def test_what_is_no_summary(text, fault, summary):
-    reply = writers.Reply(text).checked().summary()
+def test_which_texts_are_summaries(text, fault, summary):
+    reply = writers.Reply.checked(text).summary()
     assert (reply.fault, reply.line()) == (fault, summary)
-    assert writers.Reply(text, "limit").checked().summary().line() is None
+    assert writers.Reply.checked(text, ended=False).summary().line() is None
 
 
 class Mute(Echo):
-    """No text is usable, but of the first `good` calls."""
+    """Texts are unusable after the first `good` calls."""
 
     good = 0
 
@@ -130,37 +179,42 @@ class Mute(Echo):
 
 
 def test_a_writer_of_nothing_is_refused_each_time_and_leaves_no_finished_folder(data, monkeypatch, capsys):
-    folder = write(data, "mute", None, monkeypatch)
-    for _ in range(2):  # what the first run left counts in the second
+    write(data, "mute", None, monkeypatch)
+    for _ in range(2):  # the second run counts the texts of the first
         with pytest.raises(SystemExit):
             write(data, "mute", Mute(), monkeypatch)
         assert "summaries is usable (60 limit); the first reply is 'on and on'" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"is not finished; run mllm_srec.summarize"):
+    with pytest.raises(UserError, match=r"is not finished; run python -m mllm_srec.summarize"):
         Opened(data, summaries="mute").prompts()
-    assert folder.exists()
 
 
-def test_one_bad_text_behind_many_good_ones_of_an_earlier_run_stops_nothing(data, monkeypatch):
+def test_unusable_texts_after_usable_ones_of_an_earlier_run_stop_nothing(data, monkeypatch):
     first, second = Echo(), Mute()
     first.break_after = 56
     with pytest.raises(KeyboardInterrupt):
         write(data, "cut", first, monkeypatch)
     second.name = "Echo"
-    with pytest.raises(SystemExit):  # of the paragraphs none is usable; of the items 56 are
+    with pytest.raises(SystemExit):  # no paragraph is usable, but 56 summaries are
         write(data, "cut", second, monkeypatch)
-    found = lines(data / "summaries" / "cut" / "items.jsonl")
-    assert sum(line["fault"] is None for line in found) == 56 and len(found) == 60
+    items = lines(data / "summaries" / "cut" / "items.jsonl")
+    assert sum(line["fault"] is None for line in items) == 56 and len(items) == 60
 
 
-def test_items_stand_when_a_run_dies_before_the_preferences(data, monkeypatch):
+def test_items_are_kept_when_a_run_dies_before_the_preferences(data, monkeypatch):
+    class Dies(records.Record):
+        def __init__(self, path, *further):
+            if path.stem == "preferences":
+                raise KeyboardInterrupt
+            super().__init__(path, *further)
+
     first, second = Echo(), Echo()
     with monkeypatch.context() as patch:
-        patch.setattr(summarize, "users_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(summarize, "Record", Dies)
         with pytest.raises(KeyboardInterrupt):
             write(data, "cut", first, monkeypatch)
     write(data, "cut", second, monkeypatch)
     whole = write(data, "whole", None, monkeypatch)
-    assert first.asked == 60 and second.asked <= 2 * len(lines(whole / "preferences.jsonl"))
+    assert first.replies == 60 and second.replies <= 2 * len(lines(whole / "preferences.jsonl"))
 
 
 def test_summaries_of_other_pictures_are_refused(data, monkeypatch):
@@ -168,34 +222,36 @@ def test_summaries_of_other_pictures_are_refused(data, monkeypatch):
     write(data, "text", None, monkeypatch, "--sees", "text")
     (encoded,) = data.glob("encoded/*/manifest.json")
     write_json(encoded, json.loads(encoded.read_text()) | {"tokens": "of other pictures"})
-    with pytest.raises(UserError, match="was written for another state of its data"):
+    with pytest.raises(UserError, match="was written for other items, timelines or pictures"):
         Opened(data, summaries="a").prompts()
     Opened(data, summaries="text").prompts()
 
 
-def test_a_bad_paragraph_leaves_the_one_before_with_its_profile(data, monkeypatch, capsys):
-    """Paragraphs from a user's second window on are at fault: rows read the first, and a profile of it."""
+def test_after_an_unusable_paragraph_the_last_usable_one_counts(data, monkeypatch, capsys):
+    """Paragraphs are unusable from a user's second window on: examples read the first, and profiles written from it."""
 
-    class Once(Echo):
+    class FirstOnly(Echo):
         def __call__(self, many):
             later = [any("Paragraph: " in part for part in parts if isinstance(part, str)) for parts in many]
             replies = zip(later, super().__call__(many), strict=True)
-            return [writers.Reply("cut", "limit") if bad else reply for bad, reply in replies]
+            return [writers.Reply("cut", "limit") if unusable else reply for unusable, reply in replies]
 
-    folder = write(data, "once", Once(), monkeypatch)
+    folder = write(data, "first", FirstOnly(), monkeypatch)
     assert " limit" in capsys.readouterr().out
-    points = lines(folder / "preferences.jsonl")
-    later = [point for point in points if point["end"] > 3]
-    assert later and all(point["fault"] == "limit" and point["profile_fault"] is None for point in later)
-    loaded = Opened(data, summaries="once")
-    told, first = loaded.prompts(), {point["user"]: point for point in points if point["end"] == 3}
-    for row in loaded.examples("test"):
-        values = told.user_texts.at(row)
-        assert values["preference"] == first[row.user]["paragraph"] and values["profile"] != "not known"
+    windows = lines(folder / "preferences.jsonl")
+    later = [window for window in windows if window["end"] > 3]
+    assert later and all(window["fault"] == "limit" and window["profile_fault"] is None for window in later)
+    assert any(window["profile"] for window in later)
+    first = {window["user"]: window for window in windows if window["end"] == 3}
+    loaded = Opened(data, summaries="first")
+    user_texts = loaded.prompts().user_texts
+    for example in loaded.examples("test"):
+        values = user_texts.prompt_values(example)
+        assert values["preference"] == first[example.user]["paragraph"] and values["profile"] != "not known"
 
 
 class Moody(Echo):
-    """Every third text is at fault."""
+    """Every third text is unusable."""
 
     def __call__(self, many):
         replies = super().__call__(many)
@@ -204,19 +260,15 @@ class Moody(Echo):
         return replies
 
 
-def test_what_is_at_fault_is_counted_and_never_told(data, monkeypatch, capsys):
+def test_unusable_texts_are_counted_and_in_no_prompt(data, monkeypatch, capsys):
     folder = write(data, "moody", Moody(), monkeypatch)
     assert re.search(r"items.jsonl: \d+ lines, \d+ limit, \d+ usable", capsys.readouterr().out)
-    bad = {line["item"] for line in lines(folder / "items.jsonl") if line["fault"]}
-    assert bad and all(line["summary"] is None for line in lines(folder / "items.jsonl") if line["item"] in bad)
+    unusable = [line for line in lines(folder / "items.jsonl") if line["fault"]]
+    assert unusable and all(line["summary"] is None for line in unusable)
     loaded = Opened(data, summaries="moody")
-    told = loaded.prompts()
-    text = "".join(told.show(told.sft_tree(row, "yesno")) for row in loaded.examples("train"))
+    prompts = loaded.prompts()
+    text = "".join(prompts.show(prompts.sft_tree(example, "yesno")) for example in loaded.examples("train"))
     assert "in the mid" not in text and "not known" in text
-    monkeypatch.setattr(Moody, "__call__", lambda self, many: [writers.Reply("", "limit") for _ in many])
-    with pytest.raises(SystemExit):
-        write(data, "bad", Moody(), monkeypatch)
-    assert "summaries is usable" in capsys.readouterr().err
 
 
 def test_titles_that_spell_control_tokens_are_counted(data, monkeypatch, capsys):
@@ -228,36 +280,35 @@ def test_titles_that_spell_control_tokens_are_counted(data, monkeypatch, capsys)
     assert "spell control tokens" not in capsys.readouterr().out
 
 
-def test_options_that_would_do_nothing_are_refused(data, capsys):
-    for main, argv, told in (
+def test_options_without_an_effect_are_refused(data, capsys):
+    for main, argv, message in (
         (summarize.main, ["--before", "5", "--window", "0"], "--before is for windows"),
         (summarize.main, ["--server-model", "m"], "--server-model is for --server"),
         (sft.main, ["--steps-share", "0.5"], "--steps-share is for --prompt cot"),
-        (sft.main, ["--data", str(data), "--prompt", "cot", "--blank-images"], "--blank-images hides little"),
+        (sft.main, ["--data", str(data), "--prompt", "cot", "--blank-images"], "--blank-images does not hide them"),
     ):
         with pytest.raises(SystemExit):
             main(argv)
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_prompts_are_shown_as_given_and_escaped(data, monkeypatch, capsys):
-    text = (data / "items.jsonl").read_text()
     write(data, "tiny", None, monkeypatch)
     (data / "mine.txt").write_text(PROMPTS_FILE.read_text().replace("step by step", "step \x1b[2J by step"))
     summarize.main(["--data", str(data), "--show", "1", "--prompts", str(data / "mine.txt")])
     out = capsys.readouterr().out
-    assert "step \\x1b[2J by step" in out and "\x1b" not in out and text
+    assert "step \\x1b[2J by step" in out and "\x1b" not in out
 
 
 def test_chain_of_thought_from_training_to_ranking(data, tmp_path, monkeypatch):
-    """sft.py, dpo_hano.py and evaluate.py on these prompts; other summaries stop what was trained on the first."""
+    """sft.py, dpo_hano.py and evaluate.py use these prompts. A run cannot be evaluated on other texts."""
     write(data, "echo", None, monkeypatch)
     small = "--max-steps 3 --batch-size 6 --eval-limit 6".split()
     cot = ["--prompt", "cot", "--summaries", "echo", "--warmup-steps", "1"]
     sft.main(["--data", str(data), "--out", str(tmp_path / "sft"), *cot, *small])
     dpo_hano.main(["--sft", str(tmp_path / "sft"), "--out", str(tmp_path / "dpo"), *small])
     other = Echo()
-    other.name = "Reverb"  # the same texts of another model: what was trained on them stays good
+    other.name = "Reverb"  # another model that writes the same texts: runs that were trained on them stay valid
     write(data, "echo", other, monkeypatch, "--batch-size", 2)
     results = evaluate.main(["--run", str(tmp_path / "dpo"), str(tmp_path / "sft"), "--limit", "8"])
     assert {"AUC", "HR@3", "MRR"} <= set(results[str(tmp_path / "dpo")].values)

@@ -1,4 +1,4 @@
-"""teach.py: what is taught, what is measured of it, and what the taught backbone is good for afterwards."""
+"""mllm_srec.teach: what it teaches, what --score measures, how the taught backbone writes and is trained further."""
 
 import json
 
@@ -18,17 +18,19 @@ from mllm_srec.texts import PROMPTS_FILE, item_prompt, read_texts
 
 
 def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):
-    """Shares against a count by hand, of summaries made up for it."""
+    """Compare shares with a count by hand, for summaries that are made up."""
     data = Opened(prepared).data
     half = set(taught_items(60, 0.5, 1))
     assert len(half) == 30 and half != set(taught_items(60, 0.5, 2))
     colours = ["red", "blue"] * 30
-    truth = {row: {"text": "?", "facts": {"colour": colours[row]}} for row in range(60)}
-    said = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing, a hundred"}  # right, both named, none, right
-    items = [{"item": data.items.ids[row], "summary": said.get(row, "a green one"), "fault": None} for row in range(60)]
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in items))
-    found = score_summaries(tmp_path, truth, half, data)
-    assert found["colour"] == pytest.approx(sum(row not in half for row in (0, 3)) / 30)
+    truth = {item: {"text": "?", "facts": {"colour": colours[item]}} for item in range(60)}
+    summaries = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing, a hundred"}  # 0 and 3 are right
+    entries = []
+    for item, name in enumerate(data.items.ids):
+        entries.append({"item": name, "summary": summaries.get(item, "a green one"), "fault": None})
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    shares = score_summaries(tmp_path, truth, half, data)
+    assert shares["colour"] == pytest.approx(sum(item not in half for item in (0, 3)) / 30)
     assert "colour: " in capsys.readouterr().out
     error = refused(capsys, teach.main, "--data", prepared, "--score", tmp_path, "--out", tmp_path)
     assert "descriptions.jsonl does not exist; give a file of lines with item and text" in error
@@ -47,10 +49,10 @@ def test_movielens_descriptions_say_what_is_known(tmp_path):
 
 
 def test_lessons_are_summarizes_own_prompts(prepared, taught):
-    """Each path of a batch's trees is a whole prompt of summarize.py, followed by its reply."""
+    """Each path of a batch's trees is a whole prompt of mllm_srec.summarize, followed by its reply."""
     data, texts = Opened(prepared), read_texts(PROMPTS_FILE)
     prompts = data.prompts()
-    truth = {row: {"text": f"Thing {row}.", "facts": {"kind": f"k{row}", "colour": "red"}} for row in range(10)}
+    truth = {item: {"text": f"Thing {item}.", "facts": {"kind": f"k{item}", "colour": "red"}} for item in range(10)}
     lessons = Lessons(data.encoding, prompts, texts, truth, window=2, seed=42)
     trees = lessons.trees(list(range(30)), step=1)
     paths = [path for tree in trees for (path,) in separate_paths(tree)]
@@ -58,30 +60,33 @@ def test_lessons_are_summarizes_own_prompts(prepared, taught):
     for _, parts, reply in (lessons.sample(number, 1) for number in range(30)):
         expected.append([*prompts.complete_prompt(parts).ids, *prompts.answer(reply, 0).ids])
     assert sorted(path.ids for path in paths) == sorted(expected)
-    assert len(merge_trees(trees)) <= 4  # what one kind of prompt begins with is there once
-    told = ["".join(map(str, lessons.sample(number, 1)[1])) for number in range(1, 30, 3)]
-    assert {text.count("Paragraph: Lately") for text in told} == {0, 1}
-    assert {text.count("; before") for text in told} == {0, 1}  # a paragraph that was itself made of one before
-    items = [item_prompt(texts, "both", data.encoding, row) for row in range(10)]
-    assert [lessons.sample(3 * row, 1)[1] for row in range(10)] == items
+    assert len(merge_trees(trees)) <= 4  # the beginning that prompts of one kind share is there once
+    prompt_texts = ["".join(map(str, lessons.sample(number, 1)[1])) for number in range(1, 30, 3)]
+    assert {text.count("Paragraph: Lately") for text in prompt_texts} == {0, 1}
+    assert {text.count("; before") for text in prompt_texts} == {
+        0,
+        1,
+    }  # written from an earlier paragraph
+    items = [item_prompt(texts, "both", data.encoding, item) for item in range(10)]
+    assert [lessons.sample(3 * item, 1)[1] for item in range(10)] == items
 
 
 def test_the_taught_backbone_writes_and_is_trained_further(data, taught, tmp_path):
     log = training(taught / "metrics.jsonl")
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    common = ["--data", str(data), "--run", str(taught), "--max-tokens", "48"]
-    summarize.main([*common, "--name", "one", "--batch-size", "7"])
-    launch(2, "-m", "mllm_srec.summarize", *common, "--name", "two", folder=tmp_path)
-    for name in ("items.jsonl", "preferences.jsonl"):  # two processes, other batches: the same texts
-        found = lines(data / "summaries" / "one" / name)
-        assert found == lines(data / "summaries" / "two" / name) and found
+    options = ["--data", str(data), "--run", str(taught), "--max-tokens", "48"]
+    summarize.main([*options, "--name", "one", "--batch-size", "7"])
+    launch(2, "-m", "mllm_srec.summarize", *options, "--name", "two", folder=tmp_path)
+    for name in ("items.jsonl", "preferences.jsonl"):  # two processes with other batches write the same texts
+        one, two = (lines(data / "summaries" / folder / name) for folder in ("one", "two"))
+        assert one == two and one
     argv = "--prompt cot --summaries one --max-steps 1 --warmup-steps 0 --batch-size 4 --eval-limit 4".split()
     argv += ["--lr", "1e-9"]
     sft.main(["--data", str(data), "--start", str(taught), "--out", str(tmp_path / "sft"), *argv])
     lora = ["--data", str(data), "--tune", "lora", "--out", str(tmp_path / "lora"), "--batch-size", "4"]
     sft.main([*lora, "--max-steps", "1", "--eval-limit", "4"])
     full = ["--data", str(data), "--start", str(tmp_path / "lora"), "--out", str(tmp_path / "full")]
-    sft.main([*full, *argv[4:]])  # the adapter merged into what is trained
+    sft.main([*full, *argv[4:]])  # the adapter is merged into the weights that are trained
     assert load_model(tmp_path / "full" / "model")
     one, other = (load_model(run / "model").state_dict() for run in (taught, tmp_path / "sft"))
     assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
