@@ -148,7 +148,8 @@ def test_real_movielens(tmp_path, monkeypatch):
 def test_a_million_interactions_take_seconds(tmp_path, monkeypatch):
     rng, count = np.random.default_rng(0), 1_000_000
     users, items = rng.integers(20_000, size=count), (rng.random(count) ** 2 * 10_000).astype(int)
-    rows = (f"{user},{item},{time}" for time, (user, item) in enumerate(zip(users, items, strict=True)))
+    pairs = zip(users.tolist(), items.tolist(), strict=True)
+    rows = (f"{user},{item},{time}" for time, (user, item) in enumerate(pairs))
     (tmp_path / "Big_pairs.csv").write_text("user,item,timestamp\n" + "\n".join(rows))
     (tmp_path / "Big_titles.csv").write_text("item,title\n" + "\n".join(f"{i},Title {i}" for i in range(10_000)))
     started = time.perf_counter()
