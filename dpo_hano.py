@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     eta = Responsiveness(options.responsiveness)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 
-    def load(step: int, numbers: list[list[int]]) -> list[tuple]:
+    def load_batches(step: int, numbers: list[list[int]]) -> list[tuple]:
         micro_batches = []
         for batch in numbers:
             trees = [pairs.tree(number) for number in batch]
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     with started(options, "dpo_hano", accelerator, steps, hashes) as log:
         state = eta if options.responsiveness == "ema" else None  # the other kinds of eta have no state
         steps_done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=state)
-        for step, numbers, micro_batches in training.loaded(load, batches, steps_done, accelerator.device):
+        for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             if step == 1:
                 batch, batch_reference, _ = micro_batches[0]
                 check_start(packed, batch, batch_reference, accelerator.device)

@@ -162,15 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     def samples_of(step: int) -> WarmUp | Samples:
         return warmup if step <= options.warmup_steps else samples
 
-    def load_micro_batches(step: int, numbers: list[list[int]]) -> list:
+    def load_batches(step: int, numbers: list[list[int]]) -> list:
         tree = samples_of(step).tree
         return [packed.collate([tree(number) for number in batch], encoding.tokens) for batch in numbers]
 
     # Train
     with started(options, "sft", accelerator, options.warmup_steps + steps, hashes, every=10) as log:
         steps_done = log.resume(packed, optimizer, samples.shortened, schedule=schedule)
-        loaded = training.loaded(load_micro_batches, batches, steps_done, accelerator.device)
-        for step, numbers, micro_batches in loaded:
+        for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             model.train()
             rate = schedule.get_last_lr()[0]
             loss, norm = supervised_step(model, micro_batches, parameters, optimizer, schedule, accelerator)

@@ -110,14 +110,13 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     model, optimizer = accelerator.prepare(packed, optimizer)
     parameters = training.trainable(packed)
 
-    def load_micro_batches(step: int, numbers: list[list[int]]) -> list:
+    def load_batches(step: int, numbers: list[list[int]]) -> list:
         return [packed.collate(lessons.trees(batch, step), encoding.tokens) for batch in numbers]
 
     # Train
     with started(options, "teach", accelerator, steps, hashes, every=10, named="items") as log:
         steps_done = log.resume(packed, optimizer, set(), schedule=schedule)
-        loaded = training.loaded(load_micro_batches, batches, steps_done, accelerator.device)
-        for step, numbers, micro_batches in loaded:
+        for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             model.train()
             rate = schedule.get_last_lr()[0]
             loss, norm = supervised_step(model, micro_batches, parameters, optimizer, schedule, accelerator)

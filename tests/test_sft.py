@@ -37,9 +37,10 @@ def test_sft_leaves_the_vision_tower_alone(prepared, sft_run):
     assert not any("visual" in name for name in changed)
 
 
-def test_sft_lora_trains_adapters_of_the_language_model_alone(prepared, tmp_path):
+def test_sft_lora_trains_adapters_of_the_language_model_alone(prepared, tmp_path, capsys):
     argv = "--tune lora --max-steps 2 --batch-size 4 --eval-limit 4 --gradient-checkpointing --tasks yesno".split()
     sft.main(["--data", str(prepared), "--out", str(tmp_path / "sft"), *argv])
+    assert "warm-up" not in capsys.readouterr().out  # it has none, and says nothing of it
     weights = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert weights and all(".language_model.layers." in name for name in weights)
     layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights}

@@ -20,12 +20,12 @@ def test_divergence_names_the_samples_and_keeps_the_weights(prepared, tmp_path, 
     users = [row["user"] for row in lines(prepared / "train.jsonl")]
     steps = len(users) // 32
 
-    def step(model, micro, parameters, optimizer, *rest):
+    def step(model, micro_batches, parameters, optimizer, *rest):
         if len(seen) == steps + 2:
             with torch.no_grad():
                 parameters[0][:] = torch.nan
         seen.append(1)
-        return real(model, micro, parameters, optimizer, *rest)
+        return real(model, micro_batches, parameters, optimizer, *rest)
 
     monkeypatch.setattr(sft, "supervised_step", step)
     argv = ["--data", prepared, "--out", out, "--epochs", 2, "--tasks", "yesno", "--batch-size", 32, "--eval-limit", 4]
