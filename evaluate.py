@@ -113,7 +113,12 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
     pack = not (options.no_pack or trained.get("no_pack"))
     packed = load_packed(model, encoding, pack, accelerator.device)
     prompts = load_prompts(data, encoding, trained["candidate_images"], summaries)
-    return score_examples(packed, encoding, prompts, examples, trained, accelerator, options.batch_size)
+    shortened: set[tuple[str, int]] = set()
+    batch_size = options.batch_size
+    scores = score_examples(packed, encoding, prompts, examples, trained, accelerator, batch_size, shortened)
+    if shortened:
+        accelerator.print(f"{run}: {len(shortened)} examples lost their oldest history items to --max-length")
+    return scores
 
 
 def file_prefix(options: argparse.Namespace) -> str:

@@ -29,7 +29,7 @@ STAGES = {
     "teach": {"data": str, "model": str, "tune": str, "share": (int, float), "seed": int},
 }
 # The command that writes the runs of each stage
-COMMANDS = {"sft": "sft.py", "dpo_hano": "dpo_hano.py", "teach": "mllm_srec.teach"}
+COMMANDS = {"sft": "sft.py", "dpo_hano": "dpo_hano.py", "teach": "python -m mllm_srec.teach"}
 
 
 def weights_hash(run: Path) -> str:
