@@ -8,7 +8,7 @@ Starts from the SFT model and trains a new LoRA on it. The reference is the same
 reference's log-probabilities are computed once and kept in reference/ of the SFT run. Writes config.json, metrics.jsonl
 and adapter/: the LoRA of the epoch with the best validation metric, in PEFT's format. --export DIR also writes the
 models DIR/base, DIR/adapter and DIR/merged, which load without this project. The same command continues an interrupted
-run. The equations (5) to (12) of the paper are in hanorec_loss.py; `take_step` below calls them in their order.
+run. Equations (5) to (12) of the paper are in hanorec_loss.py: `pair_hardness` calls (5, 6), `take_step` the others.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Responsiveness:
     sigmoid(moving average of this mean). `none`: 1.
     """
 
-    ROUNDING = 1e-5  # mean|R| at the first step is a rounding error, which depends on the number of processes
+    ROUNDING = 1e-5  # if mean|R| is not larger, eta is 1: such an R is a rounding error, as at the first step
     DECAY = 0.9
 
     def __init__(self, kind: str):
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     planned = planned_pairs(pairs, steps, steps_per_epoch, options, accelerator)
     key = reference_key(hashes, pairs, planned, packed, prompts, options.quantize)
     reference = reference_logps(packed, encoding, pairs, planned, key, options.sft / "reference", accelerator)
-    eta = Responsiveness(options.responsiveness)
+    response = Responsiveness(options.responsiveness)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 
     def load_batches(step: int, numbers: list[list[int]]) -> list[tuple]:
@@ -274,13 +274,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # Train
     with started(options, "dpo_hano", accelerator, steps, hashes) as log:
-        state = eta if options.responsiveness == "ema" else None  # the other kinds of eta have no state
+        state = response if options.responsiveness == "ema" else None  # the other kinds have no state
         steps_done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=state)
         for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             if step == 1:
                 batch, batch_reference, _ = micro_batches[0]
                 check_start(packed, batch, batch_reference, accelerator.device)
-            metrics = take_step(step, micro_batches, model, packed, optimizer, schedule, eta, options, accelerator)
+            metrics = take_step(step, micro_batches, model, packed, optimizer, schedule, response, options, accelerator)
             log.step(step, metrics, pairs.users(itertools.chain(*numbers)))
 
             validation_due = step % steps_per_epoch == 0 or step == steps

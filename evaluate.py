@@ -6,8 +6,9 @@
     python evaluate.py --data data/ml-1m --scores other.jsonl             # another system's scores, same candidates
     python evaluate.py --run runs/demo/sft --user user007 --top-k 5       # recommendations by name
 
-The score of a candidate is the log-likelihood of its title after one prompt. The score of a Yes/No question is
-log p(Yes) - log p(No). No text is sampled or parsed. Each metric has a bootstrap interval.
+HR, NDCG and MRR rank by the log-likelihood of each candidate's title after one shared prompt. AUC and GAUC use
+log p(Yes) - log p(No), which also ranks if a run was not trained on titles. No text is sampled or parsed. Each metric
+has a bootstrap interval.
 """
 
 import argparse
@@ -27,7 +28,13 @@ OPTIONS = {
         Option("--limit", non_negative_int, 0, "maximum number of examples, the first ones; 0: all"),
         Option("--blank-images", bool, False, "replace every image by a neutral one"),
         Option("--images", ["stored", "live"], None, "read image tokens, or compute them", shown="as in training"),
-        Option("--compare", Path, None, "also print the difference of every result to this run", metavar="RUN"),
+        Option(
+            "--compare",
+            Path,
+            None,
+            "also print the difference of every other run and system to this run",
+            metavar="RUN",
+        ),
         Option("--scores", Path, [], "predictions.jsonl of other systems", nargs="+"),
         Option("--export-recbole", Path, None, RECBOLE_HELP, metavar="DIR"),
         Option("--batch-size", positive_int, 0, "number of examples in a batch", shown="2; tiny: 16"),
@@ -101,7 +108,8 @@ from mllm_srec.chain_of_thought import load_prompts, training_hash
 def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example], options, accelerator):
     """Score the candidates with the model of a finished run.
 
-    Returns (ranking scores, Yes/No scores), each [R, C], or None for a task that the run was not trained on.
+    Returns (ranking scores, Yes/No scores), each [examples, candidates], or None for a task that the run was not
+    trained on.
     """
     trained = config["options"]
     blank, images = options.blank_images or trained["blank_images"], options.images or trained.get("images")
@@ -117,12 +125,14 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
     batch_size = options.batch_size
     scores = score_examples(packed, encoding, prompts, examples, trained, accelerator, batch_size, shortened)
     if shortened:
-        accelerator.print(f"{run}: {len(shortened)} examples lost their oldest history items to --max-length")
+        accelerator.print(f"{run}: {len(shortened)} histories were cut to its --max-length {trained['max_length']}")
     return scores
 
 
 def file_prefix(options: argparse.Namespace) -> str:
-    """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split."""
+    """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split
+    with its images.
+    """
     prefix = "" if options.split == "test" else f"{options.split}_"
     prefix += "blank_" if options.blank_images else ""
     return prefix + (f"first{options.limit}_" if options.limit else "")
@@ -148,7 +158,7 @@ def recommend(options: argparse.Namespace, configs: dict[Path, dict], data: Data
 
 
 def measure_runs(options, configs: dict[Path, dict], data: DataFolder, examples: list[Example], accelerator):
-    """Score each run, and write its predictions.jsonl and the RecBole files. Returns the results by run."""
+    """Score each run and write its predictions.jsonl; for the first run also --export-recbole. Returns the results."""
     results = {}
     targets = target_columns(examples)
     for run, config in configs.items():
@@ -180,6 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     targets = target_columns(examples)
     for path in options.scores:
         scores, yes_scores = read_scores(path, data.items.ids, examples)
+        # without Yes/No scores, another system's AUC and GAUC are of its only scores
         results[str(path)] = measure(scores, scores if yes_scores is None else yes_scores, targets, options.seed)
     if options.compare:
         compared = results[str(options.compare)]

@@ -62,8 +62,9 @@ def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.
 
 
 def cosine_distance(item_vectors: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return the distance without neighbours (the paper's "w/o SAM"): D = 1 - cosine of the pair's two items, [B].
+    """Return the distance without neighbours, D = 1 - cosine of the pair's two items: [B].
 
+    It is the paper's ablation "w/o SAM", which has nothing to do with sharpness-aware minimisation.
     item_vectors: [N, d]. chosen, rejected: [B], item indices. For a lambda that varies, standardise D over all training
     pairs: hardness_weight((D - D.mean()) / D.std(), 0).
     """
@@ -155,7 +156,7 @@ def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, d
     """Return the metrics of a batch: scalars without gradient, by name. Log ratios, hardness, dynamic_beta: [B].
 
     `hard_gradient_share`: the harder half is the first half of the pairs sorted by hardness; pairs of equal hardness
-    keep their order in the batch. The middle pair of an odd B is in both halves. The share of no gradient is 0.5.
+    keep their order in the batch. The middle pair of an odd B is in both halves. If no pair has a gradient, it is 0.5.
     """
     log_ratio_gap = chosen_log_ratio - rejected_log_ratio
     gradient_size = dynamic_beta * (-dynamic_beta * log_ratio_gap).sigmoid()  # |d loss / d log_ratio_gap|, [B]
@@ -185,10 +186,11 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
 
     Put forward AND backward into the block: activation checkpointing repeats the forward during backward, and the
     repeated forward must see the same noise. At the end of the block the weights get their old values back, bit for
-    bit, also after an error. Call optimizer.step() after the block: inside, it raises RuntimeError.
+    bit, also after an error. Call optimizer.step() after the block: inside, with sigma > 0, it raises RuntimeError.
 
-    sigma, relative: the size of the noise. generator: makes the noise repeatable, and equal on all processes if they
-    give it the same seed; weights that fully_shard has sharded need one. Yields ||noise|| / ||weights||, a scalar.
+    sigma: standard deviation of the noise, in units of each matrix's root mean square if `relative`. generator: makes
+    the noise repeatable, and equal on all processes if they give it the same seed; weights that fully_shard has sharded
+    need one. Yields ||noise|| / ||weights||, a scalar.
     """
     lora_matrix = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # PEFT's names
     weights = [p for name, p in model.named_parameters() if p.requires_grad and lora_matrix.search(name)]

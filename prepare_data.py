@@ -129,7 +129,7 @@ NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "sh
 
 
 def check_out(out: Path, dataset: str) -> None:
-    """Raise UserError if `out` is the data folder of another dataset, or no data folder."""
+    """Raise UserError if `out` is the data folder of another dataset, or holds files that are not in DATA_FILES."""
     manifest = out / "manifest.json"
     if manifest.exists():
         source = read_json(manifest, {}, "choose another --out").get("source")
@@ -186,7 +186,7 @@ def sequence_lines(data: Sequences, training: np.ndarray):
 
 
 def encode(options: argparse.Namespace) -> None:
-    """Write encoded/<backbone>/ of the data folder. Build the tiny backbone first."""
+    """Write encoded/<backbone>/ of the data folder. If the backbone is `tiny`, build it first."""
     out, trust, tiny = options.out, options.trust_remote_code, options.model == TINY
     data = DataFolder(out)
     titles = data.items.titles

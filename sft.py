@@ -40,7 +40,7 @@ OPTIONS = {
         Option("--tasks", TASKS, None, "questions to train on", nargs="+", shown="both; --prompt cot: yesno"),
         Option("--prompt", ["plain", "cot"], "plain", "cot: the chain of thought of MLLM-SRec, see docs/mllm_srec.md"),
         Option("--summaries", str, None, "with --prompt cot: the summaries folder", shown="the backbone's name"),
-        Option("--steps-share", bounded(float, 0, 1.01), 1.0, STEPS_SHARE_HELP, tiny=0.02),
+        Option("--steps-share", bounded(float, 0, 1.01), 1.0, STEPS_SHARE_HELP, tiny=0.02),  # 1 is allowed
         Option("--candidate-images", bool, False, "candidates carry images, not only titles"),
         Option("--blank-images", bool, False, "one neutral image for all items: a model of titles only"),
         Option("--dropout", probability, 0.0, "dropout of embeddings and layers, with --tune full", tiny=0.05),

@@ -96,7 +96,7 @@ def load_prompts(
 
 
 def training_hash(data: DataFolder, encoding: Encoding, summaries: str | None = None) -> str:
-    """Return the SHA-256 of everything that training reads: data, encoding and, with a name of summaries, these.
+    """Return the SHA-256 of what training reads: data, encoding and, if `summaries` names a folder, its texts.
 
     It covers the texts in the summaries folder and the prompts, but not the model that wrote the texts.
     """

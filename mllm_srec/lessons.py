@@ -84,7 +84,8 @@ class Lessons:
     def sample(self, number: int, step: int) -> tuple[int, list, str]:
         """Return sample `number`: (number of its prompt's text, parts of the prompt, reply).
 
-        Each optimizer step draws new windows. A paragraph has 0, 1 or (half of the time) 2 windows before its own.
+        The numbers of the texts are 0 item, 1 profile, 2 preference and 3 first preference. Each optimizer step draws
+        new windows. A paragraph has 0, 1 or (half of the time) 2 windows before its own.
         """
         item, kind = self.items[number // KINDS], number % KINDS
         if kind == 0:

@@ -156,7 +156,7 @@ class UserTexts:
 def summaries_folder(data: DataFolder, encoding: Encoding, name: str | None) -> Path:
     """Return the path of a summaries folder. Without a name, it has the encoding's name."""
     if encoding.tokens.blank_images:
-        raise UserError("summaries describe the pictures, so --blank-images does not hide them; go without one of both")
+        raise UserError("summaries describe the pictures, also with --blank-images; give one of the two, not both")
     return data.folder / "summaries" / (name or encoding.folder.name)
 
 
@@ -166,7 +166,10 @@ def data_hash(items: Items, timelines: dict[str, list[int]]) -> str:
 
 
 def pictures_of(encoding: Encoding) -> dict:
-    """Return the entries of the encoding's manifest that identify its pictures."""
+    """Return the entries of the encoding's manifest that identify its pictures.
+
+    Without stored image tokens, a changed picture is not noticed.
+    """
     return {name: encoding.manifest[name] for name in ("backbone", "items", "tokens")}
 
 

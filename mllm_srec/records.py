@@ -1,7 +1,7 @@
 """Write a file of JSON lines that takes long to compute, by several processes, and continue it after a crash.
 
 Each process appends its lines to a file of its own, a part. At the end all parts are joined into the file. The first
-line of a part is a key: a hash of everything that the lines are computed from. A part with another key is overwritten.
+line of a part is a key: a hash of everything that the lines are computed from. A part with another key is ignored.
 If a crash left an incomplete last line in a part, that line is dropped.
 """
 

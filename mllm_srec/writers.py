@@ -35,7 +35,8 @@ class Reply:
 
     Args:
         fault: None if the text is usable. Otherwise `empty` (no word), `refused`, `limit` (it did not end by itself),
-            `control` (it has control tokens), `nonsense` (the server's answer has no text) or `no_summary`.
+            `control` (it has control tokens), `nonsense` (the server refused the prompt, or its answer cannot be read)
+            or `no_summary`.
     """
 
     text: str
@@ -153,7 +154,7 @@ class Local:
         return inputs
 
     def image_tokens(self, items: list[int]) -> torch.Tensor:
-        """Return the image tokens of these items in order, [T, d]: stored ones, or computed from the pictures now."""
+        """Return the image tokens of these items in order, [n, width]: stored ones, or computed from the pictures."""
         if not self.tokens.live:
             return torch.cat([self.tokens.of(item) for item in items])
         pixels = self.tokens.pixels(items)

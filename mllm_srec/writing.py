@@ -129,8 +129,8 @@ def users_windows(examples, user_texts: UserTexts, options) -> list[Windows]:
 def write_preferences(writer, user_texts: UserTexts, users: list[Windows], record: Record, accelerator) -> list[dict]:
     """Write preferences.jsonl, a line for each window of each user.
 
-    A window's prompt has the paragraph of the window before. So a batch has only one window of a user. Users with the
-    most remaining windows come first.
+    A window's prompt has the user's last usable paragraph (not with --window 0). So a batch has only one window of a
+    user. Users with the most remaining windows come first.
 
     Returns:
         The lines.

@@ -248,7 +248,7 @@ def test_a_full_disk_is_foreseen(tmp_path, capsys, monkeypatch):
         capsys, prepare_data.main, "--dataset", "movielens", "--source", folder, "--out", tmp_path / "data",
         "--max-pixels", 3136,
     )  # fmt: skip
-    assert "50,000 bytes free; --max-pixels" in error and not (tmp_path / "data" / "encoded").exists()
+    assert "50,000 bytes free; give --tokens live" in error and not (tmp_path / "data" / "encoded").exists()
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../..", "a/../../b"])

@@ -58,7 +58,7 @@ class Example:
         history: items before the target, oldest first.
         target: the item to predict.
         candidates: items to rank, with the target.
-        rejected: one candidate that is not the target.
+        rejected: one of the negatives among the candidates.
     """
 
     user: str
@@ -75,7 +75,7 @@ class Example:
         candidates = items.indices(line["candidates"], user)
         target, rejected = items.indices([line["target"], line["rejected"]], user)
         if not history or target not in candidates or len(set(candidates)) < len(candidates):
-            fault = "an example has no history, or its target is not once among its candidates"
+            fault = "an example has no history, or its candidates lack the target or repeat an item"
             raise UserError(f"user {user}: {fault}; {PREPARE_AGAIN}")
         return cls(user, history, target, candidates, rejected)
 

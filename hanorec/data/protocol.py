@@ -1,4 +1,4 @@
-"""Order the interactions, split them, and draw targets and negatives once from the seed.
+"""Order the interactions, split them, choose the targets, and draw the negatives once from the seed.
 
 Users and items are numbers in this module. The data are in arrays, so that millions of interactions take seconds.
 """
@@ -79,12 +79,13 @@ def build_sequences(raw: Raw, min_rating: float | None, min_interactions: int, d
 
 
 def rated_interactions(raw: Raw, min_rating: float | None, drop_untitled: bool):
-    """Select the interactions with a title and a sufficient rating. Returns (users, items, times, counts)."""
+    """Drop the interactions with a low rating or an empty title. Returns (users, items, times, counts)."""
     users, items, times, ratings = raw.columns()
     if min_rating is not None and not raw.interactions.rated:
         raise UserError("the source has no ratings; do not give --min-rating")
     rated = ratings >= (-np.inf if min_rating is None else min_rating)
-    unlisted = "" if drop_untitled else "unlisted"  # number_items will refuse an item that the titles do not list
+    # The title of an item that is not listed: "" drops the item here; number_items refuses it with any other text
+    unlisted = "" if drop_untitled else "unlisted"
     untitled = np.array([not raw.titles.get(item, unlisted) for item in raw.interactions.item_codes])
     keep = rated & ~untitled[items]
     counts = {
@@ -145,8 +146,12 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
 
     - leave-one-out: a user's last item is the test target, the second last is the validation target, and each earlier
       item except the first is a training target.
-    - user: users are divided 8:1:1. The last item is the target, and in training each earlier item too.
+    - user: users are divided 8:1:1. A user's last item is the target; for a training user, each earlier item except the
+      first too.
     - published: like user, with the split of the source.
+
+    With several positives, a user's first items_before() items are no training targets. --max-windows-per-user keeps
+    the last targets.
 
     Returns (positions of the targets in data.items by split, [U] number of each user's items that belong to training).
     """
@@ -159,10 +164,11 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
         split = data.split if options.split == "published" else split_users(len(length), options.seed)
         targets = {name: end[split == name] - 1 for name in ("val", "test")}
         training[split != "train"] = 0
-    windows = np.maximum(training - items_before(options), 0)
+    windows = np.maximum(training - items_before(options), 0)  # [U], number of each user's training targets
     if options.max_windows_per_user:
         windows = np.minimum(windows, options.max_windows_per_user)  # the last ones
     last = data.start[:-1] + training
+    # 0, 1, 2, ... within each user's training targets
     offsets = np.arange(windows.sum()) - np.repeat(windows.cumsum() - windows, windows)
     targets["train"] = np.repeat(last - windows, windows) + offsets
     return targets, training
@@ -183,7 +189,7 @@ def split_users(count: int, seed: int) -> np.ndarray:
 
 
 class Negatives:
-    """Draws negatives. For one target, no negative has the title of an item that the user has seen, or of another one.
+    """Draws negatives. The negatives of a target have different titles, and none that the user has seen.
 
     Args:
         count: number of negatives for each target.

@@ -202,7 +202,7 @@ def read_microlens(options: argparse.Namespace) -> Raw:
     else:
         rows = text_rows(pairs)
         header = header_of(rows, pairs)
-        positions = [column(header, None, (name,), pairs, "its header") for name in ("user", "item", "timestamp")]
+        positions = [column(header, None, (n,), pairs, "a header line") for n in ("user", "item", "timestamp")]
         interactions = read_interactions(rows, pairs, *positions)
     images = find_images(options, "*_covers", "covers", "images")
     return Raw(interactions, item_titles(titles), images, [pairs, titles])

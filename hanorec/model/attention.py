@@ -1,10 +1,11 @@
 """Attention over packed prompt trees, as an attention function of transformers.
 
 A batch is one sequence of prompt trees, laid end to end without padding. The tokens of one tree are a segment of the
-sequence. A segment begins with the tree's root. A root token attends to the root tokens before it. This needs no mask,
-so fused kernels can compute it. A token of another node attends to earlier tokens of its own node and of that node's
-ancestors. This needs a mask. In the last layer, queries, output and MLP are computed only for the tokens whose last
-hidden states are used.
+sequence. A segment begins with the tree's root. A root token attends to itself and the root tokens before it. This
+needs no mask, so fused kernels can compute it, except for images with attention in both directions and for a sliding
+window shorter than the segment. A token of another node attends to itself and to earlier tokens of its own node and of
+that node's ancestors. This needs a mask. In the last layer, queries, output and MLP are computed only for the tokens
+whose last hidden states are used.
 """
 
 from dataclasses import dataclass, field
@@ -65,11 +66,11 @@ class Forest:
     def _mask(self, queries: slice, keys: slice, window: int | None) -> torch.Tensor:
         """Return a mask [1, 1, queries, keys] that is True where a query attends to a key."""
         mask = self.visible[self.node[queries]][:, self.node[keys]].tril(queries.start - keys.start)
-        if self.image is not None:
-            query_image, key_image = self.image[queries, None], self.image[None, keys]
-            mask = mask | ((query_image == key_image) & (query_image > 0))
         if window is not None:
             mask = mask & (self.depth[queries, None] - self.depth[None, keys] < window)
+        if self.image is not None:  # inside an image, the window excludes nothing
+            query_image, key_image = self.image[queries, None], self.image[None, keys]
+            mask = mask | ((query_image == key_image) & (query_image > 0))
         return mask[None, None]
 
 

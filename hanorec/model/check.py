@@ -32,7 +32,7 @@ def load_packed(model, encoding: Encoding, pack: bool, device) -> PackedMLLM:
     return packed
 
 
-@torch.no_grad()  # not inference mode: tensors that a model caches in its first forward are used in training too
+@torch.no_grad()  # not inference mode: training uses tensors that the language model caches in its first forward
 def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str, trust: bool) -> None:
     """Score two answers to one prompt twice, by `packed` and by the model's own forward, and compare.
 

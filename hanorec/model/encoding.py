@@ -57,5 +57,9 @@ class Encoding:
         return load_image_processor(self.source, self.manifest["max_pixels"], self.trust)
 
     def hash(self, *further: str) -> str:
-        """Return the SHA-256 of everything that training reads. further: hashes of other texts in the prompts."""
+        """Return the SHA-256 of what training reads: data, encoding and stored image tokens.
+
+        It does not cover the image files of an encoding without stored tokens. further: hashes of other texts in the
+        prompts.
+        """
         return value_hash([self.data.manifest, self.manifest, *further])

@@ -72,7 +72,7 @@ def image_inputs(processor, images: list, device) -> dict[str, torch.Tensor]:
         # LLaVA-OneVision cuts a single image into tiles. So one more image is added, and its outputs are removed
         inputs = processor(images=[[*images, images[-1]]], return_tensors="pt")
         inputs = {name: inputs[name][:-1] for name in ("pixel_values", "image_sizes")}
-        inputs["batch_num_images"] = torch.tensor([len(images) + 1])
+        inputs["batch_num_images"] = torch.tensor([len(images) + 1])  # still counted: after 1, the model expects tiles
     else:
         if hasattr(processor, "do_image_splitting"):  # Idefics3 takes a list of images for each prompt
             images = [[image] for image in images]
@@ -167,7 +167,8 @@ def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> d
     """Return the language model's arguments for features that its first layers add; {} for a family without them.
 
     Args:
-        tokens: [n, width + layers * width], image tokens and the features beside them (see `image_tokens`).
+        tokens: [n, d + layers * d], image tokens and the features beside them (see `image_tokens`).
+        width: d, the hidden size of the language model.
         is_image: [1, T], True at the image tokens.
     """
     if tokens.shape[-1] <= width:
@@ -191,7 +192,7 @@ def encoder_outputs(core, tokens: torch.Tensor, grids: torch.Tensor) -> dict:
     """Return the arguments that replace pixels in the model's own forward, so that its vision tower does not run.
 
     Args:
-        tokens: [n, d], the image tokens of all images in order (see `image_tokens`).
+        tokens: [n, d] or [n, d + layers * d], the image tokens of all images in order (see `image_tokens`).
         grids: [images, 3], zeros if the model's positions need none.
     """
     if not len(grids):

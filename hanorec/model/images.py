@@ -1,6 +1,6 @@
 """Images of items: open them, encode each once with the frozen vision tower, and read their image tokens.
 
-encoded/<backbone>/ holds two files of N items:
+encoded/<backbone>/ holds manifest.json and two files with tensors of N items:
 - items.safetensors: text and image [N, d] (means of a title's embeddings and of an image's tokens), offsets [N + 1]
   (item i has the image tokens offsets[i] to offsets[i + 1]), grid [N, 3], and a neutral grey image: neutral [n, width]
   and neutral_grid [3].
@@ -257,7 +257,8 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
     free = shutil.disk_usage(folder).free
     if needed > USABLE_SPACE * free:
         fitting = int(pixels * USABLE_SPACE * free / needed)
-        raise UserError(f"{folder} has {free:,} bytes free; --max-pixels {fitting} would fit")
+        remedy = f"give --tokens live, or about --max-pixels {fitting} if the backbone's image size can be changed"
+        raise UserError(f"{folder} has {free:,} bytes free; {remedy}")
 
 
 def safetensors_header(name: str, dtype: torch.dtype, shape: list[int]) -> bytes:

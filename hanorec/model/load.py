@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it at the top
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # hidden at the top without torchvision
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -111,7 +111,7 @@ def load_tokenizer(name: str | Path, trust: bool = False):
 def load_image_processor(name: str | Path, max_pixels: int, trust: bool = False):
     """Load the image processor and limit the size of images (see `families.limit_pixels`)."""
     with loading(name, "has no usable image processor"):
-        # backend pil, because the default needs torchvision, which has no CPU build
+        # backend pil, because the default needs torchvision, which requirements.txt does not install
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust)
         families.limit_pixels(processor, max_pixels)
     return processor

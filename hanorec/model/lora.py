@@ -27,7 +27,7 @@ from hanorec.model.load import loading
 TRAINED = "default"  # the adapter in training; PEFT saves this name without a subfolder
 FROZEN = "sft"  # the SFT adapter on a quantized base; merging it into the base would round it
 LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold, so probabilities are multiples of 1 / 65536
-MAX_DROPOUT = 0.99  # above it PEFT's layer computes; at 1, `LoRASum`'s scaling would divide by zero
+MAX_DROPOUT = 0.99  # above it PEFT's layer computes; at 1, the scaling in `LeanLinear` would divide by zero
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapters

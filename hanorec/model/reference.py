@@ -75,7 +75,7 @@ def reference_logps(
     return load_tensors(path, {"logps": (len(pairs), 2)}, "delete it; it will be computed again")["logps"]
 
 
-PAPER_BETA = 0.1
+PAPER_BETA = 0.1  # check_start's tolerances are for reward gaps at this beta, whatever --beta is
 
 
 def check_start(packed: PackedMLLM, batch, reference: torch.Tensor, device) -> None:

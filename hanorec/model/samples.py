@@ -50,7 +50,8 @@ class Samples:
 class WarmUp:
     """Builds the prompt trees of the warm-up: language modelling over windows of the training sequences.
 
-    A window has options.warmup_items items and starts a quarter of that after the window before. With the rank task,
+    A window has at most options.warmup_items items, and ends a quarter of that later than the one before. The first
+    windows begin at the first item and the last ones end at the last item, so they are shorter. With the rank task,
     every second window is turned into the ranking question of a training example if it ends at that example's target.
     """
 

@@ -1,9 +1,10 @@
-"""Save and load checkpoints of a training run, <out>/checkpoints/step-<n>/. A run that continues loses nothing.
+"""Save and load checkpoints of a training run, <out>/checkpoints/step-<n>/.
 
 state.safetensors holds the trained weights, AdamW's state by the names of the weights, and the random state of every
 process. state.json holds the small values: the schedule, the size of metrics.jsonl, moving averages. Nothing is
 pickled. The run's config.json holds the options, versions and machine. A checkpoint is saved after a complete optimizer
-step. If a step is interrupted, it is repeated with the same samples and the same random numbers.
+step. A run that continues repeats the steps after its last checkpoint, with the same samples and the same random
+numbers.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from hanorec.run.runs import json_options, versions
 # A run may continue with other values of these options. They do not change the result, or they name a folder, and
 # `check` compares the hash of the folder.
 MAY_CHANGE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}
-MAY_CHANGE |= {"prompts", "descriptions"}  # their content is compared, as `lessons`
+MAY_CHANGE |= {"prompts", "descriptions"}  # of mllm_srec.teach: COMPARED has the hash of their content, "lessons"
 COMPARED = {  # fields of config.json that must not change, and the option that each comes from
-    "data": "--data",
+    "data": "the data folder",
     "sft_weights": "--sft",
     "processes": "the launcher's --num_processes",
     "lessons": "--descriptions or --prompts",
@@ -65,7 +66,7 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
     A finished run is replaced, and an unfinished run without a checkpoint too.
 
     Raises:
-        UserError: the run in --out is in use, or is unfinished and began with other options.
+        UserError: the run in --out is in use; or it is unfinished, and began with other options or --resume is never.
     """
     out, config = options.out, options.out / "config.json"
     if accelerator.is_main_process and out.exists():

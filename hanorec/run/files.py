@@ -120,7 +120,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = partial_name(path, "new"), partial_name(path, "old")
-    delete(new)  # left by a killed process of the same number
+    delete(new)  # left by a killed process that had the same process id
     try:
         yield new
         sync_to_disk(new, *new.rglob("*"))
@@ -129,7 +129,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
         sync_to_disk(path.parent)
     except Exception as error:
-        error.add_note(str(path))
+        error.add_note(str(path))  # disk_message names this place if the error names none
         raise
     finally:
         if old.exists() and not path.exists():  # the second rename failed

@@ -12,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 
 from hanorec.run.files import UserError
 
-# The launcher in a command line whose words end with NUL: `accelerate launch`, `accelerate-launch`, or a module
+# Finds the launcher (accelerate launch, accelerate-launch, or python -m) in a command line where NUL ends each word
 LAUNCHER = re.compile(
     r"[\0/](accelerate|accelerate_cli\.py|accelerate\.commands\.accelerate_cli)\0launch\0"
     r"|[\0/](accelerate-launch|accelerate/commands/launch\.py|accelerate\.commands\.launch)\0"
@@ -50,12 +50,12 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         raise UserError(f"{started}; on CPUs use accelerate launch --multi_gpu --num_processes {requested}")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and not user_sets_threads():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores)  # the launcher had set 1
+        torch.set_num_threads(cores)  # the launcher, if there is one, had set 1
     return accelerator
 
 
 def leave_process_group() -> None:
-    """Close the process group. Left to the end of the interpreter, gloo's threads sometimes abort the process."""
+    """Close the process group. If it is still open when the interpreter ends, gloo's threads may abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -84,8 +84,8 @@ def launcher_option(name: str) -> str | None:
     """Return the value of an option of the launcher, spelled with `_` or `-`. None without the option."""
     arguments = launcher_command()
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        flag, _, value = argument.replace("-", "_").partition("=")
-        if flag == name.replace("-", "_"):
+        flag, _, value = argument.partition("=")
+        if flag.replace("-", "_") == name.replace("-", "_"):
             return value or following
     return None
 

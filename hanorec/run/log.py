@@ -101,7 +101,10 @@ class Log:
         return f"{name} is {float(metrics[name])} at step {step} ({samples}); lower {lower}; {kept}"
 
     def validation(self, step: int, epoch: float, metrics: dict) -> bool:
-        """Log validation metrics. Return whether `select` is the best so far, so that the weights must be saved."""
+        """Log validation metrics. Return whether `select` is the best so far: then save.
+
+        `select` is NDCG@3, or AUC without ranking.
+        """
         self.write(step, {f"val_{name}": value for name, value in metrics.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.accelerator.print(f"\nepoch {epoch:.2f}: {shown}")
@@ -197,7 +200,7 @@ class Log:
 def signals(log: Log) -> Iterator[None]:
     """Delay SIGTERM and Ctrl-C inside this block until the end of an optimizer step, so that it can be saved.
 
-    With several processes this is the next step, because the processes exchange their signals once in a step.
+    With several processes it is one or two steps later, because a step's signals are read in the step after it.
     """
     last_step = "this step" if log.accelerator.num_processes == 1 else "the next step"
 

@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
 def complete(
     options: argparse.Namespace, tables: Table, tiny: bool, before: dict | None = None, source=None, further=()
 ) -> None:
-    """Set every option that is None: to the value of the run before if it is inherited, else to its default.
+    """Set every late option that is None: to the value of the run before if it is inherited, else to its default.
 
     Print the inherited values.
 
@@ -169,12 +169,12 @@ TRAINING = {
     "training": [
         Option("--lr", positive_float, 1e-4, "peak learning rate of AdamW; it falls to 0 by a cosine"),
         Option("--epochs", positive_int, 5, "passes over the training examples"),
-        Option("--max-steps", positive_int, None, "maximum number of optimizer steps, without the warm-up"),
+        Option("--max-steps", positive_int, None, "maximum number of optimizer steps; the warm-up does not count"),
         Option("--batch-size", positive_int, 2, "samples in a micro-batch"),
         Option("--grad-accum", positive_int, 8, "micro-batches in an optimizer step"),
         Option("--max-length", positive_int, 4096, "maximum number of tokens of a prompt with its answer"),
         Option("--gradient-checkpointing", bool, False, "use less memory, but a third more time"),
-        Option("--attn", ATTENTIONS, "sdpa", "attention implementation; only sdpa works without --no-pack"),
+        Option("--attn", ATTENTIONS, "sdpa", "attention implementation; all except sdpa need --no-pack"),
         Option("--no-pack", bool, False, "compute each answer in a forward of its own, which is slower"),
         Option("--images", ["stored", "live"], None, IMAGES_HELP, shown="stored, if they are"),
         DTYPE,

@@ -100,8 +100,8 @@ def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.
 def ahead(values: Iterable, device, depth: int = 2) -> Iterator:
     """Yield the same values. On a GPU, a thread computes up to `depth` of them ahead.
 
-    On a CPU there is no second thread: it would use OpenMP, and the threads of the first would sleep after each matrix
-    product.
+    On a CPU there is no second thread: both would use OpenMP, and then the main thread's OpenMP threads sleep after
+    each matrix product.
     """
     if device.type == "cpu":
         yield from values
