@@ -137,7 +137,8 @@ def report(found: dict, facts: dict) -> str:
     for script, part in found.items():
         for name in dict.fromkeys(row["table"] for row in part["rows"]):
             chosen = [row for row in part["rows"] if row["table"] == name]
-            text += f"\n## {name}\n\n`python bench/{script}.py`\n\n{table(chosen)}\n"
+            alone = f", measured alone at commit {part['commit']}" if "commit" in part else ""
+            text += f"\n## {name}\n\n`python bench/{script}.py`{alone}\n\n{table(chosen)}\n"
             if name in NOTES:
                 note = NOTES[name].format("; ".join(whole(row) for row in chosen if "whole_process" in row))
                 text += f"\n{wrapped(note)}"
