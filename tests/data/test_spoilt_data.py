@@ -34,7 +34,7 @@ TYPES = {  # file, change, a word of the error
     "an unknown id": ("train.jsonl", set_(target="nothing"), "'nothing' is not in items.jsonl"),
     "a user that is a number": ("train.jsonl", set_(user=1), "'user' cannot be 1"),
     "no user": ("train.jsonl", lambda row: {"history": []}, "no 'user'"),
-    "a target that is no candidate": ("train.jsonl", lambda row: row | {"target": row["history"][0]}, "lack the target"),
+    "a target that is no candidate": ("train.jsonl", lambda row: row | {"target": row["history"][0]}, "lack the"),
     "a candidate twice": ("train.jsonl", lambda row: row | {"candidates": [row["target"]] * 10}, "repeat an item"),
     "fewer candidates": ("val.jsonl", lambda row: row | {"candidates": [row["target"]]}, "several lengths"),
     "unknown items of a sequence": ("sequences.jsonl", set_(items=["nothing"]), "'nothing' is not in items.jsonl"),
