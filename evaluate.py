@@ -84,7 +84,7 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         raise UserError("--scores without --run needs --data, the folder whose candidates were scored")
     if len(folders) > 1:
         names = " and ".join(map(str, folders.values()))
-        raise UserError(f"one data folder at a time, not {names}; give runs of the same data")
+        raise UserError(f"one data folder at a time, not {names}; give --run with runs of one, and leave out --data")
     return options, configs, folders.popitem()[1]
 
 

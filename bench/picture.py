@@ -1,9 +1,10 @@
 """Draw one ranked test example as a PNG: the history's posters, then the candidates in the run's order.
 
     python bench/picture.py                          # runs/demo/dpo_hano, the first test user -> docs/ranked.png
-    python bench/picture.py --run runs/ml-1m/sft --data data/ml-1m --user 42 --out ml-1m.png
+    python bench/picture.py --run runs/ml-1m/sft --user 42 --out ml-1m.png
 
-Reads predictions.jsonl in the run folder, which evaluate.py writes, and items.jsonl and test.jsonl in the data folder.
+Reads config.json and predictions.jsonl in the run folder, which evaluate.py writes, and items.jsonl and test.jsonl in
+the run's data folder.
 The same files give the same picture. Needs Pillow and nothing else.
 """
 
@@ -23,7 +24,7 @@ COLUMNS = {"rank": 45, "title": 90, "score": 540, "bar": 565, "share": 755, "not
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a .jsonl file; SystemExit where the file is missing."""
     if not path.exists():
-        raise SystemExit(f"picture.py: error: {path} does not exist; run the demo (make demo) first")
+        raise SystemExit(f"picture.py: error: {path} does not exist; run evaluate.py first (the demo: make demo)")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -88,13 +89,13 @@ def draw_candidates(draw, top: int, ranked: list[tuple[float, dict]], target: st
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo/dpo_hano"), help="an evaluated run")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the data folder of that run")
     parser.add_argument("--user", help="whose example [the first in predictions.jsonl]")
     parser.add_argument("--out", type=Path, default=Path("docs/ranked.png"), help="the PNG to write")
     options = parser.parse_args(argv)
-    items = {item["item"]: item for item in read_lines(options.data / "items.jsonl")}
     predictions = {line["user"]: line for line in read_lines(options.run / "predictions.jsonl")}
-    examples = {line["user"]: line for line in read_lines(options.data / "test.jsonl")}
+    data = Path(json.loads((options.run / "config.json").read_text(encoding="utf-8"))["options"]["data"])
+    items = {item["item"]: item for item in read_lines(data / "items.jsonl")}
+    examples = {line["user"]: line for line in read_lines(data / "test.jsonl")}
     user = options.user or next(iter(predictions))
     if user not in predictions or user not in examples:
         raise SystemExit(f"picture.py: error: {options.run}/predictions.jsonl has no user {user}")
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 0, WIDTH - 1, height - 1), outline=FRAME)
     draw.text((MARGIN, 20), f"History of {user}, oldest first", INK, head)
-    draw_history(image, draw, 60, [items[item] for item in examples[user]["history"]], options.data, body)
+    draw_history(image, draw, 60, [items[item] for item in examples[user]["history"]], data, body)
     draw.text((MARGIN, 240), f"{len(ranked)} candidates, ranked by log-likelihood", INK, head)
     draw_candidates(draw, 280, ranked, prediction["target"], body)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -256,7 +256,8 @@ def test_the_picture_is_drawn_of_any_titles(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(example) + "\n")
     scores = {"user": "u", "target": "4", "candidates": example["candidates"], "scores": [-3.5, -2.25, -900.0]}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(scores) + "\n")
-    words = ["--run", tmp_path, "--data", tmp_path, "--out", tmp_path / "ranked.png"]
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"data": str(tmp_path)}}))
+    words = ["--run", tmp_path, "--out", tmp_path / "ranked.png"]
     subprocess.run([sys.executable, ROOT / "bench" / "picture.py", *words], check=True)
     with Image.open(tmp_path / "ranked.png") as picture:
         assert picture.size == (900, 390)

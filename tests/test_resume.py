@@ -105,7 +105,7 @@ def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys)
     manifest = tmp_path / "data" / "manifest.json"
     shutil.copytree(other[1], tmp_path / "data")
     write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
-    assert "--data (not the same as before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
+    assert "the data folder (not the same as before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
     assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")
     with locked(out):
         assert "is in use by another process" in refused(capsys, sft.main, *argv)

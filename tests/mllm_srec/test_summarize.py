@@ -285,7 +285,7 @@ def test_options_without_an_effect_are_refused(data, capsys):
         (summarize.main, ["--before", "5", "--window", "0"], "--before is for windows"),
         (summarize.main, ["--server-model", "m"], "--server-model is for --server"),
         (sft.main, ["--steps-share", "0.5"], "--steps-share is for --prompt cot"),
-        (sft.main, ["--data", str(data), "--prompt", "cot", "--blank-images"], "--blank-images does not hide them"),
+        (sft.main, ["--data", str(data), "--prompt", "cot", "--blank-images"], "give one of the two, not both"),
     ):
         with pytest.raises(SystemExit):
             main(argv)
