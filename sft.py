@@ -15,6 +15,9 @@ from pathlib import Path
 
 from hanorec.run.files import UserError, one_line_errors
 from hanorec.run.options import (
+    DATA,
+    ENCODING,
+    TUNE,
     Option,
     Parser,
     bounded,
@@ -32,15 +35,15 @@ TASKS = ["rank", "yesno"]
 STEPS_SHARE_HELP = "with --prompt cot: share of the examples whose steps of thought are trained, not only their answers"
 OPTIONS = {
     "": [
-        Option("--data", Path, Path("data/demo"), "data folder"),
-        Option("--model", str, None, "backbone, if the data folder is encoded for several"),
+        DATA,
+        ENCODING,
         Option("--out", Path, None, "run folder to write", shown="runs/<data>/sft"),
         Option("--start", Path, None, "with --tune full: a finished run to start from", metavar="RUN"),
-        Option("--tune", ["lora", "full"], None, "what is trained", shown="lora; tiny: full"),
+        TUNE,
         Option("--tasks", TASKS, None, "questions to train on", nargs="+", shown="both; --prompt cot: yesno"),
         Option("--prompt", ["plain", "cot"], "plain", "cot: the chain of thought of MLLM-SRec, see docs/mllm_srec.md"),
         Option("--summaries", str, None, "with --prompt cot: the summaries folder", shown="the backbone's name"),
-        Option("--steps-share", bounded(float, 0, 1.01), 1.0, STEPS_SHARE_HELP, tiny=0.02),  # 1 is allowed
+        Option("--steps-share", bounded(float, 0, 1, "[]"), 1.0, STEPS_SHARE_HELP, tiny=0.02),
         Option("--candidate-images", bool, False, "candidates carry images, not only titles"),
         Option("--blank-images", bool, False, "one neutral image for all items: a model of titles only"),
         Option("--dropout", probability, 0.0, "dropout of embeddings and layers, with --tune full", tiny=0.05),

@@ -26,14 +26,14 @@ from hanorec.run.files import (
     value_hash,
     write_json,
 )
-from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, positive_int
+from hanorec.run.options import DATA, DTYPE, ENCODING, TRUST, Option, Parser, non_negative_int, positive_int
 from hanorec.run.runs import json_options, read_run, weights_hash
 from mllm_srec.texts import PROMPTS_FILE, fill, item_prompt, read_texts
 
 OPTIONS = {
     "": [
-        Option("--data", Path, Path("data/demo"), "data folder"),
-        Option("--model", str, None, "which of the data's encodings, if there are several"),
+        DATA,
+        ENCODING,
         Option("--run", Path, None, "a finished run of mllm_srec.teach, sft.py or dpo_hano.py that writes the texts"),
         Option("--name", str, None, "folder to write under <data>/summaries", shown="the backbone's name"),
     ],

@@ -14,24 +14,22 @@ import itertools
 from pathlib import Path
 
 from hanorec.run.files import one_line_errors, read_json, value_hash
-from hanorec.run.options import Option, Parser, bounded, complete, positive_int, training_options
+from hanorec.run.options import DATA, ENCODING, TUNE, Option, Parser, bounded, complete, positive_int, training_options
 from hanorec.run.runs import check_out, read_run, weights_hash
 from mllm_srec.texts import PROMPTS_FILE, read_texts
 
 SCORE_HELP = "train nothing; measure the summaries in DIR, of the items that the run --out was not taught"
 OPTIONS = {
     "": [
-        Option("--data", Path, Path("data/demo"), "data folder"),
-        Option("--model", str, None, "backbone, if the data folder is encoded for several"),
+        DATA,
+        ENCODING,
         Option("--out", Path, None, "run folder to write", shown="runs/<data>/teach"),
         Option("--descriptions", Path, None, "texts to learn", shown="<data>/descriptions.jsonl"),
-        Option(
-            "--share", bounded(float, 0, 1.01, open_below=True), 0.5, "share of the items to teach, drawn by the seed"
-        ),
+        Option("--share", bounded(float, 0, 1, "(]"), 0.5, "share of the items to teach, drawn by the seed"),
         Option("--prompts", Path, PROMPTS_FILE, "file of all prompts", shown="mllm_srec/prompts.txt"),
         Option("--window", positive_int, 3, "items in a window"),
         Option("--score", Path, None, SCORE_HELP, metavar="DIR"),
-        Option("--tune", ["lora", "full"], None, "what is trained", shown="lora; tiny: full"),
+        TUNE,
     ],
     **training_options(lr=(1e-4, 2e-3), epochs=(3, 32), batch_size=(2, 16), grad_accum=(8, 1)),
 }

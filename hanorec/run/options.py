@@ -6,10 +6,10 @@ the run before. Otherwise the option has its default, which may differ for the t
 
 import argparse
 import itertools
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hanorec.run.files import printable
 
@@ -129,15 +129,15 @@ def complete(
 # Numbers
 
 
-def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = False) -> Callable:
-    """Return a type for an option: a number with low <= number < high, or low < number < high if open_below."""
+def bounded(kind: type, low: float, high: float, bounds: str = "[)") -> Callable:
+    """Return a type for an option: a number between low and high. bounds: "[" includes low, "]" includes high."""
+    includes_low, includes_high = bounds[0] == "[", bounds[1] == "]"
 
     def parse(text: str):
         value = kind(text)
-        above = low < value if open_below else low <= value
-        if not (above and value < high):
-            sign = "<" if open_below else "<="
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {low} {sign} number < {high}")
+        if not (low < value < high or (includes_low and value == low) or (includes_high and value == high)):
+            above, below = "<=" if includes_low else "<", "<=" if includes_high else "<"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low} {above} number {below} {high}")
         return value
 
     parse.__name__ = kind.__name__  # argparse prints this name if the text is no number
@@ -145,13 +145,16 @@ def bounded(kind: type, low: float, high: float = math.inf, open_below: bool = F
 
 
 positive_int, non_negative_int = bounded(int, 1, 2**31), bounded(int, 0, 2**31)
-positive_float, non_negative_float = bounded(float, 0, 1e36, open_below=True), bounded(float, 0, 1e36)
+positive_float, non_negative_float = bounded(float, 0, 1e36, "()"), bounded(float, 0, 1e36)
 probability = bounded(float, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options of several scripts
 
+DATA = Option("--data", Path, Path("data/demo"), "data folder")
+ENCODING = Option("--model", str, None, "backbone, if the data folder is encoded for several")
+TUNE = Option("--tune", ["lora", "full"], None, "what is trained", shown="lora; tiny: full")
 # Never inherited: a run folder may come from somebody else
 TRUST = Option("--trust-remote-code", bool, False, "run the backbone's own Python code; never inherited")
 DTYPE = Option("--dtype", ["auto", "float32", "bfloat16"], "auto", "precision; auto: bfloat16 on a GPU, else float32")
