@@ -198,10 +198,9 @@ def take_step(step: int, micro_batches, model, packed, optimizer, schedule, resp
             policy = model(batch.to(accelerator.device)).view(-1, 2)
             reference, hardness = reference.to(accelerator.device), hardness.to(accelerator.device)
             logps = (*policy.T, *reference.T)  # chosen and rejected of the policy, chosen and rejected of the reference
-            chosen_log_ratio, rejected_log_ratio = hanorec_loss.log_ratios(*logps)
-            reward_gap = options.beta * (chosen_log_ratio - rejected_log_ratio).detach()  # (7)
-            eta = responsiveness(accelerator.gather(reward_gap))  # (8)
-            losses, metrics = hanorec_loss.hanorec_loss(*logps, hardness, options.beta, eta)  # (11, 12)
+            losses, metrics = hanorec_loss.hanorec_loss(  # (7, 8, 11, 12)
+                *logps, hardness, options.beta, responsiveness, gather=accelerator.gather
+            )
             accelerator.backward(losses.mean() / len(micro_batches))
         metrics["noise"] = noise.to(accelerator.device)
         for name, value in metrics.items():

@@ -27,7 +27,7 @@ from hanorec.run.files import (
     write_json,
 )
 from hanorec.run.options import DATA, DTYPE, ENCODING, TRUST, Option, Parser, non_negative_int, positive_int
-from hanorec.run.runs import json_options, read_run, weights_hash
+from hanorec.run.runs import json_options, weights_hash
 from mllm_srec.texts import PROMPTS_FILE, fill, item_prompt, read_texts
 
 OPTIONS = {
@@ -120,9 +120,8 @@ def load_writer(options: argparse.Namespace, data: DataFolder, encoding: Encodin
     dtype = pick_dtype(options.dtype, accelerator)
     identity |= {"backbone": encoding.backbone, "dtype": str(dtype)}
     if options.run:
-        read_run(options.run, ["teach", "sft", "dpo_hano"])
-        identity["weights"] = weights_hash(options.run)
         model = load_finished(options.run, encoding, dtype)
+        identity["weights"] = weights_hash(options.run)
     else:
         model = load_model(encoding.source, dtype, trust=encoding.trust)
         identity["weights"] = backbone_weights(encoding.source)

@@ -160,13 +160,13 @@ def write_windows(writer, user_texts: UserTexts, batch: list[Windows]) -> list[d
     A profile is written from the user's last usable paragraph: the new one, or an earlier one if the new one is
     unusable.
     """
-    prompts = []
-    for windows in batch:
-        _, items = windows.next_window()
-        prompts.append(user_texts.preference_prompt(items, windows.paragraph if windows.size else None))
+    next_windows = [windows.next_window() for windows in batch]
+    prompts = [
+        user_texts.preference_prompt(items, windows.paragraph if windows.size else None)
+        for windows, (_, items) in zip(batch, next_windows, strict=True)
+    ]
     lines, with_profile, profile_prompts = [], [], []
-    for windows, reply in zip(batch, writer(prompts), strict=True):
-        end, items = windows.next_window()
+    for windows, (end, items), reply in zip(batch, next_windows, writer(prompts), strict=True):
         line = {
             "user": windows.user,
             "end": end,

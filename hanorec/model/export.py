@@ -4,8 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-from peft import PeftModel
-
 from hanorec.model.encoding import Encoding
 from hanorec.model.finished import load_finished
 from hanorec.model.load import save_with_processors
@@ -22,14 +20,14 @@ def export(options: argparse.Namespace, encoding: Encoding, adapter: Path) -> No
         adapter: the adapter/ that DPO trained.
     """
     pixels = encoding.manifest["max_pixels"]
-    for name in ("base", "merged"):
-        model = load_finished(options.sft, encoding)
-        if name == "merged":
-            model = load_adapter(model, adapter)
-        with replacing(options.export / name) as new:
-            save_with_processors(model, new, encoding.source, pixels, encoding.trust)
+    model = load_finished(options.sft, encoding)
+    with replacing(options.export / "base") as new:
+        save_with_processors(model, new, encoding.source, pixels, encoding.trust)
+    model = load_adapter(model, adapter, merge=False)
     with replacing(options.export / "adapter") as new:
-        PeftModel.from_pretrained(load_finished(options.sft, encoding), adapter).save_pretrained(new)
+        model.save_pretrained(new)
         config = json.loads((new / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = str((options.export / "base").resolve())
         write_json(new / "adapter_config.json", config)
+    with replacing(options.export / "merged") as new:
+        save_with_processors(model.merge_and_unload(), new, encoding.source, pixels, encoding.trust)

@@ -96,7 +96,7 @@ def ordered_scores(path: Path, line: dict, key: str, candidates: list[str]) -> l
 def read_recbole_scores(path: Path) -> list[dict]:
     """Read the .candidates.inter that `write_recbole` wrote. Returns dicts like the lines of predictions.jsonl."""
     rows = text_rows(path, "\t", quotes=False)
-    header = [name.split(":")[0] for name in header_of(rows, path)]
+    header = header_of(rows, path, typed=True)
     columns = ("user_id", "item_id", "label", "score")
     if not set(columns) <= set(header):
         raise UserError(f"{path} lacks {', '.join(columns)}; give the .candidates.inter that --export-recbole wrote")

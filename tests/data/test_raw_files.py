@@ -48,10 +48,6 @@ def timed(time):
     return rows_of(lambda rows: [(u, i, time if n == 3 else t, r) for n, (u, i, t, r) in enumerate(rows)])
 
 
-def quoted_lines(text):
-    return rows_of(lambda rows: [(u, text if i == "i2" else i, t, r) for u, i, t, r in rows])
-
-
 # layout, edit of the raw folder, further options, a word of the error or what the manifest counts
 RAW = {
     "no such folder": ("recbole", lambda folder: shutil.rmtree(folder), "", "is not a folder"),
