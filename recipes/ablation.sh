@@ -11,6 +11,7 @@
 #
 # Needs the SFT run of recipes/microlens.sh (its raw data and folder layout are described there):
 #   runs/$DATA-<backbone>/sft
+# "full" and "without_all" have the options of "hanorec" and "plain_dpo" of that recipe. They are trained again here.
 # Netflix and MovieLens-1M: DATA=netflix SIGMA=0.1 bash recipes/ablation.sh, DATA=ml-1m SIGMA=0.1 bash recipes/ablation.sh
 set -euo pipefail
 

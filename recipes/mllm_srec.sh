@@ -6,10 +6,11 @@
 # Expected commands only: this recipe was not run here on the pretrained backbones.
 #
 # Raw data: MicroLens, github.com/westlake-repl/MicroLens. Expected layout:
-#   raw/microlens/<Name>_pairs.tsv or <Name>_pairs.csv
-#   raw/microlens/<Name>_titles.csv
-#   raw/microlens/<Name>_covers/<item>.jpg
-# A list has 100 candidates, each with its image in the prompt: --max-pixels 50176 keeps an image at 64 tokens (Qwen).
+#   raw/microlens-original/<Name>_pairs.tsv or <Name>_pairs.csv
+#   raw/microlens-original/<Name>_titles.csv
+#   raw/microlens-original/<Name>_covers/<item>.jpg
+# A list has 100 candidates. Only the run `direct` has their images in its prompts. --max-pixels 50176 keeps an image at
+# 64 tokens (Qwen).
 set -euo pipefail
 
 DATA=${DATA:-microlens}
@@ -17,7 +18,7 @@ BACKBONE=${BACKBONE:-Qwen/Qwen2.5-VL-3B-Instruct}
 SIGMA=${SIGMA:-0.05}
 NAME=$DATA-srec-${BACKBONE##*/}
 
-python prepare_data.py --dataset microlens --source "raw/$DATA" --negatives 99 --max-pixels 50176 --model "$BACKBONE" --out "data/$NAME"
+python prepare_data.py --dataset microlens --source "raw/$DATA-original" --negatives 99 --max-pixels 50176 --model "$BACKBONE" --out "data/$NAME"
 accelerate launch -m mllm_srec.summarize --data "data/$NAME"
 accelerate launch sft.py --data "data/$NAME" --prompt cot --out "runs/$NAME/cot"
 accelerate launch sft.py --data "data/$NAME" --tasks yesno --candidate-images --out "runs/$NAME/direct"
