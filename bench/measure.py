@@ -240,7 +240,7 @@ def result(table: str, case: str, unit: str, ours: dict, others: dict[str, dict]
 
 
 def script(argv: list[str] | None, doc: str, rows: Callable[[Path], list[dict]]) -> None:
-    """What a script of one table does: its rows, made in a folder that goes again, into --json."""
+    """Main function of one table's script: compute its rows in a temporary folder, write them to --json."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)

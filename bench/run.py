@@ -106,7 +106,7 @@ def worst_difference(found: dict) -> float:
 
 
 def facts_of(found: dict, facts: dict) -> dict[str, str]:
-    """What `ABOUT` leaves open."""
+    """The values for the placeholders in ABOUT."""
     dpo, demo = found["dpo_step"]["rows"][0], found["dpo_step"]["rows"][-1]
     place, _, refusal = found["dpo_step"]["precomputed_reference"].partition(": ")
     counts = [", ".join(f"{n} {value:,}" for n, value in row["weights"].items()) for row in (dpo, demo)]
@@ -114,9 +114,9 @@ def facts_of(found: dict, facts: dict) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     spread_out = dpo["others"]["TRL"]["median"] / dpo["with_reference"]
-    whence = f"Commit {facts['commit']}; {facts['seconds']:,.0f} s in all."
+    origin = f"Commit {facts['commit']}; {facts['seconds']:,.0f} s in all."
     return {
-        "facts": f"Machine: {machine}. Versions: {versions}. {whence}",
+        "facts": f"Machine: {machine}. Versions: {versions}. {origin}",
         "weights": counts[0],
         "demo_weights": counts[1],
         "losses": f"the largest difference over all cases is {worst_difference(found):.1e}",

@@ -1,5 +1,5 @@
-"""Shared by the tests: the repository on the path, offline, one thread a process, and folders that are made once for
-all of pytest's workers."""
+"""Shared by all tests. Puts the repository on the path, works offline, and uses one thread a process. Some folders are
+built once and shared by all workers of pytest."""
 
 import fcntl
 import json
@@ -55,7 +55,7 @@ def draw_posters(folder, items=range(100, 158), seed=0):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """A worker a core, up to eight: each loads the libraries, which takes longer than an eighth of the tests."""
+    """One worker a core, at most eight. With more, loading the libraries takes longer than the tests."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
@@ -63,8 +63,10 @@ FORKED = ("test_processes.py", "test_server.py", "test_resume.py", "test_teach.p
 
 
 def pytest_collection_modifyitems(items):
-    """What starts processes first: at the end no worker waits for a long test of another, and one of them is enough to
-    load the libraries for those processes (see helpers/forked.py)."""
+    """Run the tests that start processes first. They are long, and nobody shall wait for them at the end.
+
+    So one worker is enough to load the libraries for their processes (see helpers/forked.py).
+    """
     items.sort(key=lambda item: item.path.name not in FORKED)
 
 

@@ -32,13 +32,13 @@ against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not in
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """A measurement takes all cores, for all tests after it too; the other cores have other tests here."""
+    """Keep measurements from setting torch's number of threads: it would last for later tests."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    """The machine's rate beside each measurement, by a product that takes no time."""
+    """Measure the machine's rate by a small product, which takes almost no time."""
 
     def made(product, device="cpu", dtype=None):
         product.device, product.size = device, 64

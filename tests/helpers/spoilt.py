@@ -31,7 +31,7 @@ def half(content):
 
 
 def sign(folder):
-    """Have manifest.json list a data folder's files as they are now: they were made so, not spoilt later."""
+    """Update the hashes in manifest.json to its files, so that the check of hashes does not catch the change."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
