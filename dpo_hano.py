@@ -239,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_accelerator(report_to=options.report_to, out=options.out)
     if options.sigma and accelerator.distributed_type.value == "DEEPSPEED":
         raise UserError("DeepSpeed cannot train with NoDO's noise; use --config_file configs/fsdp2.yaml, or --sigma 0")
+    if options.responsiveness == "batch" and options.batch_size * accelerator.num_processes < 3:
+        raise UserError("eta of fewer than 3 pairs is always 1; give a larger --batch-size, or --responsiveness ema")
     checkpoints.check(options, accelerator, **hashes)
 
     # Model and pairs
@@ -277,8 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         steps_done = log.resume(packed, optimizer, pairs.shortened, schedule=schedule, eta=state)
         for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             if step == 1:
-                batch, batch_reference, _ = micro_batches[0]
-                check_start(packed, batch, batch_reference, accelerator.device)
+                check_start(packed, *micro_batches[0][:2], accelerator.device)
             metrics = take_step(step, micro_batches, model, packed, optimizer, schedule, response, options, accelerator)
             log.step(step, metrics, pairs.users(itertools.chain(*numbers)))
 

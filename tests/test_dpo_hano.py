@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, Opened
 from safetensors.torch import load_file
-from stages import dpo, training
+from stages import dpo, refused, training
 
+import dpo_hano
 from hanorec.model.finished import load_finished
 from hanorec.model.load import load_tokenizer
 from hanorec.model.packing import PackedMLLM
@@ -54,6 +55,12 @@ def test_dpo_ablations_run(sft_run, tmp_path, capsys, switches):
         assert log[0]["eta"] == 1
     if "absolute" in switches:
         assert log[0]["noise"] > 0.1
+
+
+def test_dpo_refuses_micro_batches_whose_eta_is_always_1(sft_run, tmp_path, capsys):
+    argv = ["--sft", sft_run, "--out", tmp_path / "dpo", "--max-steps", 1, "--batch-size", 2, "--eval-limit", 2]
+    assert "eta of fewer than 3 pairs is always 1" in refused(capsys, dpo_hano.main, *argv)
+    dpo_hano.main([str(word) for word in (*argv, "--responsiveness", "ema")])
 
 
 def test_dpo_refuses_a_reference_that_is_not_its_start(sft_run, tmp_path, capsys):

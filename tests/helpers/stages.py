@@ -21,7 +21,7 @@ def dpo(sft_run, out, *more):
     return out
 
 
-SMALL = "--max-steps 1 --batch-size 2 --grad-accum 1 --eval-limit 2".split()
+SMALL = "--max-steps 1 --batch-size 3 --grad-accum 1 --eval-limit 2".split()
 
 
 def refused(capsys, main, *argv):
