@@ -3,38 +3,37 @@
     python evaluate.py                                                    # the demo's runs, side by side
     python evaluate.py --run runs/ml-1m/sft runs/ml-1m/dpo_hano           # writes metrics.json, predictions.jsonl there
     python evaluate.py --run runs/ml-1m/dpo_hano --compare runs/ml-1m/sft # paired bootstrap of the difference
+    python evaluate.py --run runs/x/sft-1 runs/x/sft-2 --pool             # one row for runs of several seeds
     python evaluate.py --data data/ml-1m --scores other.jsonl             # another system's scores, same candidates
     python evaluate.py --run runs/demo/sft --user user007 --top-k 5       # recommendations by name
 
 HR, NDCG and MRR rank by the log-likelihood of each candidate's title after one shared prompt. AUC and GAUC use
 log p(Yes) - log p(No), which also ranks if a run was not trained on titles. No text is sampled or parsed. Each metric
-has a bootstrap interval.
+has a bootstrap interval. Where the data folder holds exact probabilities, their metrics are the row `ceiling`.
 """
 
 import argparse
 from pathlib import Path
 
+from hanorec.ranking.pooling import Groups, group_runs, reference_group
 from hanorec.run.files import UserError, one_line_errors, printable, write_json
 from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, positive_int
 from hanorec.run.runs import read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
+SPLIT_HELP = "the split to evaluate; test_hard: the targets of test among harder negatives, if the data folder has it"
+COMPARE_HELP = "also print the difference of every other run and system to this run; with --pool to the group of these"
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
     "": [
         Option("--run", Path, [], "run folders", nargs="+", shown="those in runs/demo"),
         Option("--data", Path, None, "data folder; needed for --scores without --run"),
-        Option("--split", ["val", "test"], "test", "the split to evaluate"),
+        Option("--split", ["val", "test", "test_hard"], "test", SPLIT_HELP),
         Option("--limit", non_negative_int, 0, "maximum number of examples, the first ones; 0: all"),
         Option("--blank-images", bool, False, "replace every image by a neutral one"),
         Option("--images", ["stored", "live"], None, "read image tokens, or compute them", shown="as in training"),
-        Option(
-            "--compare",
-            Path,
-            None,
-            "also print the difference of every other run and system to this run",
-            metavar="RUN",
-        ),
+        Option("--compare", Path, [], COMPARE_HELP, nargs="+", metavar="RUN"),
+        Option("--pool", bool, False, "one row for runs that differ in nothing but --seed"),
         Option("--scores", Path, [], "predictions.jsonl of other systems", nargs="+"),
         Option("--export-recbole", Path, None, RECBOLE_HELP, metavar="DIR"),
         Option("--batch-size", positive_int, 0, "number of examples in a batch", shown="2; tiny: 16"),
@@ -63,21 +62,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--compare needs --run or --scores; it compares them with its own run")
     if options.export_recbole and options.limit:
         parser.error("--export-recbole writes complete splits; do not give --limit")
-    if options.user and (options.scores or options.compare or options.export_recbole):
-        parser.error("--user prints recommendations; do not give --scores, --compare or --export-recbole")
+    if len(options.compare) > 1 and not options.pool:
+        parser.error("--compare takes several runs only with --pool")
+    if options.user and (options.pool or options.scores or options.compare or options.export_recbole):
+        parser.error("--user prints recommendations; do not give --pool, --scores, --compare or --export-recbole")
     return options
 
 
 @one_line_errors
-def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[Path, dict], Path]:
-    """Parse the options and read the runs. Returns (options, config of each run, data folder of all runs)."""
+def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[Path, dict], Path, Groups]:
+    """Parse the options and read the runs.
+
+    Returns (options, config of each run, data folder of all runs, groups of runs that become one row of the results).
+    """
     options = parse(argv)
     runs = options.run or [run for run in DEMO_RUNS if run.exists() and not options.scores]
     if not runs and not options.scores:
         raise UserError("no --run given and no runs/demo here; run sft.py first")
+    configs = {run: read_run(run) for run in [*runs, *options.compare]}
+    groups = group_runs(configs) if options.pool else {str(run): {0: run} for run in configs}
     if options.compare:
-        runs = [*runs, options.compare]
-    configs = {run: read_run(run) for run in runs}
+        reference_group(groups, options.compare)
     named = [options.data, *(Path(config["options"]["data"]) for config in configs.values())]
     folders = {folder.resolve(): folder for folder in named if folder}
     if not folders:
@@ -85,7 +90,7 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if len(folders) > 1:
         names = " and ".join(map(str, folders.values()))
         raise UserError(f"one data folder at a time, not {names}; give --run with runs of one, and leave out --data")
-    return options, configs, folders.popitem()[1]
+    return options, configs, folders.popitem()[1], groups
 
 
 if __name__ == "__main__":
@@ -97,8 +102,9 @@ from hanorec.model.encoding import Encoding
 from hanorec.model.finished import load_finished
 from hanorec.model.load import pick_dtype
 from hanorec.ranking.baselines import baseline_scores
-from hanorec.ranking.exchange import read_scores, write_predictions, write_recbole
-from hanorec.ranking.metrics import Result, measure, tables
+from hanorec.ranking.exchange import ceiling_scores, read_scores, write_predictions, write_recbole
+from hanorec.ranking.markdown import tables
+from hanorec.ranking.metrics import Result, measure, pool
 from hanorec.ranking.recommending import examples_of_user, print_recommendations
 from hanorec.ranking.scoring import score_examples, target_columns
 from hanorec.run.launch import start_accelerator
@@ -129,21 +135,34 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
     return scores
 
 
+def split_prefix(split: str) -> str:
+    """Return the prefix for the names of a split's files, empty for test."""
+    return "" if split == "test" else f"{split}_"
+
+
 def file_prefix(options: argparse.Namespace) -> str:
     """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split
     with its images.
     """
-    prefix = "" if options.split == "test" else f"{options.split}_"
-    prefix += "blank_" if options.blank_images else ""
+    prefix = split_prefix(options.split) + ("blank_" if options.blank_images else "")
     return prefix + (f"first{options.limit}_" if options.limit else "")
 
 
 def protocol(data: DataFolder, examples: list[Example], options: argparse.Namespace) -> str:
-    """Describe the data and the protocol of the results in one line."""
-    prepared = data.manifest["options"]
+    """Describe the data and the protocol of the results in one line. Other candidates have another hash."""
+    prepared, file = data.manifest["options"], f"{options.split}.jsonl"
+    negatives = "hard" if options.split == "test_hard" else prepared["negative_sampling"]
     text = f"{data.folder}: {options.split} ({prepared['split']}), {len(examples)} examples, "
-    text += f"{len(examples[0].candidates)} candidates, {prepared['negative_sampling']} negatives, "
-    return text + f"seed {prepared['seed']}" + (", blank images" if options.blank_images else "")
+    text += f"{len(examples[0].candidates)} candidates, {negatives} negatives, seed {prepared['seed']}, "
+    return text + f"{file} {data.manifest['files'][file][:8]}" + (", blank images" if options.blank_images else "")
+
+
+def open_data(folder: Path, split: str) -> DataFolder:
+    """Open the data folder. UserError if it lacks the split."""
+    data = DataFolder(folder)
+    if f"{split}.jsonl" not in data.manifest["files"]:
+        raise UserError(f"{folder} has no split {split}; prepare the data again with prepare_data.py, or leave it out")
+    return data
 
 
 def recommend(options: argparse.Namespace, configs: dict[Path, dict], data: DataFolder, accelerator) -> None:
@@ -164,7 +183,7 @@ def measure_runs(options, configs: dict[Path, dict], data: DataFolder, examples:
     for run, config in configs.items():
         scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
         ranked = yes_scores if scores is None else scores
-        results[str(run)] = measure(ranked, yes_scores, targets, options.seed)
+        results[run] = measure(ranked, yes_scores, targets, options.seed)
         if accelerator.is_main_process:
             path = run / f"{file_prefix(options)}predictions.jsonl"
             write_predictions(path, data.items.ids, examples, scores, yes_scores)
@@ -174,38 +193,57 @@ def measure_runs(options, configs: dict[Path, dict], data: DataFolder, examples:
     return results
 
 
+def differences(rows: dict[str, list[Result]], reference: str, seed: int) -> dict[str, Result]:
+    """Return the paired difference of every other row to the row `reference`, by name of the row.
+
+    Args:
+        rows: the results of each row's runs, in order of their seeds. Another system has one result.
+        seed: of the bootstrap.
+    """
+    found = {}
+    for name, results in rows.items():
+        if name != reference:
+            others = rows[reference]
+            results = results * len(others) if len(results) == 1 else results
+            found[name] = pool([one.minus(other) for one, other in zip(results, others, strict=True)], seed)
+    return found
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> dict[str, Result] | None:
-    options, configs, folder = checked_options(argv)
+    """Run the script. Returns the rows of the table by name, on the main process; None with --user."""
+    options, configs, folder, groups = checked_options(argv)
     accelerator = start_accelerator()
-    data = DataFolder(folder)
+    data = open_data(folder, options.split)
     if options.user:
         recommend(options, configs, data, accelerator)
         return None
     examples = data.examples(options.split, options.limit)
-    results = measure_runs(options, configs, data, examples, accelerator)
+    by_run = measure_runs(options, configs, data, examples, accelerator)
     if not accelerator.is_main_process:
         return None
 
-    targets = target_columns(examples)
-    for path in options.scores:
-        scores, yes_scores = read_scores(path, data.items.ids, examples)
+    def measured(scores, yes_scores):
         # without Yes/No scores, another system's AUC and GAUC are of its only scores
-        results[str(path)] = measure(scores, scores if yes_scores is None else yes_scores, targets, options.seed)
-    if options.compare:
-        compared = results[str(options.compare)]
-        differences = {name: result.minus(compared) for name, result in results.items() if result is not compared}
-        results |= {f"{name} minus {options.compare}": difference for name, difference in differences.items()}
-    for name, scores in baseline_scores(data, examples).items():
-        results[name] = measure(scores, scores, targets, options.seed)
+        return measure(scores, scores if yes_scores is None else yes_scores, target_columns(examples), options.seed)
+
+    rows = {name: [by_run[run] for run in runs.values()] for name, runs in groups.items()}
+    rows |= {str(path): [measured(*read_scores(path, data.items.ids, examples))] for path in options.scores}
+    results = {name: pool(row, options.seed) for name, row in rows.items()}
+    for name, scores in ceiling_scores(data, split_prefix(options.split), examples).items():
+        results[name] = measured(*scores)
+    for name, scores in baseline_scores([*data.sequences().values()], len(data.items), examples).items():
+        results[name] = measured(scores, None)
 
     line = protocol(data, examples, options)
     print(f"\n{printable(line)}; each value with its 95% bootstrap interval\n\n{tables(results)}")
-    for run in configs:
-        result = results[str(run)]
-        intervals = {name: result.interval(name) for name in result.values}
-        metrics = {"protocol": line, "values": result.values, "intervals": intervals}
-        write_json(run / f"{file_prefix(options)}metrics.json", metrics)
+    if options.compare:
+        reference = reference_group(groups, options.compare)
+        compared = differences(rows, reference, options.seed)
+        print(f"\n{tables(compared, f'minus {reference}')}")
+        results |= {f"{name} minus {reference}": difference for name, difference in compared.items()}
+    for run, result in by_run.items():
+        write_json(run / f"{file_prefix(options)}metrics.json", {"protocol": line, **result.summary()})
     return results
 
 

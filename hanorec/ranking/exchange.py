@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from hanorec.data.folder import Example, Items
+from hanorec.data.folder import DataFolder, Example, Items
 from hanorec.data.tables import header_of, text_rows
 from hanorec.run.files import UserError, read_jsonl, replacing, write_jsonl
 
 # The fields of predictions.jsonl, and their types
 PREDICTION = {"user": object, "target": object, "candidates": list, "scores": (list, type(None))}
+
+# Files of exact probabilities in a data folder, by name of the row: for one who sees titles and images, or titles only
+CEILINGS = {"ceiling": "oracle", "ceiling, titles": "oracle_titles"}
+OTHER_CANDIDATES = "the file is of another split, or the data has been prepared again since; score these examples again"
 
 
 def write_predictions(
@@ -63,7 +67,7 @@ def read_scores(path: Path, ids: list[str], examples: Sequence[Example]) -> tupl
         target, candidates = ids[example.target], [ids[candidate] for candidate in example.candidates]
         line = by_example.get((example.user, target))
         if line is None:
-            raise UserError(f"{path} has no line for user {example.user} with target {target}")
+            raise UserError(f"{path} has no line for user {example.user} with target {target}: {OTHER_CANDIDATES}")
         if line["scores"] is not None:
             scores.append(ordered_scores(path, line, "scores", candidates))
         if line.get("yes_scores") is not None:
@@ -71,6 +75,20 @@ def read_scores(path: Path, ids: list[str], examples: Sequence[Example]) -> tupl
     if len(scores) < len(examples) or len(yes_scores) not in (0, len(examples)):
         raise UserError(f"{path}: some examples have no scores, or only some have yes_scores; give them for all")
     return np.array(scores, dtype=float), np.array(yes_scores, dtype=float) if yes_scores else None
+
+
+def ceiling_scores(
+    data: DataFolder, prefix: str, examples: Sequence[Example]
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Read the exact probabilities that a data folder holds, in the form of predictions.jsonl.
+
+    Args:
+        prefix: of the split's files, such as `val_`; empty for test.
+
+    Returns (scores, yes_scores or None), [R, C] each, by name of the row. A row without a file is left out.
+    """
+    paths = {name: data.folder / f"{prefix}{file}.jsonl" for name, file in CEILINGS.items()}
+    return {name: read_scores(path, data.items.ids, examples) for name, path in paths.items() if path.exists()}
 
 
 def ordered_scores(path: Path, line: dict, key: str, candidates: list[str]) -> list[float]:
@@ -81,7 +99,7 @@ def ordered_scores(path: Path, line: dict, key: str, candidates: list[str]) -> l
     """
     line_candidates = [str(candidate) for candidate in line["candidates"]]
     if sorted(line_candidates) != sorted(candidates):
-        raise UserError(f"{path}, user {line['user']}: not the candidates of this data")
+        raise UserError(f"{path}, user {line['user']}: not the candidates of this data: {OTHER_CANDIDATES}")
     values = line[key] if isinstance(line[key], list) else []
     finite = all(isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in values)
     if not finite or len(values) != len(candidates):
