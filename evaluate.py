@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from hanorec.ranking.pooling import Groups, group_runs, reference_group
-from hanorec.run.files import UserError, one_line_errors, printable, write_json
+from hanorec.run.files import UserError, one_line_errors, printable, read_json, write_json
 from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, positive_int
 from hanorec.run.runs import read_run
 
@@ -31,15 +31,17 @@ OPTIONS = {
         Option("--split", ["val", "test", "test_hard"], "test", SPLIT_HELP),
         Option("--limit", non_negative_int, 0, "maximum number of examples, the first ones; 0: all"),
         Option("--blank-images", bool, False, "replace every image by a neutral one"),
+        Option("--shuffle-images", bool, False, "give every item the image of another item of like popularity"),
         Option("--images", ["stored", "live"], None, "read image tokens, or compute them", shown="as in training"),
         Option("--compare", Path, [], COMPARE_HELP, nargs="+", metavar="RUN"),
         Option("--pool", bool, False, "one row for runs that differ in nothing but --seed"),
+        Option("--slices", bool, False, "also print the metrics of parts of the examples"),
         Option("--scores", Path, [], "predictions.jsonl of other systems", nargs="+"),
         Option("--export-recbole", Path, None, RECBOLE_HELP, metavar="DIR"),
         Option("--batch-size", positive_int, 0, "number of examples in a batch", shown="2; tiny: 16"),
         DTYPE,
         Option("--no-pack", bool, False, "compute each answer in a forward of its own", shown="as in training"),
-        Option("--seed", non_negative_int, 0, "seed of the bootstrap"),
+        Option("--seed", non_negative_int, 0, "seed of the bootstrap and of --shuffle-images"),
         TRUST,
     ],
     "recommendations": [
@@ -64,8 +66,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--export-recbole writes complete splits; do not give --limit")
     if len(options.compare) > 1 and not options.pool:
         parser.error("--compare takes several runs only with --pool")
-    if options.user and (options.pool or options.scores or options.compare or options.export_recbole):
-        parser.error("--user prints recommendations; do not give --pool, --scores, --compare or --export-recbole")
+    if options.blank_images and options.shuffle_images:
+        parser.error("give --blank-images or --shuffle-images, not both")
+    for_metrics = ("pool", "slices", "scores", "compare", "export_recbole")
+    if options.user and any(getattr(options, name) for name in for_metrics):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in for_metrics)
+        parser.error(f"--user prints recommendations; do not give {names}")
     return options
 
 
@@ -96,17 +102,20 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 if __name__ == "__main__":
     checked_options()  # --help and mistakes are answered before the slow imports
 
+import hanorec_loss
 from hanorec.data.folder import DataFolder, Example
 from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
 from hanorec.model.finished import load_finished
 from hanorec.model.load import pick_dtype
-from hanorec.ranking.baselines import baseline_scores
+from hanorec.ranking.baselines import baseline_scores, interaction_counts
 from hanorec.ranking.exchange import ceiling_scores, read_scores, write_predictions, write_recbole
 from hanorec.ranking.markdown import tables
-from hanorec.ranking.metrics import Result, measure, pool
+from hanorec.ranking.metrics import Result, differences, pool, rank_changes
 from hanorec.ranking.recommending import examples_of_user, print_recommendations
 from hanorec.ranking.scoring import score_examples, target_columns
+from hanorec.ranking.shuffling import other_images
+from hanorec.ranking.slices import Slicings, make_slicings, measure_slices
 from hanorec.run.launch import start_accelerator
 from mllm_srec.chain_of_thought import load_prompts, training_hash
 
@@ -123,6 +132,9 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
     summaries = trained.get("summaries")
     if config["data"] != training_hash(data, encoding, summaries):
         raise UserError(f"{run} was trained on an earlier {data.folder}; train it again, or prepare that data again")
+    if options.shuffle_images:
+        popularity = interaction_counts([*data.sequences().values()], len(data.items))
+        encoding.tokens.image_of = other_images(data.items.images, popularity, options.seed)
     model = load_finished(run, encoding, pick_dtype(options.dtype, accelerator))
     pack = not (options.no_pack or trained.get("no_pack"))
     packed = load_packed(model, encoding, pack, accelerator.device)
@@ -144,7 +156,8 @@ def file_prefix(options: argparse.Namespace) -> str:
     """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split
     with its images.
     """
-    prefix = split_prefix(options.split) + ("blank_" if options.blank_images else "")
+    prefix = split_prefix(options.split)
+    prefix += "blank_" if options.blank_images else "shuffled_" if options.shuffle_images else ""
     return prefix + (f"first{options.limit}_" if options.limit else "")
 
 
@@ -154,7 +167,8 @@ def protocol(data: DataFolder, examples: list[Example], options: argparse.Namesp
     negatives = "hard" if options.split == "test_hard" else prepared["negative_sampling"]
     text = f"{data.folder}: {options.split} ({prepared['split']}), {len(examples)} examples, "
     text += f"{len(examples[0].candidates)} candidates, {negatives} negatives, seed {prepared['seed']}, "
-    return text + f"{file} {data.manifest['files'][file][:8]}" + (", blank images" if options.blank_images else "")
+    images = ", blank images" if options.blank_images else ", shuffled images" if options.shuffle_images else ""
+    return text + f"{file} {data.manifest['files'][file][:8]}{images}"
 
 
 def open_data(folder: Path, split: str) -> DataFolder:
@@ -176,37 +190,51 @@ def recommend(options: argparse.Namespace, configs: dict[Path, dict], data: Data
             print_recommendations(str(run), data, examples[0], ranked[0], options.top_k, unit)
 
 
-def measure_runs(options, configs: dict[Path, dict], data: DataFolder, examples: list[Example], accelerator):
-    """Score each run and write its predictions.jsonl; for the first run also --export-recbole. Returns the results."""
-    results = {}
-    targets = target_columns(examples)
+def score_runs(options, configs: dict[Path, dict], data: DataFolder, examples: list[Example], accelerator):
+    """Score each run and write its predictions.jsonl; for the first run also --export-recbole.
+
+    Returns (scores that rank, Yes/No scores or None) of each run.
+    """
+    scored = {}
     for run, config in configs.items():
         scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
-        ranked = yes_scores if scores is None else scores
-        results[run] = measure(ranked, yes_scores, targets, options.seed)
+        scored[run] = yes_scores if scores is None else scores, yes_scores
         if accelerator.is_main_process:
             path = run / f"{file_prefix(options)}predictions.jsonl"
             write_predictions(path, data.items.ids, examples, scores, yes_scores)
             if options.export_recbole and run == next(iter(configs)):
                 splits = {split: data.examples(split) for split in ("train", "val", "test")}
-                write_recbole(options.export_recbole, data.items, splits | {"candidates": examples}, ranked)
-    return results
+                write_recbole(options.export_recbole, data.items, splits | {"candidates": examples}, scored[run][0])
+    return scored
 
 
-def differences(rows: dict[str, list[Result]], reference: str, seed: int) -> dict[str, Result]:
-    """Return the paired difference of every other row to the row `reference`, by name of the row.
+def scoring_settings(run: Path, options: argparse.Namespace, accelerator) -> dict:
+    """Return what the scores of a run depend on, images aside: the weights, and what changes the last digits."""
+    settings = {name: getattr(options, name) for name in ("images", "dtype", "no_pack", "batch_size")}
+    weights = read_json(run / "result.json", {"weights": str}, "train the run again")["weights"]
+    return settings | {"weights": weights, "device": accelerator.device.type}
 
-    Args:
-        rows: the results of each row's runs, in order of their seeds. Another system has one result.
-        seed: of the bootstrap.
-    """
-    found = {}
-    for name, results in rows.items():
-        if name != reference:
-            others = rows[reference]
-            results = results * len(others) if len(results) == 1 else results
-            found[name] = pool([one.minus(other) for one, other in zip(results, others, strict=True)], seed)
-    return found
+
+def true_scores(run: Path, config: dict, data: DataFolder, examples: list[Example], options, accelerator):
+    """Return the scores [R, C] that rank with the items' own images: read from the run folder, or else computed."""
+    own = argparse.Namespace(**vars(options) | {"blank_images": False, "shuffle_images": False})
+    metrics, predictions = (run / f"{file_prefix(own)}{name}" for name in ("metrics.json", "predictions.jsonl"))
+    if metrics.exists() and predictions.exists():
+        settings = read_json(metrics, {}, "delete it").get("scored")
+        if settings == scoring_settings(run, options, accelerator):
+            return read_scores(predictions, data.items.ids, examples)[0]
+    scores, yes_scores = score_run(run, config, data, examples, own, accelerator)
+    return yes_scores if scores is None else scores
+
+
+def slicings_of(configs: dict[Path, dict], data: DataFolder, examples: list[Example], sequences, options) -> Slicings:
+    """Return the slices of the examples, by the item vectors of the first run's encoding."""
+    backbone = next((config["options"]["model"] for config in configs.values()), None)
+    vectors = Encoding(data, backbone, blank_images=True, trust=options.trust_remote_code).tokens.vectors
+    text, image = vectors["text"].float(), vectors["image"].float()
+    fused = hanorec_loss.fuse_item_vectors(text, image).numpy()
+    popularity = interaction_counts(sequences, len(data.items))
+    return make_slicings(examples, popularity, text.numpy(), image.numpy(), fused)
 
 
 @one_line_errors
@@ -219,32 +247,47 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         recommend(options, configs, data, accelerator)
         return None
     examples = data.examples(options.split, options.limit)
-    by_run = measure_runs(options, configs, data, examples, accelerator)
+    scored = score_runs(options, configs, data, examples, accelerator)
+    targets, changes = target_columns(examples), {}
+    if options.blank_images or options.shuffle_images:
+        for run, config in configs.items():
+            own = true_scores(run, config, data, examples, options, accelerator)
+            changes[run] = rank_changes(scored[run][0], own, targets)
     if not accelerator.is_main_process:
         return None
 
-    def measured(scores, yes_scores):
-        # without Yes/No scores, another system's AUC and GAUC are of its only scores
-        return measure(scores, scores if yes_scores is None else yes_scores, target_columns(examples), options.seed)
+    sequences = [*data.sequences().values()]
+    slicings = slicings_of(configs, data, examples, sequences, options) if options.slices else {}
 
+    def measured(scores, yes_scores, slicings):
+        # without Yes/No scores, another system's AUC and GAUC are of its only scores
+        yes_scores = scores if yes_scores is None else yes_scores
+        return measure_slices(scores, yes_scores, targets, slicings, options.seed)
+
+    by_run = {run: measure_slices(*scores, targets, slicings, options.seed) for run, scores in scored.items()}
     rows = {name: [by_run[run] for run in runs.values()] for name, runs in groups.items()}
-    rows |= {str(path): [measured(*read_scores(path, data.items.ids, examples))] for path in options.scores}
+    rows |= {str(path): [measured(*read_scores(path, data.items.ids, examples), slicings)] for path in options.scores}
     results = {name: pool(row, options.seed) for name, row in rows.items()}
     for name, scores in ceiling_scores(data, split_prefix(options.split), examples).items():
-        results[name] = measured(*scores)
-    for name, scores in baseline_scores([*data.sequences().values()], len(data.items), examples).items():
-        results[name] = measured(scores, None)
+        results[name] = measured(*scores, {})
+    for name, scores in baseline_scores(sequences, len(data.items), examples).items():
+        results[name] = measured(scores, None, {})
+    reference = reference_group(groups, options.compare) if options.compare else None
+    compared = differences(rows, reference, options.seed) if reference else {}
 
     line = protocol(data, examples, options)
     print(f"\n{printable(line)}; each value with its 95% bootstrap interval\n\n{tables(results)}")
-    if options.compare:
-        reference = reference_group(groups, options.compare)
-        compared = differences(rows, reference, options.seed)
+    if compared:
         print(f"\n{tables(compared, f'minus {reference}')}")
-        results |= {f"{name} minus {reference}": difference for name, difference in compared.items()}
     for run, result in by_run.items():
-        write_json(run / f"{file_prefix(options)}metrics.json", {"protocol": line, **result.summary()})
-    return results
+        metrics = {"protocol": line, "scored": scoring_settings(run, options, accelerator), **result.summary()}
+        if run in changes:
+            metrics["rank_changes"] = changes[run]
+            print(f"\n{run}: {changes[run]:.1%} of the targets have another rank than with the items' own images")
+        if str(run) in compared:
+            metrics[f"minus {reference}"] = compared[str(run)].summary()
+        write_json(run / f"{file_prefix(options)}metrics.json", metrics)
+    return results | {f"{name} minus {reference}": difference for name, difference in compared.items()}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hanorec.run.runs import weights_hash
 
 
 def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
-    results = evaluate.main(["--run", str(dpo_run), "--compare", str(sft_run)])
+    results = evaluate.main(["--run", str(dpo_run), "--compare", str(sft_run), "--slices"])
     table = capsys.readouterr().out
     for name in ("popularity", "co-occurrence", "chance", f"minus {sft_run}", "leave-one-out", "seed 42"):
         assert name in table
@@ -28,6 +28,14 @@ def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
         assert row["target"] in row["candidates"] and max(row["scores"]) < 0
     metrics = json.loads((dpo_run / "metrics.json").read_text())
     assert metrics["values"] == pytest.approx(results[str(dpo_run)].values)
+    difference = results[f"{dpo_run} minus {sft_run}"]
+    for stored, result in ((metrics, results[str(dpo_run)]), (metrics[f"minus {sft_run}"], difference)):
+        assert len(stored["slices"]) == 4
+        for slicing, slices in stored["slices"].items():
+            assert sum(part["examples"] for part in slices.values()) == len(rows)
+            for name, part in slices.items():
+                assert part["intervals"]["MRR"] == result.slices[slicing][name].interval("MRR")
+                assert table.count(f" {name} ") >= 2
     low, high = metrics["intervals"]["NDCG@3"]
     assert low <= metrics["values"]["NDCG@3"] <= high
     data = str(json.loads((sft_run / "config.json").read_text())["options"]["data"])
@@ -92,11 +100,48 @@ def test_a_dpo_run_is_refused_once_its_sft_run_has_other_weights(sft_run, tmp_pa
     assert "trained on other weights" in refused(capsys, evaluate.main, "--run", tmp_path / "dpo")
 
 
-def test_blank_images_at_evaluation_change_the_scores(sft_run):
-    evaluate.main(["--run", str(sft_run)])
-    before = (sft_run / "predictions.jsonl").read_text()
-    evaluate.main(["--run", str(sft_run), "--blank-images"])
-    assert (sft_run / "predictions.jsonl").read_text() == before != (sft_run / "blank_predictions.jsonl").read_text()
+def test_blank_and_shuffled_images_change_the_scores(sft_run, monkeypatch, capsys):
+    """The share of changed ranks is that of the files; without the run's own predictions they are computed."""
+    words = ["--run", str(sft_run), "--limit", "6"]
+    evaluate.main(words)
+    own = (sft_run / "first6_predictions.jsonl").read_text()
+    scored = []
+    score_run = evaluate.score_run
+    monkeypatch.setattr(evaluate, "score_run", lambda *given: scored.append(given) or score_run(*given))
+
+    def ranks(prefix):
+        rows = lines(sft_run / f"{prefix}predictions.jsonl")
+        positions = [row["candidates"].index(row["target"]) for row in rows]
+        return [
+            (sum(s > row["scores"][n] for s in row["scores"]), sum(s == row["scores"][n] for s in row["scores"]))
+            for row, n in zip(rows, positions, strict=True)
+        ]
+
+    for option, prefix in (("--blank-images", "blank_first6_"), ("--shuffle-images", "shuffled_first6_")):
+        scored.clear()
+        evaluate.main([*words, option])
+        assert len(scored) == 1
+        assert (
+            (sft_run / "first6_predictions.jsonl").read_text()
+            == own
+            != (sft_run / f"{prefix}predictions.jsonl").read_text()
+        )
+        changed = sum(one != other for one, other in zip(ranks(prefix), ranks("first6_"), strict=True)) / len(
+            ranks("first6_")
+        )
+        assert json.loads((sft_run / f"{prefix}metrics.json").read_text())["rank_changes"] == pytest.approx(changed)
+        assert f"{changed:.1%} of the targets have another rank" in capsys.readouterr().out
+    stored = (sft_run / "shuffled_first6_predictions.jsonl").read_text()
+    (sft_run / "first6_predictions.jsonl").unlink()
+    scored.clear()
+    evaluate.main([*words, "--shuffle-images", "--images", "live"])
+    assert len(scored) == 2 and not (sft_run / "first6_predictions.jsonl").exists()
+    assert f"{changed:.1%} of the targets have another rank" in capsys.readouterr().out
+    for one, other in zip(stored.splitlines(), lines(sft_run / "shuffled_first6_predictions.jsonl"), strict=True):
+        assert other["scores"] == pytest.approx(json.loads(one)["scores"], abs=1e-4)
+    error = refused(capsys, evaluate.main, "--run", sft_run, "--shuffle-images", "--blank-images")
+    assert "give --blank-images or --shuffle-images, not both" in error
+    assert "do not give --pool, --slices" in refused(capsys, evaluate.main, "--user", "1", "--slices")
 
 
 def test_a_run_of_other_titles_is_refused(sft_run, monkeypatch, capsys):

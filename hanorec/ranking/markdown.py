@@ -12,7 +12,7 @@ SLICE_TABLE = ("AUC", "HR@3", "NDCG@3")
 def tables(results: dict[str, Result], corner: str = "") -> str:
     """Return Markdown tables of the results, with a row for each system and each value with its 95% interval.
 
-    Lists with more than 20 candidates have two tables more.
+    Lists with more than 20 candidates have two tables more. Results with slices have one more for each slicing.
 
     Args:
         corner: the text above the names of the systems.
@@ -22,20 +22,20 @@ def tables(results: dict[str, Result], corner: str = "") -> str:
     for columns in TABLES + (LONG_TABLES if is_long else ()):
         rows = [[name, *(cell(result, metric) for metric in columns)] for name, result in results.items()]
         texts.append(markdown([[corner, *columns], *rows]))
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, *slice_tables(results, corner)])
 
 
-def slice_tables(results: dict[str, Result]) -> str:
+def slice_tables(results: dict[str, Result], corner: str) -> list[str]:
     """Return a Markdown table for each slicing, with a row for each system and slice."""
     sliced = {name: result.slices for name, result in results.items() if result.slices}
     texts = []
     for slicing in next(iter(sliced.values()), {}):
-        rows = [["", slicing, "examples", *SLICE_TABLE]]
+        rows = [[corner, slicing, "examples", *SLICE_TABLE]]
         for name, slices in sliced.items():
             for label, part in slices[slicing].items():
                 rows.append([name, label, str(part.examples), *(cell(part, metric) for metric in SLICE_TABLE)])
         texts.append(markdown(rows))
-    return "\n\n".join(texts)
+    return texts
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

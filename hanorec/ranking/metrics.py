@@ -42,6 +42,22 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     return metrics
 
 
+def rank_changes(scores: np.ndarray, other: np.ndarray, target: np.ndarray) -> float:
+    """Return the share of examples whose target has another rank in the other scores. Ties have their mean rank.
+
+    Args:
+        scores, other: [R, C].
+        target: [R], the target's column.
+    """
+    ranks = []
+    for values in (scores, other):
+        target_score = np.take_along_axis(values, target[:, None], axis=1)
+        ranks.append(
+            (values > target_score).sum(1) + (values >= target_score).sum(1)
+        )  # twice the rank, less a constant
+    return float((ranks[0] != ranks[1]).mean())
+
+
 def group_auc(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return for each example the share of its negatives below its target: [R]. A tie counts half. The mean is GAUC."""
     target_score = np.take_along_axis(scores, target[:, None], axis=1)
@@ -170,3 +186,19 @@ def pool(results: Sequence[Result], seed: int = 0) -> Result:
     values = {name: float(numbers.mean()) for name, numbers in by_run.items()}
     sd = {name: float(numbers.std(ddof=1)) for name, numbers in by_run.items()}
     return Result(values, replicates, first.examples, sd, slices)
+
+
+def differences(rows: dict[str, list[Result]], reference: str, seed: int) -> dict[str, Result]:
+    """Return the paired difference of every other row to the row `reference`, by name of the row.
+
+    Args:
+        rows: the results of each row's runs, in order of their seeds. Another system has one result.
+        seed: of the bootstrap.
+    """
+    found = {}
+    for name, results in rows.items():
+        if name != reference:
+            others = rows[reference]
+            results = results * len(others) if len(results) == 1 else results
+            found[name] = pool([one.minus(other) for one, other in zip(results, others, strict=True)], seed)
+    return found
