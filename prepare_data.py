@@ -25,6 +25,7 @@ COLUMNS = [
     Option("--title-column", str, None, "csv, recbole: column of titles", shown="title", metavar="NAME"),
 ]
 OFFICIAL_HELP = "official: 3 history items, 3 positives and 7 negatives; the target is the last positive"
+TIES_HELP = "order of a user's interactions with equal times: shuffled by --seed, or that of the file"
 SPLIT_HELP = "leave-one-out: the last items of each user; user: users 8:1:1"
 SHOW_HELP = "print N rendered examples; if the folder is prepared, do nothing else"
 OPTIONS = {
@@ -44,6 +45,7 @@ OPTIONS = {
         Option("--negative-sampling", ["uniform", "popularity"], "uniform", "how negatives are drawn"),
         Option("--split", ["leave-one-out", "user"], None, SPLIT_HELP, shown="leave-one-out; hanorec: published"),
         Option("--protocol", ["standard", "official"], "standard", OFFICIAL_HELP),
+        Option("--ties", ["shuffle", "input"], "shuffle", TIES_HELP),
         Option("--min-rating", float, None, "drop interactions with lower ratings", shown="keep all"),
         Option("--min-interactions", positive_int, 6, "drop users with fewer interactions"),
         Option("--max-windows-per-user", non_negative_int, 10, "training examples of a user, the last ones; 0: all"),
@@ -102,7 +104,6 @@ def check_source(options: argparse.Namespace, parser: Parser) -> None:
 if __name__ == "__main__":
     one_line_errors(parse)()  # --help and mistakes are answered before the slow imports
 
-import shutil
 from functools import partial
 
 import numpy as np
@@ -111,19 +112,24 @@ from accelerate.utils import tqdm
 
 from hanorec.data.demo import read_demo, read_descriptions
 from hanorec.data.folder import FILES, DataFolder
-from hanorec.data.protocol import Negatives, build_sequences, drop_equal_titles, example_lines, split_targets
+from hanorec.data.negatives import Negatives, drop_equal_titles
+from hanorec.data.protocol import build_sequences, example_lines, split_targets
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
 from hanorec.model.load import MAX_PIXELS, TINY, TINY_MAX_PIXELS, load_image_processor, load_model, load_tokenizer
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.model.tiny import build_tiny
-from hanorec.run.files import file_hash, locked, read_json, replacing, value_hash, write_json, write_jsonl
+from hanorec.ranking.ceiling import CEILING_FILES, write_ceilings
+from hanorec.run.files import delete, file_hash, locked, read_json, replacing, value_hash, write_json, write_jsonl
 from hanorec.run.runs import json_options
 from mllm_srec.texts import read_texts, without_words
 
+STREAMS = {"train": 0, "val": 1, "test": 2, "test_hard": 5}  # each split has its own stream of random numbers
+# What was made of the old data, and is deleted when the data are prepared again
+OF_OLD_DATA = ["encoded", "sasrec", "test_hard.jsonl", *CEILING_FILES]
 # The files of a data folder without manifest.json: an earlier command was interrupted
-DATA_FILES = {"images", "tiny", "encoded", "summaries", "descriptions.jsonl", *(f"{name}.jsonl" for name in FILES)}
+DATA_FILES = {"images", "tiny", "summaries", "descriptions.jsonl", *OF_OLD_DATA, *(f"{name}.jsonl" for name in FILES)}
 # Options that do not change the data files
 NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
 
@@ -147,21 +153,24 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     """
     out = options.out
     targets, training = split_targets(data, options)
-    negatives = Negatives(data, options.negatives, options.negative_sampling)
+    negatives = Negatives(data, training, options)
     if options.positives > 1:
         drop_equal_titles(data, targets, negatives, options.positives)
     for name, positions in targets.items():
         if not len(positions):
             users = len(data.user_ids)
             raise UserError(f"no {name} examples from {users} users with the split {options.split}; add users")
+    if data.alike.size:
+        targets["test_hard"] = targets["test"]
     (out / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "encoded", ignore_errors=True)  # the encodings of the old data
+    for old in OF_OLD_DATA:
+        delete(out / old)
     images = [os.path.relpath(path, out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     write_jsonl(out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))
-    for number, name in enumerate(("train", "val", "test")):  # each split has its own stream of random numbers
-        rng = np.random.default_rng([options.seed, number])
-        write_jsonl(out / f"{name}.jsonl", example_lines(data, targets[name], negatives, options, rng))
+    for name, positions in targets.items():
+        rng = np.random.default_rng([options.seed, STREAMS[name]])
+        write_jsonl(out / f"{name}.jsonl", example_lines(data, name, positions, negatives, options, rng))
     write_jsonl(out / "sequences.jsonl", sequence_lines(data, training))
     counts = data.counts | {f"{name}_rows": len(positions) for name, positions in targets.items()}
     manifest = {
@@ -169,9 +178,8 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
         "options": {name: value for name, value in json_options(options).items() if name not in NOT_DATA},
         "seed": options.seed,
         "counts": counts,
-        "ties": "interactions of a user with equal times keep their input order",
         "inputs": {str(path): file_hash(path) for path in inputs},
-        "files": {f"{name}.jsonl": file_hash(out / f"{name}.jsonl") for name in FILES},
+        "files": {f"{name}.jsonl": file_hash(out / f"{name}.jsonl") for name in ("items", "sequences", *targets)},
     }
     write_json(out / "manifest.json", manifest)
     counted = [f"{value} {name.replace('_', ' ')}" for name, value in counts.items()]
@@ -246,8 +254,10 @@ def main(argv: list[str] | None = None) -> None:
         if not options.encode_only:
             check_out(options.out, options.dataset)
             raw = (READERS | {"demo": read_demo})[options.dataset](options)
-            data = build_sequences(raw, options.min_rating, options.min_interactions, options.drop_untitled)
+            data = build_sequences(raw, options)
             write_data(data, options, raw.files)
+            if options.dataset == "demo":
+                write_ceilings(options)
         encode(options)
     if options.show:
         show(options)

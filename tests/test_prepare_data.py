@@ -13,11 +13,13 @@ from stages import lines, refused
 
 import prepare_data
 from hanorec.data import protocol
+from hanorec.ranking.metrics import group_auc, pooled_auc
 
 
-def prepare(monkeypatch, source, out, options=""):
+def prepare(monkeypatch, source, out, options="", ties="input"):
     monkeypatch.setattr(prepare_data, "encode", lambda options: None)  # the files between stages alone
-    prepare_data.main(["--dataset", "movielens", "--source", str(source), "--out", str(out), *options.split()])
+    argv = ["--dataset", "movielens", "--source", str(source), "--out", str(out), "--ties", ties, *options.split()]
+    prepare_data.main(argv)
 
 
 def in_order(rows, min_rating=0.0):
@@ -60,7 +62,10 @@ def test_leave_one_out_invariants(tmp_path, monkeypatch, sampling, history):
         assert len(row["candidates"]) == 10 and len(negatives) == 9
         assert row["rejected"] in negatives
         assert len({titles[item] for item in row["candidates"]}) == 10
-        assert not {titles[item] for item in own} & {titles[item] for item in negatives}
+        view = own if row in test else own[:-1] if row in val else own[:-2]  # what the split sees of the user
+        assert not {titles[item] for item in view} & {titles[item] for item in negatives}
+    later = [set(row["candidates"]) & set(sequences[row["user"]][-2:]) for row in train]
+    assert any(later)  # a training negative may be a later target
     places = [row["candidates"].index(row["target"]) for row in train + val + test]
     assert len(set(places)) == 10  # shuffled
 
@@ -106,11 +111,16 @@ def test_old_layout_and_min_rating(tmp_path, monkeypatch):
     assert lines(out / "items.jsonl")[0]["title"].startswith("Café")  # latin-1
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     assert counts["interactions_read"] == len(rows)
-    rated = defaultdict(set)
+    rated = {split: defaultdict(set) for split in ("train", "test")}
     for row in rows:
-        rated[row[0]].add(row[1])
-    for row in lines(out / "train.jsonl") + lines(out / "test.jsonl"):  # disliked items are no negatives either
-        assert not rated[row["user"]] & (set(row["candidates"]) - {row["target"]})
+        rated["test"][row[0]].add(row[1])
+    for user, items in sequences.items():  # what the user touched up to the last training item
+        own = sorted((row for row in rows if row[0] == user), key=lambda row: float(row[3]))
+        last = next(n for n, row in enumerate(own) if row[1] == items[-3] and float(row[2]) >= 2.5)
+        rated["train"][user] = {row[1] for row in own[: last + 1]}
+    for split in ("train", "test"):
+        for row in lines(out / f"{split}.jsonl"):  # disliked items are no negatives either
+            assert not rated[split][row["user"]] & (set(row["candidates"]) - {row["target"]})
     assert counts["below_min_rating"] == sum(float(row[2]) < 2.5 for row in rows)
     assert counts["users_too_short"] == len({row[0] for row in rows}) - len(sequences)
 
@@ -132,6 +142,77 @@ def test_ties_and_images_are_counted(tmp_path, monkeypatch):
     assert {name: os.path.basename(path) for name, path in images.items()} == {"101": "101.jpg"}
     assert (out / images["101"]).exists()
     assert counts["items_without_image"] == len(items) - 1
+
+
+def test_ties_are_shuffled_by_the_seed_and_nothing_else_moves(tmp_path, monkeypatch):
+    rows, _ = movielens(tmp_path / "raw")
+    time_of = {(row[0], row[1]): float(row[3]) for row in rows}
+    read = {}
+    for name, ties in (("1", "shuffle"), ("1 again", "shuffle"), ("2", "shuffle"), ("file", "input")):
+        prepare(monkeypatch, tmp_path / "raw", tmp_path / name, f"--seed {name[0] if ties == 'shuffle' else 1}", ties)
+        read[name] = {row["user"]: row["items"] for row in lines(tmp_path / name / "sequences.jsonl")}
+        for user, items in read[name].items():
+            times = [time_of[user, item] for item in items]
+            assert times == sorted(times)
+    assert read["1"] == read["1 again"] != read["2"] and read["file"] not in (read["1"], read["2"])
+
+
+def test_the_order_of_the_file_tells_nothing_of_tied_targets(tmp_path, monkeypatch):
+    """In a file sorted by item within a user, the next higher item would be the next one of equal time."""
+    rng = np.random.default_rng(0)
+    rows = [(user, item, 4.0, 9 * (place // 6)) for user in range(600) for place, item in enumerate(sorted_items(rng))]
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    text = "".join(f"{','.join(map(str, row))}\n" for row in rows)
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + text)
+    (folder / "movies.csv").write_text("movieId,title,genres\n" + "".join(f"{i},Film {i},x\n" for i in range(400)))
+    found = {}
+    for ties in ("shuffle", "input"):
+        prepare(monkeypatch, folder, tmp_path / ties, ties=ties)
+        hits = []
+        for row in lines(tmp_path / ties / "test.jsonl"):
+            last = int(row["history"][-1])
+            hits.append(min(row["candidates"], key=lambda item: (int(item) - last) % 400) == row["target"])
+        found[ties] = np.mean(hits)
+    assert found["input"] > 0.35 and found["shuffle"] < 0.15, found  # one of ten by chance
+
+
+def sorted_items(rng):
+    """12 of 400 items: two halves, each sorted."""
+    items = rng.choice(400, 12, replace=False)
+    return [*sorted(items[:6].tolist()), *sorted(items[6:].tolist())]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+@pytest.mark.parametrize("split", ["leave-one-out", "user"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_negatives_do_not_betray_the_future(tmp_path, monkeypatch, sampling, split, seed):
+    """How often a candidate was a negative in the user's training examples must not tell whether it is the target."""
+    rng = np.random.default_rng(seed)
+    items, users, low = 150 + 150 * seed, 2000, 8
+    weight = np.arange(1, items + 1) ** -0.7
+    rows = []
+    for user in range(users):
+        own = rng.choice(items, rng.integers(low, 15), replace=False, p=weight / weight.sum())
+        rows += [(user, item, rng.integers(1, 6), time) for time, item in enumerate(own)]
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    text = "".join(f"{','.join(map(str, row))}\n" for row in rows)
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + text)
+    (folder / "movies.csv").write_text("movieId,title,genres\n" + "".join(f"{i},Film {i},x\n" for i in range(items)))
+    rating = "--min-rating 2" if seed else ""
+    options = f"--split {split} --negative-sampling {sampling} --max-windows-per-user 0 --seed {seed} {rating}"
+    prepare(monkeypatch, folder, tmp_path / "data", options)
+    counts = defaultdict(int)
+    for row in lines(tmp_path / "data" / "train.jsonl"):
+        for item in row["candidates"]:
+            counts[row["user"], item] += item != row["target"]
+    for name in ("val", "test"):
+        examples = lines(tmp_path / "data" / f"{name}.jsonl")
+        scores = np.array([[-counts[row["user"], item] for item in row["candidates"]] for row in examples])
+        target = np.array([row["candidates"].index(row["target"]) for row in examples])
+        assert 0.48 < pooled_auc(scores.astype(float), target)[0] < 0.52
+        assert 0.48 < group_auc(scores, target).mean() < 0.52
 
 
 @pytest.mark.skipif(not MOVIELENS.exists(), reason=f"real data is absent: {MOVIELENS}")

@@ -1,6 +1,13 @@
-"""The demo dataset: invented films, their posters, and users who choose films by the colours of posters."""
+"""The demo dataset: a made-up world of films and users in which the probability of every next film is known.
+
+A film has a genre and a band; together they are its kind. Its poster shows both: the colour of the poster is the
+genre's, and the lower part of the poster, the band, is black or white. The title may name the genre, another genre, or
+none. A user has a hidden taste, which is one of the kinds and drifts now and then. The next film depends on the taste
+and on the kind of the film, never on the title.
+"""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,80 +22,151 @@ PLACES = """
     Opal Orchid Pebble Piper Quartz Raven Reed Robin Rowan Saffron Sorrel Sterling Thistle Umber Vesper Willow
     Yarrow
 """.split()
-GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy", "Thriller", "Musical"]
-COLOURS = {
-    "red": (200, 30, 40),
+GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy"]
+COLOURS = {  # of the posters of each genre, in the order of GENRES
     "orange": (240, 140, 20),
-    "yellow": (240, 220, 40),
-    "green": (40, 160, 60),
-    "cyan": (40, 200, 220),
     "blue": (40, 60, 200),
-    "purple": (130, 40, 170),
+    "yellow": (240, 220, 40),
     "pink": (240, 130, 190),
+    "green": (40, 160, 60),
+    "purple": (130, 40, 170),
 }
-SHAPES = ("circle", "square", "triangle")
+BANDS = {"black": (15, 15, 15), "white": (240, 240, 240)}
+KINDS = len(GENRES) * len(BANDS)
+FILMS_OF_A_KIND = 25
+UNTITLED, MISLEADING = 5, 3  # films of a kind whose title names no genre, and another genre
+POPULARITY = 0.4  # the weight of the r-th film of a kind is r ** -POPULARITY
+
+USERS = 700
+LENGTHS = (10, 16)  # films of a user: from 10 to 15
+DRIFT = 0.05  # probability that the taste is drawn anew before a film
+OWN_GENRE = 0.75  # probability that a film is of the taste's genre; else the genre is drawn from all
+OWN_BAND = 0.9  # probability that a film has the taste's band; otherwise it has the other one
+
+
+@dataclass
+class World:
+    """The films and users of the demo, with what only their maker knows. Films are numbers.
+
+    Args:
+        titles: [N].
+        genre, band: [N], numbers in GENRES and BANDS. The kind of a film is genre * len(BANDS) + band.
+        word: [N], the genre that the title names; -1: none.
+        weight: [N], probability of the film among the films of its kind.
+        histories: by user, the films in order of time.
+    """
+
+    titles: list[str]
+    genre: np.ndarray
+    band: np.ndarray
+    word: np.ndarray
+    weight: np.ndarray
+    histories: dict[str, list[int]]
+
+    @property
+    def kind(self) -> np.ndarray:
+        """The kind of each film: [N]."""
+        return self.genre * len(BANDS) + self.band
+
+
+def item_id(film: int) -> str:
+    """Return the item id of a film."""
+    return f"film{film:03d}"
+
+
+def make_world(seed: int) -> World:
+    """Make the films and the users. The same seed gives the same world."""
+    rng = np.random.default_rng([seed, 7])
+    kind = np.repeat(np.arange(KINDS), FILMS_OF_A_KIND)
+    genre, band = kind // len(BANDS), kind % len(BANDS)
+    weight = np.arange(1, FILMS_OF_A_KIND + 1) ** -POPULARITY
+    weights = np.concatenate([rng.permutation(weight / weight.sum()) for _ in range(KINDS)])
+    word = np.concatenate([rng.permutation(title_words(number // len(BANDS), rng)) for number in range(KINDS)])
+    world = World(draw_titles(word, rng), genre, band, word, weights, {})
+    for user in range(USERS):
+        world.histories[f"user{user:03d}"] = draw_history(kind, weights, rng)
+    return world
+
+
+def title_words(genre: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the genres that the titles of a kind's films name: [FILMS_OF_A_KIND]. See World.word."""
+    others = [other for other in range(len(GENRES)) if other != genre]
+    honest = FILMS_OF_A_KIND - UNTITLED - MISLEADING
+    return np.concatenate([np.full(honest, genre), np.full(UNTITLED, -1), rng.choice(others, MISLEADING)])
+
+
+def draw_titles(word: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """Return the titles, such as "Western in Avon" and "Untitled 14". No two are equal."""
+    titles = np.empty(len(word), dtype=object)
+    for genre, name in enumerate(GENRES):
+        films = np.flatnonzero(word == genre)
+        titles[films] = [f"{name} in {place}" for place in spread(PLACES, len(films), rng)]
+    untitled = np.flatnonzero(word < 0)
+    titles[untitled] = [f"Untitled {number}" for number in rng.permutation(len(untitled)) + 1]
+    return titles.tolist()
+
+
+def spread(places: list[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Return `count` different names of places in random order: first the places, then "New" ones."""
+    names = [*places, *(f"New {place}" for place in places)]
+    return [names[number] for number in rng.permutation(min(len(names), max(count, len(places))))[:count]]
+
+
+def kind_probabilities() -> np.ndarray:
+    """Return P(kind of the next film | taste): [KINDS, KINDS], a row for each taste."""
+    tastes, kinds = np.arange(KINDS)[:, None], np.arange(KINDS)
+    same_genre = tastes // len(BANDS) == kinds // len(BANDS)
+    same_band = tastes % len(BANDS) == kinds % len(BANDS)
+    genre = OWN_GENRE * same_genre + (1 - OWN_GENRE) / len(GENRES)
+    return genre * np.where(same_band, OWN_BAND, 1 - OWN_BAND)
+
+
+def draw_history(kind: np.ndarray, weight: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Draw the films of a user. A history that has a film twice is drawn again as a whole.
+
+    So the probability of a history is that of its films under the taste's Markov chain, times a constant.
+
+    Args:
+        kind, weight: [N], see World.
+    """
+    films_of = [np.flatnonzero(kind == number) for number in range(KINDS)]
+    of_taste = kind_probabilities()
+    while True:
+        history, taste = [], rng.integers(KINDS)
+        for _ in range(rng.integers(*LENGTHS)):
+            if rng.random() < DRIFT:
+                taste = rng.integers(KINDS)
+            films = films_of[rng.choice(KINDS, p=of_taste[taste])]
+            history.append(int(rng.choice(films, p=weight[films])))
+        if len(set(history)) == len(history):
+            return history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def read_demo(options: argparse.Namespace) -> Raw:
-    """Make the demo dataset of 400 users and 400 films, and draw the posters into the data folder.
-
-    The films are 8 genres x 50 places, both in the title. The poster has one of 8 colours, which is in no title. The
-    next film of a user has, with probability 0.5, the genre that belongs to the colour of the last poster; with
-    probability 0.35, the genre of the last film; else any genre. Films of some places are more popular.
-    """
-    folder = options.out
-    rng = np.random.default_rng([options.seed, 7])
-    count = len(GENRES) * len(PLACES)
-    genre = np.arange(count) // len(PLACES)
-    colour = rng.integers(len(COLOURS), size=count)
-    genre_of_colour = rng.permutation(len(GENRES))
-    popularity = np.tile(rng.permutation(np.arange(1, len(PLACES) + 1)) ** -0.5, len(GENRES))
-    ids = [f"film{item:03d}" for item in range(count)]
-    rows = []
-    for user in range(400):
-        history = draw_history(genre, genre_of_colour[colour], popularity, rng)
-        rows += [(f"user{user:03d}", ids[item], time) for time, item in enumerate(history)]
-    titles = [f"{GENRES[genre[item]]} in {PLACES[item % len(PLACES)]}" for item in range(count)]
+    """Make the world of --seed, draw its posters and write its descriptions into the data folder."""
+    folder, world = options.out, make_world(options.seed)
+    rng = np.random.default_rng([options.seed, 8])
+    ids = [item_id(film) for film in range(len(world.titles))]
     descriptions = []
-    colour_names = list(COLOURS)
     with replacing(folder / "images") as new:
         new.mkdir()
-        for item, name in enumerate(ids):
-            colour_name = colour_names[colour[item]]
-            shape = draw_poster(new / f"{name}.png", COLOURS[colour_name], rng)
-            descriptions.append(describe(name, GENRES[genre[item]], colour_name, shape))
+        for film, name in enumerate(ids):
+            colour, band = list(COLOURS)[world.genre[film]], list(BANDS)[world.band[film]]
+            draw_poster(new / f"{name}.png", COLOURS[colour], BANDS[band], rng)
+            word = GENRES[world.word[film]] if world.word[film] >= 0 else "Untitled"
+            facts = {"title": word, "colour": colour, "band": band}
+            text = f"{word} film, its poster {colour} over {band}."
+            descriptions.append({"item": name, "text": text, "facts": facts})
     write_jsonl(folder / "descriptions.jsonl", descriptions)
-    images = {name: folder / "images" / f"{name}.png" for name in ids}
+    rows = [(user, ids[film], time) for user, films in world.histories.items() for time, film in enumerate(films)]
     interactions = read_interactions(enumerate(rows), folder, user=0, item=1, time=2)
-    return Raw(interactions, dict(zip(ids, titles, strict=True)), images, [])
-
-
-def draw_history(genre: np.ndarray, genre_by_poster: np.ndarray, popularity: np.ndarray, rng) -> list[int]:
-    """Draw the films of a user, each at most once.
-
-    Args:
-        genre: [films].
-        genre_by_poster: [films], the genre that belongs to the colour of the film's poster.
-        popularity: [films].
-    """
-    films = len(genre)
-    history = [int(rng.choice(films, p=popularity / popularity.sum()))]
-    for _ in range(rng.integers(9, 15)):
-        last, draw = history[-1], rng.random()
-        weight = popularity.copy()
-        if draw < 0.5:
-            weight *= genre == genre_by_poster[last]
-        elif draw < 0.85:
-            weight *= genre == genre[last]
-        weight[history] = 0
-        history.append(int(rng.choice(films, p=weight / weight.sum())))
-    return history
-
-
-def describe(item: str, genre: str, colour: str, shape: str) -> dict:
-    """Return a film's line of descriptions.jsonl. mllm_srec.teach trains on it and measures summaries by it."""
-    text = f"{genre} film, its poster {colour} with a {shape}."
-    return {"item": item, "text": text, "facts": {"genre": genre, "colour": colour, "shape": shape}}
+    images = {name: folder / "images" / f"{name}.png" for name in ids}
+    alike = {name: (f"{world.genre[film]}", f"{world.word[film]}") for film, name in enumerate(ids)}
+    return Raw(interactions, dict(zip(ids, world.titles, strict=True)), images, [], alike=alike)
 
 
 def read_descriptions(folder: Path) -> list[str]:
@@ -99,23 +177,17 @@ def read_descriptions(folder: Path) -> list[str]:
     return [line["text"] for line in read_jsonl(path, {"text": str}, "correct or delete it")]
 
 
-def draw_poster(path: Path, colour: tuple[int, int, int], rng: np.random.Generator) -> str:
-    """Draw a poster of 84 x 112 pixels in a colour, with a random shape and two bars. Returns the shape's name."""
-    background = np.clip(np.array(colour) + rng.integers(-12, 13, 3), 0, 255)
-    image = Image.new("RGB", (84, 112), tuple(background.tolist()))
+def draw_poster(path: Path, colour: tuple, band: tuple, rng: np.random.Generator) -> None:
+    """Draw a poster of 84 x 112 pixels: a random shape on the colour, and the band below. Colours are RGB."""
+    shift = rng.integers(-12, 13, (2, 3))
+    upper, lower = (tuple(rgb) for rgb in np.clip(np.array([colour, band]) + shift, 0, 255).tolist())
+    image = Image.new("RGB", (84, 112), upper)
     draw = ImageDraw.Draw(image)
-    x, y, size = rng.integers((10, 15, 16), (45, 55, 32)).tolist()
-    shade = int(rng.choice([20, 235]))
-    box, fill = (x, y, x + size, y + size), (shade,) * 3
-    shape = SHAPES[rng.integers(3)]
-    if shape == "circle":
+    draw.rectangle((0, 56, 84, 112), fill=lower)
+    x, y, size = rng.integers((8, 8, 12), (50, 22, 24)).tolist()
+    box, fill = (x, y, x + size, y + size), (int(rng.choice([20, 235])),) * 3
+    if rng.random() < 0.5:
         draw.ellipse(box, fill=fill)
-    elif shape == "square":
-        draw.rectangle(box, fill=fill)
     else:
-        draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=fill)
-    for line in range(2):
-        left, right = int(rng.integers(8, 25)), int(rng.integers(50, 76))
-        draw.rectangle((left, 94 + 8 * line, right, 96 + 8 * line), fill=(255 - shade,) * 3)
+        draw.rectangle(box, fill=fill)
     image.save(path)
-    return shape

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hanorec.run.files import UserError, file_hash, read_json, read_jsonl
 
-FILES = ("items", "train", "val", "test", "sequences")  # names without .jsonl; manifest.json lists their hashes
+# Names without .jsonl; manifest.json lists their hashes. Only some data have test_hard
+FILES = ("items", "train", "val", "test", "test_hard", "sequences")
 
 # The fields of the files, and their types
 ITEM = {"item": str, "title": str, "image": (str, type(None))}

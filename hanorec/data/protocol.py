@@ -1,4 +1,4 @@
-"""Order the interactions, split them, choose the targets, and draw the negatives once from the seed.
+"""Order the interactions, split them, and choose the targets and candidates of the examples.
 
 Users and items are numbers in this module. The data are in arrays, so that millions of interactions take seconds.
 """
@@ -23,10 +23,13 @@ class Sequences:
         user_ids: [U].
         item_ids, titles, images: [N], by item index.
         items: [M] item indices, user by user.
+        times: [M], the place of each interaction in the order of the raw data by user and time.
         start: [U + 1], position of each user's first item in `items`.
-        seen: [P, 2], every (user, item) of kept users and kept items in the raw data, also those below --min-rating.
+        seen: [P, 3], (user, item, place of the first interaction) of kept users and kept items in the raw data, also of
+            interactions below --min-rating.
         counts: numbers of interactions, users and items that were read, dropped and kept, for the manifest.
         split: [U], train, val or test, or empty if the source has no split of its own.
+        alike: [N, L], codes of the labels in Raw.alike; L is 0 if the source has none.
     """
 
     user_ids: list[str]
@@ -34,21 +37,18 @@ class Sequences:
     titles: list[str]
     images: list[Path | None]
     items: np.ndarray
+    times: np.ndarray
     start: np.ndarray
     seen: np.ndarray
     counts: dict[str, int]
     split: np.ndarray
+    alike: np.ndarray
 
 
-def build_sequences(raw: Raw, min_rating: float | None, min_interactions: int, drop_untitled: bool) -> Sequences:
+def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
     """Filter and order the interactions, and number the users and items that remain."""
-    users, items, times, counts = rated_interactions(raw, min_rating, drop_untitled)
-    users, items, times = drop_repeats(users, items, times, counts)
-    long_enough = np.bincount(users, minlength=len(raw.interactions.user_codes)) >= min_interactions
-    counts["users_too_short"] = int((~long_enough).sum())
-    users, items, times = (column[long_enough[users]] for column in (users, items, times))
-    if not len(users):
-        raise UserError(f"no user has {min_interactions} interactions; lower --min-interactions or --min-rating")
+    order = time_order(raw, options)
+    users, items, places, times, counts = kept_interactions(raw, order, options)
     tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1]) & raw.interactions.timed
     counts["interactions_tied_in_time"] = int((np.append(tied, False) | np.append(False, tied)).sum())
 
@@ -71,39 +71,59 @@ def build_sequences(raw: Raw, min_rating: float | None, min_interactions: int, d
         titles=[raw.titles[item] for item in item_ids],
         images=images,
         items=index_of[items],
+        times=places,
         start=np.append(0, lengths.cumsum()),
-        seen=seen_pairs(raw, user_codes, index_of),
+        seen=seen_pairs(raw, order, user_codes, index_of),
         counts=counts,
         split=np.array([raw.split.get(user, "") for user in user_ids]),
+        alike=np.array([raw.alike.get(item, ()) for item in item_ids]),
     )
 
 
-def rated_interactions(raw: Raw, min_rating: float | None, drop_untitled: bool):
-    """Drop the interactions with a low rating or an empty title. Returns (users, items, times, counts)."""
-    users, items, times, ratings = raw.columns()
-    if min_rating is not None and not raw.interactions.rated:
+def time_order(raw: Raw, options: argparse.Namespace) -> np.ndarray:
+    """Return the order of the interactions by user and time: [M] positions in the input.
+
+    Equal times of a user are shuffled by --seed, or keep the input order with --ties input. A source without times
+    keeps the input order.
+    """
+    users, _, times, _ = raw.columns()
+    if options.ties == "input" or not raw.interactions.timed:
+        return np.lexsort((times, users))  # stable
+    shuffled = np.random.default_rng([options.seed, 4]).permutation(len(users))
+    return np.lexsort((shuffled, times, users))
+
+
+def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
+    """Drop interactions with a low rating or an empty title, items that the user already has, and users with few items.
+
+    Args:
+        order: the order of all interactions by user and time: [M].
+
+    Returns (users, items, places in `order`, times, counts).
+    """
+    users, items, times, ratings = (column[order] for column in raw.columns())
+    if options.min_rating is not None and not raw.interactions.rated:
         raise UserError("the source has no ratings; do not give --min-rating")
-    rated = ratings >= (-np.inf if min_rating is None else min_rating)
+    rated = ratings >= (-np.inf if options.min_rating is None else options.min_rating)
     # The title of an item that is not listed: "" drops the item here; number_items refuses it with any other text
-    unlisted = "" if drop_untitled else "unlisted"
+    unlisted = "" if options.drop_untitled else "unlisted"
     untitled = np.array([not raw.titles.get(item, unlisted) for item in raw.interactions.item_codes])
-    keep = rated & ~untitled[items]
+    places = np.flatnonzero(rated & ~untitled[items])
+    keys = users[places] * len(raw.interactions.item_codes) + items[places]
+    first = places[np.sort(np.unique(keys, return_index=True)[1])]  # each item of a user at its first place
+    long_enough = np.bincount(users[first], minlength=len(raw.interactions.user_codes)) >= options.min_interactions
     counts = {
         "interactions_read": len(users),
         "below_min_rating": int((~rated).sum()),
-        "of_untitled_items": int((rated & ~keep).sum()),
+        "of_untitled_items": int((rated & untitled[items]).sum()),
+        "repeated_items_dropped": len(places) - len(first),
+        "users_too_short": int((~long_enough).sum()),
     }
-    return users[keep], items[keep], times[keep], counts
-
-
-def drop_repeats(users: np.ndarray, items: np.ndarray, times: np.ndarray, counts: dict[str, int]):
-    """Sort by user and time, and drop each item that the user already has. Equal times keep the input order."""
-    order = np.lexsort((times, users))  # stable
-    users, items, times = users[order], items[order], times[order]
-    keys = users * (items.max(initial=0) + 1) + items
-    first = np.sort(np.unique(keys, return_index=True)[1])
-    counts["repeated_items_dropped"] = len(users) - len(first)
-    return users[first], items[first], times[first]
+    kept = first[long_enough[users[first]]]
+    if not len(kept):
+        least = options.min_interactions
+        raise UserError(f"no user has {least} interactions; lower --min-interactions or --min-rating")
+    return users[kept], items[kept], kept, times[kept], counts
 
 
 def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -123,13 +143,15 @@ def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return index_of, [item_ids[code] for code in codes]
 
 
-def seen_pairs(raw: Raw, user_codes: np.ndarray, index_of: np.ndarray) -> np.ndarray:
-    """Return [P, 2]: every (user, item) of kept users and kept items in the raw data, with any rating."""
-    users, items, _, _ = raw.columns()
+def seen_pairs(raw: Raw, order: np.ndarray, user_codes: np.ndarray, index_of: np.ndarray) -> np.ndarray:
+    """Return Sequences.seen, [P, 3]: what the kept users touched in the raw data, with any rating, and when first."""
+    users, items, _, _ = (column[order] for column in raw.columns())
     number_of = np.full(len(raw.interactions.user_codes), -1)
     number_of[user_codes] = np.arange(len(user_codes))
-    kept = (number_of[users] >= 0) & (index_of[items] >= 0)
-    return np.stack([number_of[users[kept]], index_of[items[kept]]], axis=1)
+    places = np.flatnonzero((number_of[users] >= 0) & (index_of[items] >= 0))
+    users, items = number_of[users[places]], index_of[items[places]]
+    first = np.unique(users * len(index_of) + items, return_index=True)[1]
+    return np.stack([users, items, places], axis=1)[first]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,83 +207,30 @@ def split_users(count: int, seed: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Negatives
-
-
-class Negatives:
-    """Draws negatives. The negatives of a target have different titles, and none that the user has seen.
-
-    Args:
-        count: number of negatives for each target.
-        sampling: `uniform` over items, or `popularity`, in proportion to the interactions of an item.
-    """
-
-    def __init__(self, data: Sequences, count: int, sampling: str):
-        codes: dict[str, int] = {}
-        self.title = np.array([codes.setdefault(title, len(codes)) for title in data.titles])  # [N] codes of titles
-        weight = np.bincount(data.items, minlength=len(self.title)) if sampling == "popularity" else 1
-        self.cumulative = np.cumsum(np.broadcast_to(weight, self.title.shape))
-        self.count = count
-        keys = data.seen[:, 0] * len(self.title) + self.title[data.seen[:, 1]]
-        self.seen = np.unique(keys)  # a sorted key for each (user, title)
-        available = len(codes) - int(np.bincount(self.seen // len(self.title)).max())
-        if available < count:
-            raise UserError(f"--negatives {count}: one user has seen all except {available} titles; lower --negatives")
-
-    def draw(self, users: np.ndarray, rng) -> np.ndarray:
-        """Draw [R, count] item indices for R targets of these users. Draw again those that are not allowed."""
-        drawn = np.full((len(users), self.count), -1)
-        redraw = np.ones(drawn.shape, dtype=bool)
-        for _ in range(1000):
-            rows, columns = np.nonzero(redraw)
-            if not len(rows):
-                return drawn
-            draws = rng.random(len(rows)) * self.cumulative[-1]
-            drawn[rows, columns] = np.searchsorted(self.cumulative, draws, side="right")
-            changed = np.unique(rows)  # the other rows are complete
-            redraw[changed] = self.not_allowed(users[changed], self.title[drawn[changed]])
-        raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; lower --negatives")
-
-    def not_allowed(self, users: np.ndarray, titles: np.ndarray) -> np.ndarray:
-        """Return [R, count]: True for a title that the user has seen, or that is also further left in its row."""
-        keys = users[:, None] * len(self.title) + titles
-        seen = self.seen[np.minimum(np.searchsorted(self.seen, keys), len(self.seen) - 1)] == keys
-        order = np.argsort(titles, axis=1, kind="stable")
-        ranked = np.take_along_axis(titles, order, axis=1)
-        repeated = np.zeros_like(seen)
-        np.put_along_axis(repeated, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
-        return seen | repeated
-
-
-def drop_equal_titles(data: Sequences, targets: dict[str, np.ndarray], negatives: Negatives, positives: int) -> None:
-    """Drop each target with two positives of equal titles, because no two candidates may have the same title."""
-    for name, positions in targets.items():
-        titles = np.sort(negatives.title[data.items[positions[:, None] - np.arange(positives)]], axis=1)
-        distinct = (titles[:, 1:] != titles[:, :-1]).all(axis=1)
-        targets[name] = positions[distinct]
-        data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())
+# Examples
 
 
 AT_ONCE = 1 << 18  # number of examples that are drawn together; it limits the memory
 
 
-def example_lines(data: Sequences, targets: np.ndarray, negatives: Negatives, options, rng) -> Iterator[str]:
+def example_lines(data: Sequences, split: str, targets: np.ndarray, negatives, options, rng) -> Iterator[str]:
     """Draw the candidates of each target and yield the JSON lines of a split.
 
     With several positives, the items directly before the target are candidates too, and the history ends before them.
 
     Args:
         targets: positions of the targets in data.items.
+        negatives: a Negatives.
     """
     items = np.array([json.dumps(item, ensure_ascii=False) for item in data.item_ids], dtype=object)
     names = [json.dumps(user, ensure_ascii=False) for user in data.user_ids]
     for first in range(0, len(targets), AT_ONCE):
         positions = targets[first : first + AT_ONCE]
         users = np.searchsorted(data.start, positions, side="right") - 1
-        drawn = negatives.draw(users, rng)
+        drawn = negatives.draw(split, positions, users, rng)
         positives = data.items[positions[:, None] - np.arange(options.positives)]
         candidates = rng.permuted(np.concatenate([positives, drawn], axis=1), axis=1)
-        rejected = drawn[np.arange(len(positions)), rng.integers(negatives.count, size=len(positions))]
+        rejected = drawn[np.arange(len(positions)), rng.integers(drawn.shape[1], size=len(positions))]
         ends = positions - options.positives + 1
         begins = np.maximum(data.start[users], ends - options.history)
         for n, (begin, end) in enumerate(zip(begins, ends, strict=True)):

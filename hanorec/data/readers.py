@@ -1,7 +1,6 @@
 """Read raw datasets in their own layouts.
 
-Each reader is a function from the options of prepare_data.py to a `Raw`: interactions in input order, titles, images.
-To add a dataset, write such a function and add it to READERS.
+Each reader is a function from the options of prepare_data.py to a `Raw`. To add one, add it to READERS.
 """
 
 import argparse
@@ -70,6 +69,7 @@ class Raw:
         images: path of the image by item id.
         files: the files that were read, for the manifest.
         split: train, val or test by user id, if the source has its own split.
+        alike: labels by item id, the most important first; the hard candidates of test_hard.jsonl share them.
     """
 
     interactions: Interactions
@@ -77,13 +77,13 @@ class Raw:
     images: dict[str, Path]
     files: list[Path]
     split: dict[str, str] = field(default_factory=dict)
+    alike: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         ids = (self.interactions.user_codes, self.interactions.item_codes, self.titles)
-        for text in itertools.chain(*ids, self.titles.values()):
-            if NOT_TEXT.search(text):
-                names = " and ".join(map(str, self.files))
-                raise UserError(f"{names}: {text!r} is no text (perhaps UTF-16); save the files as UTF-8")
+        for text in filter(NOT_TEXT.search, itertools.chain(*ids, self.titles.values())):
+            names = " and ".join(map(str, self.files))
+            raise UserError(f"{names}: {text!r} is no text (perhaps UTF-16); save the files as UTF-8")
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return user codes, item codes, times and ratings: [M] each, in input order."""

@@ -45,7 +45,7 @@ def tables(draw):
 def protocols(draw):
     """Options of prepare_data.py, as a dict."""
     split = draw(st.sampled_from(["leave-one-out", "user"]))
-    options = {"split": split, "negative-sampling": draw(st.sampled_from(["uniform", "popularity"]))}
+    options = {"split": split, "negative-sampling": draw(st.sampled_from(["uniform", "popularity"])), "ties": "input"}
     if draw(st.booleans()):
         options["min-rating"] = draw(st.sampled_from([1, 2.5, 4.1]))
     options["max-windows-per-user"] = draw(st.integers(0, 3))
@@ -131,6 +131,27 @@ def expected_targets(sequences, split_of, options):
     return targets, positives, history
 
 
+def touched_titles(rows, titles, sequences, options):
+    """{(user, split): titles of kept items that the user has touched as the split sees it}, with any rating."""
+    items = {item for own in sequences.values() for item in own}
+    touched = defaultdict(set)
+    for user, own in sequences.items():
+        in_time = [row[1] for row in sorted((row for row in rows if row[0] == user), key=lambda row: row[2])]
+        for split, last in (("train", -3), ("val", -2), ("test", -1)):
+            end = len(in_time)
+            if options["split"] == "leave-one-out" and split != "test":
+                end = place_of(own[last], in_time, user, rows, options) + 1
+            touched[user, split] = {titles[item] for item in in_time[:end] if item in items}
+    return touched
+
+
+def place_of(item, in_time, user, rows, options):
+    """Place of the user's first interaction with an item that is rated high enough, among all interactions in time."""
+    rated = sorted(((row[2], row[3]) for row in rows if row[0] == user), key=lambda row: row[0])
+    low = options.get("min-rating", 0)
+    return next(n for n, name in enumerate(in_time) if name == item and rated[n][1] >= low)
+
+
 SEEN = Counter()
 
 
@@ -148,16 +169,21 @@ def compare_with_the_rewrite(drawn, options, dropping):
     too_few = options["split"] == "user" and len(users) < 3
     titles = {item: title.strip() for item, title in titles.items()}
     items = {item for own in sequences.values() for item in own}
-    own_titles = defaultdict(set)  # also of items that they rated too low, as far as the items are known
-    for user, item, _, _ in rows:
-        own_titles[user] |= {titles[item]} if user in sequences and item in items else set()
-    available = len({titles[item] for item in items}) - max(len(own_titles[user]) for user in users)
+    touched = touched_titles(rows, titles, sequences, options)
+    trained_items = items  # those that popularity can draw
+    if options["negative-sampling"] == "popularity" and options["split"] == "leave-one-out":
+        trained_items = {item for own in sequences.values() for item in own[:-2]}
+    elif options["negative-sampling"] == "popularity" and not isinstance(found, str):
+        trained_items = {item for row in found[0]["sequences"] for item in row["items"]}
+    drawable = {titles[item] for item in trained_items}
+    available = len(drawable) - max(len(touched[user, "test"] & drawable) for user in users)
     negatives = options.get("negatives", 7)
     if isinstance(found, str):
         short = options["min-interactions"] + (2 if options["split"] == "leave-one-out" else 0)
         barren = "protocol" in options or any(len(own) < short for own in sequences.values())  # may train nothing
+        unknown_split = options["negative-sampling"] == "popularity" and options["split"] == "user"
         assert (
-            available < negatives
+            available < negatives or unknown_split
             if "has seen all except" in found
             else re.search("no (train|val|test) examples from", found) and (too_few or barren)
         )
@@ -193,7 +219,9 @@ def compare_with_the_rewrite(drawn, options, dropping):
             right = own[at - positives + 1 : at + 1]
             drawn_items = [item for item in row["candidates"] if item not in right]
             assert sorted(row["candidates"]) == sorted(right + drawn_items) and len(drawn_items) == negatives
-            assert not {titles[item] for item in drawn_items} & own_titles[user] and set(drawn_items) <= items
+            assert (
+                not {titles[item] for item in drawn_items} & touched[user, split] and set(drawn_items) <= trained_items
+            )
             assert len({titles[item] for item in row["candidates"]}) == positives + negatives
             assert row["rejected"] in drawn_items
     for row in files["sequences"]:

@@ -1,0 +1,121 @@
+"""Draw the negatives of each target once, from the seed.
+
+A split's negatives leave out only what the user had touched as that split sees it. Otherwise negatives would tell the
+future: if training negatives left out the later test target, every test candidate that was a training negative of the
+user would be known to be no target.
+"""
+
+import argparse
+
+import numpy as np
+
+from hanorec.data.protocol import Sequences
+from hanorec.run.files import UserError
+
+VIEWS = {"train": 0, "val": 1, "test": 2, "test_hard": 2}  # the last stage that a split sees, see `seen_stages`
+
+
+def seen_stages(data: Sequences, training: np.ndarray, leave_one_out: bool) -> np.ndarray:
+    """Return the stage in which each user touched each item of data.seen: [P], numbers in VIEWS.
+
+    With leave-one-out, stage 0 ends with the user's last training item, and stage 1 with the validation target. With
+    other splits a user belongs to one split, and everything is stage 0.
+
+    Args:
+        training: [U], number of each user's items that belong to training.
+    """
+    users, _, places = data.seen.T
+    if not leave_one_out:
+        return np.zeros(len(users), dtype=int)
+    last = data.start[:-1] + training - 1
+    return 0 + (places > data.times[last][users]) + (places > data.times[last + 1][users])
+
+
+class Negatives:
+    """Draws negatives. The negatives of a target have different titles, and none that the user has touched.
+
+    Args:
+        training: [U], number of each user's items that belong to training.
+        options: of which `negatives` (their number), `negative_sampling` and `split` are used. The sampling is
+            `uniform` over items, or `popularity`, in proportion to the training interactions of an item.
+    """
+
+    def __init__(self, data: Sequences, training: np.ndarray, options: argparse.Namespace):
+        self.data, self.count = data, options.negatives
+        codes: dict[str, int] = {}
+        self.title = np.array([codes.setdefault(title, len(codes)) for title in data.titles])  # [N] codes of titles
+        weight = np.ones(len(self.title), dtype=int)
+        if options.negative_sampling == "popularity":
+            place = np.arange(len(data.items)) - np.repeat(data.start[:-1], np.diff(data.start))
+            trained = place < np.repeat(training, np.diff(data.start))
+            weight = np.bincount(data.items[trained], minlength=len(self.title))
+        self.cumulative = np.cumsum(weight)
+        stages = seen_stages(data, training, options.split == "leave-one-out")
+        keys = data.seen[:, 0] * len(self.title) + self.title[data.seen[:, 1]]
+        order = np.lexsort((stages, keys))
+        self.seen, first = np.unique(keys[order], return_index=True)  # a sorted key for each (user, title)
+        self.stage = stages[order][first]  # the stage in which the user first touched an item of the title
+        drawable = np.unique(self.title[weight > 0])
+        touched = self.seen[np.isin(self.seen % len(self.title), drawable)] // len(self.title)
+        available = len(drawable) - int(np.bincount(touched, minlength=1).max())
+        if available < self.count:
+            fault = f"one user has seen all except {available} titles"
+            raise UserError(f"--negatives {self.count}: {fault}; lower --negatives")
+
+    def draw(self, split: str, positions: np.ndarray, users: np.ndarray, rng) -> np.ndarray:
+        """Draw the negatives of R targets: [R, count] item indices. Draw again those that are not allowed.
+
+        Args:
+            split: a name in VIEWS. test_hard gets the negatives that are most alike to the target.
+            positions: [R], of the targets in data.items. users: [R].
+        """
+        if split == "test_hard":
+            return np.array([self.most_alike(*target, rng) for target in zip(positions, users, strict=True)])
+        drawn = np.full((len(users), self.count), -1)
+        redraw = np.ones(drawn.shape, dtype=bool)
+        for _ in range(1000):
+            rows, columns = np.nonzero(redraw)
+            if not len(rows):
+                return drawn
+            draws = rng.random(len(rows)) * self.cumulative[-1]
+            drawn[rows, columns] = np.searchsorted(self.cumulative, draws, side="right")
+            changed = np.unique(rows)  # the other rows are complete
+            titles = self.title[drawn[changed]]
+            redraw[changed] = self.touched(split, users[changed, None], titles) | repeated(titles)
+        raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; lower --negatives")
+
+    def most_alike(self, position: int, user: int, rng) -> np.ndarray:
+        """Return the negatives of a target that share most labels with it: [count]. The first label counts most.
+
+        Items that share the same labels are taken in random order.
+        """
+        labels = self.data.alike
+        shared = np.cumprod(labels == labels[self.data.items[position]], axis=1).sum(1)
+        order = np.lexsort((rng.random(len(shared)), -shared))
+        order = order[~self.touched("test_hard", user, self.title[order])]
+        first = np.sort(np.unique(self.title[order], return_index=True)[1])  # the first item of each title
+        return order[first[: self.count]]
+
+    def touched(self, split: str, users: np.ndarray, titles: np.ndarray) -> np.ndarray:
+        """Return True for each title that its user has touched as the split sees it. Shapes broadcast."""
+        keys = users * len(self.title) + titles
+        nearest = np.minimum(np.searchsorted(self.seen, keys), len(self.seen) - 1)
+        return (self.seen[nearest] == keys) & (self.stage[nearest] <= VIEWS[split])
+
+
+def repeated(titles: np.ndarray) -> np.ndarray:
+    """Return [R, count]: True for a title that is also further left in its row."""
+    order = np.argsort(titles, axis=1, kind="stable")
+    ranked = np.take_along_axis(titles, order, axis=1)
+    repeats = np.zeros(titles.shape, dtype=bool)
+    np.put_along_axis(repeats, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
+    return repeats
+
+
+def drop_equal_titles(data: Sequences, targets: dict[str, np.ndarray], negatives: Negatives, positives: int) -> None:
+    """Drop each target with two positives of equal titles, because no two candidates may have the same title."""
+    for name, positions in targets.items():
+        titles = np.sort(negatives.title[data.items[positions[:, None] - np.arange(positives)]], axis=1)
+        distinct = (titles[:, 1:] != titles[:, :-1]).all(axis=1)
+        targets[name] = positions[distinct]
+        data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())

@@ -1,0 +1,85 @@
+"""The best possible ranking of the demo: the exact probability of each candidate under the process that made the data.
+
+A data folder may hold such scores of any origin, in the format of predictions.jsonl. evaluate.py shows oracle.jsonl as
+`ceiling` and oracle_titles.jsonl as `ceiling, titles`. The names for other splits begin with the split, as in
+val_oracle.jsonl.
+"""
+
+import argparse
+
+import numpy as np
+
+from hanorec.data.demo import DRIFT, KINDS, World, item_id, kind_probabilities, make_world
+from hanorec.data.folder import DataFolder
+from hanorec.ranking.exchange import write_predictions
+
+SPLITS = ("val", "test", "test_hard")
+CEILINGS = {"ceiling": "oracle", "ceiling, titles": "oracle_titles"}  # name of the file by row of the results table
+
+
+def ceiling_file(split: str, row: str) -> str:
+    """Return the name of the file with the scores of a row of the results table."""
+    return f"{'' if split == 'test' else split + '_'}{CEILINGS[row]}.jsonl"
+
+
+CEILING_FILES = [ceiling_file(split, row) for split in SPLITS for row in CEILINGS]
+
+
+def film_probabilities(world: World, titles_only: bool) -> np.ndarray:
+    """Return P(next film | taste): [KINDS, N], a row for each taste.
+
+    Args:
+        titles_only: for one who sees no posters. The kind of a film is then uncertain: it has the frequencies of the
+            kinds among the films whose titles name the same genre.
+    """
+    of_kind = np.zeros((KINDS, len(world.titles)))  # P(kind | what is seen of the film)
+    of_kind[world.kind, np.arange(len(world.titles))] = 1
+    if titles_only:
+        for word in np.unique(world.word):
+            films = world.word == word
+            of_kind[:, films] = of_kind[:, films].mean(axis=1, keepdims=True)
+    return kind_probabilities() @ of_kind * world.weight
+
+
+def forward(probabilities: np.ndarray, history: list[int], steps: int = 1) -> np.ndarray:
+    """Return P(taste before the next film | history) by the forward algorithm: [KINDS].
+
+    Args:
+        probabilities: [KINDS, N], P(film | taste).
+        steps: how many films later the next film is; 1: directly after the history.
+    """
+    belief = np.full(KINDS, 1 / KINDS)
+    for film in history:
+        belief = drift(belief) * probabilities[:, film]
+        belief /= belief.sum()
+    for _ in range(steps):
+        belief = drift(belief)
+    return belief
+
+
+def drift(belief: np.ndarray) -> np.ndarray:
+    """Return the distribution of the taste one film later: [KINDS]."""
+    return (1 - DRIFT) * belief + DRIFT / KINDS
+
+
+def write_ceilings(options: argparse.Namespace) -> None:
+    """Write the scores of every split of the demo: log P(candidate is the next film | all films before it).
+
+    The test scores are exact for one who sees titles and posters. Two things are approximate. Validation: that the test
+    film differs from the candidates is not used. Titles only: the kinds of the films are taken as independent.
+    """
+    data, world = DataFolder(options.out), make_world(options.seed)
+    film_of = {item_id(film): film for film in range(len(world.titles))}
+    films = np.array([film_of[item] for item in data.items.ids])  # by item index
+    for split in SPLITS:
+        examples = data.examples(split)
+        for row in CEILINGS:
+            probabilities = film_probabilities(world, titles_only=row != "ceiling")
+            scores = []
+            for example in examples:
+                own = world.histories[example.user]
+                before = own[: own.index(films[example.target]) - options.positives + 1]
+                belief = forward(probabilities, before, options.positives)
+                scores.append(np.log(belief @ probabilities[:, films[example.candidates]]))
+            path = options.out / ceiling_file(split, row)
+            write_predictions(path, data.items.ids, examples, np.array(scores), np.array(scores))
