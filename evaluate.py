@@ -109,7 +109,8 @@ from hanorec.model.encoding import Encoding
 from hanorec.model.finished import load_finished
 from hanorec.model.load import pick_dtype
 from hanorec.ranking.baselines import baseline_scores, interaction_counts
-from hanorec.ranking.exchange import ceiling_scores, read_scores, write_predictions, write_recbole
+from hanorec.ranking.ceiling import ceiling_scores
+from hanorec.ranking.exchange import read_scores, write_predictions, write_recbole
 from hanorec.ranking.markdown import tables
 from hanorec.ranking.metrics import Result, differences, pool, rank_changes
 from hanorec.ranking.recommending import examples_of_user, print_recommendations
@@ -134,7 +135,7 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
         raise UserError(f"{run} was trained on an earlier {data.folder}; train it again, or prepare that data again")
     if options.shuffle_images:
         popularity = interaction_counts([*data.sequences().values()], len(data.items))
-        encoding.tokens.image_of = other_images(data.items.images, popularity, options.seed)
+        encoding.tokens.give_images(other_images(data.items.images, popularity, options.seed))
     model = load_finished(run, encoding, pick_dtype(options.dtype, accelerator))
     pack = not (options.no_pack or trained.get("no_pack"))
     packed = load_packed(model, encoding, pack, accelerator.device)
@@ -147,16 +148,11 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
     return scores
 
 
-def split_prefix(split: str) -> str:
-    """Return the prefix for the names of a split's files, empty for test."""
-    return "" if split == "test" else f"{split}_"
-
-
 def file_prefix(options: argparse.Namespace) -> str:
     """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split
     with its images.
     """
-    prefix = split_prefix(options.split)
+    prefix = "" if options.split == "test" else f"{options.split}_"
     prefix += "blank_" if options.blank_images else "shuffled_" if options.shuffle_images else ""
     return prefix + (f"first{options.limit}_" if options.limit else "")
 
@@ -268,7 +264,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     rows = {name: [by_run[run] for run in runs.values()] for name, runs in groups.items()}
     rows |= {str(path): [measured(*read_scores(path, data.items.ids, examples), slicings)] for path in options.scores}
     results = {name: pool(row, options.seed) for name, row in rows.items()}
-    for name, scores in ceiling_scores(data, split_prefix(options.split), examples).items():
+    for name, scores in ceiling_scores(data, options.split, examples).items():
         results[name] = measured(*scores, {})
     for name, scores in baseline_scores(sequences, len(data.items), examples).items():
         results[name] = measured(scores, None, {})

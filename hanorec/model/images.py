@@ -93,7 +93,7 @@ class ImageTokens:
         live: None to read image tokens from `folder`; (data folder, image processor) to compute them in each batch.
 
     Attributes:
-        image_of: for each item the item whose image it has: itself, unless the caller sets other ones.
+        image_of: for each item the item whose image it has: itself, unless `give_images` was called.
     """
 
     def __init__(self, items: Items, folder: Path, blank_images: bool = False, live=None):
@@ -111,6 +111,14 @@ class ImageTokens:
         if self.live is None and not blank_images:
             shapes = {"image_tokens": (self.offsets[-1], width)}
             self.stored = load_tensors(folder / "image_tokens.safetensors", shapes, remedy)["image_tokens"]
+
+    def give_images(self, image_of: list[int]) -> None:
+        """Give each item the image of another one. An item with an image must get one, an item without none.
+
+        Args:
+            image_of: for each item the item whose image it gets.
+        """
+        self.image_of = image_of
 
     def length(self, item: int) -> int:
         """Return the number of image tokens of an item, 0 without an image."""

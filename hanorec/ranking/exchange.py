@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hanorec.data.folder import DataFolder, Example, Items
+from hanorec.data.folder import Example, Items
 from hanorec.data.tables import header_of, text_rows
 from hanorec.run.files import UserError, read_jsonl, replacing, write_jsonl
 
 # The fields of predictions.jsonl, and their types
 PREDICTION = {"user": object, "target": object, "candidates": list, "scores": (list, type(None))}
 
-# Files of exact probabilities in a data folder, by name of the row: for one who sees titles and images, or titles only
-CEILINGS = {"ceiling": "oracle", "ceiling, titles": "oracle_titles"}
 OTHER_CANDIDATES = "the file is of another split, or the data has been prepared again since; score these examples again"
 
 
@@ -75,20 +73,6 @@ def read_scores(path: Path, ids: list[str], examples: Sequence[Example]) -> tupl
     if len(scores) < len(examples) or len(yes_scores) not in (0, len(examples)):
         raise UserError(f"{path}: some examples have no scores, or only some have yes_scores; give them for all")
     return np.array(scores, dtype=float), np.array(yes_scores, dtype=float) if yes_scores else None
-
-
-def ceiling_scores(
-    data: DataFolder, prefix: str, examples: Sequence[Example]
-) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Read the exact probabilities that a data folder holds, in the form of predictions.jsonl.
-
-    Args:
-        prefix: of the split's files, such as `val_`; empty for test.
-
-    Returns (scores, yes_scores or None), [R, C] each, by name of the row. A row without a file is left out.
-    """
-    paths = {name: data.folder / f"{prefix}{file}.jsonl" for name, file in CEILINGS.items()}
-    return {name: read_scores(path, data.items.ids, examples) for name, path in paths.items() if path.exists()}
 
 
 def ordered_scores(path: Path, line: dict, key: str, candidates: list[str]) -> list[float]:

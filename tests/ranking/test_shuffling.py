@@ -42,7 +42,7 @@ def test_one_image_cannot_be_shuffled():
 def test_the_prompt_holds_the_other_items_image(prepared, images):
     data, plain = Opened(prepared, images=images), Opened(prepared)
     order = other_images(data.items.images, np.zeros(len(data.items)), 0)
-    data.tokens.image_of = order
+    data.tokens.give_images(order)
     example = data.examples("test", 1)[0]
     trees = [opened.prompts().evaluation_tree(example, "rank") for opened in (data, plain)]
     items = trees[0][0].images
