@@ -5,19 +5,21 @@ import shutil
 
 import pytest
 from conftest import Opened
+from safetensors.torch import load_file, save_file
 from stages import dpo, lines, refused
 
 import evaluate
 from hanorec.model import finished
 from hanorec.model.load import load_tokenizer
 from hanorec.ranking import exchange
-from hanorec.run.files import UserError
+from hanorec.run.files import UserError, file_hash, write_json, write_jsonl
+from hanorec.run.runs import weights_hash
 
 
 def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
-    results = evaluate.main(["--run", str(dpo_run), "--compare", str(sft_run)])
+    results = evaluate.main(["--run", str(dpo_run), "--compare", str(sft_run), "--slices"])
     table = capsys.readouterr().out
-    for name in ("popularity", "co-occurrence", "chance", f"{dpo_run} minus {sft_run}", "leave-one-out", "seed 42"):
+    for name in ("popularity", "co-occurrence", "chance", f"minus {sft_run}", "leave-one-out", "seed 42"):
         assert name in table
     rows = lines(dpo_run / "predictions.jsonl")
     assert len(rows) == len(lines(sft_run / "predictions.jsonl")) > 5
@@ -26,6 +28,14 @@ def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
         assert row["target"] in row["candidates"] and max(row["scores"]) < 0
     metrics = json.loads((dpo_run / "metrics.json").read_text())
     assert metrics["values"] == pytest.approx(results[str(dpo_run)].values)
+    difference = results[f"{dpo_run} minus {sft_run}"]
+    for stored, result in ((metrics, results[str(dpo_run)]), (metrics[f"minus {sft_run}"], difference)):
+        assert len(stored["slices"]) == 4
+        for slicing, slices in stored["slices"].items():
+            assert sum(part["examples"] for part in slices.values()) == len(rows)
+            for name, part in slices.items():
+                assert part["intervals"]["MRR"] == result.slices[slicing][name].interval("MRR")
+                assert table.count(f" {name} ") >= 2
     low, high = metrics["intervals"]["NDCG@3"]
     assert low <= metrics["values"]["NDCG@3"] <= high
     data = str(json.loads((sft_run / "config.json").read_text())["options"]["data"])
@@ -90,11 +100,48 @@ def test_a_dpo_run_is_refused_once_its_sft_run_has_other_weights(sft_run, tmp_pa
     assert "trained on other weights" in refused(capsys, evaluate.main, "--run", tmp_path / "dpo")
 
 
-def test_blank_images_at_evaluation_change_the_scores(sft_run):
-    evaluate.main(["--run", str(sft_run)])
-    before = (sft_run / "predictions.jsonl").read_text()
-    evaluate.main(["--run", str(sft_run), "--blank-images"])
-    assert (sft_run / "predictions.jsonl").read_text() == before != (sft_run / "blank_predictions.jsonl").read_text()
+def test_blank_and_shuffled_images_change_the_scores(sft_run, monkeypatch, capsys):
+    """The share of changed ranks is that of the files; without the run's own predictions they are computed."""
+    words = ["--run", str(sft_run), "--limit", "6"]
+    evaluate.main(words)
+    own = (sft_run / "first6_predictions.jsonl").read_text()
+    scored = []
+    score_run = evaluate.score_run
+    monkeypatch.setattr(evaluate, "score_run", lambda *given: scored.append(given) or score_run(*given))
+
+    def ranks(prefix):
+        rows = lines(sft_run / f"{prefix}predictions.jsonl")
+        positions = [row["candidates"].index(row["target"]) for row in rows]
+        return [
+            (sum(s > row["scores"][n] for s in row["scores"]), sum(s == row["scores"][n] for s in row["scores"]))
+            for row, n in zip(rows, positions, strict=True)
+        ]
+
+    for option, prefix in (("--blank-images", "blank_first6_"), ("--shuffle-images", "shuffled_first6_")):
+        scored.clear()
+        evaluate.main([*words, option])
+        assert len(scored) == 1
+        assert (
+            (sft_run / "first6_predictions.jsonl").read_text()
+            == own
+            != (sft_run / f"{prefix}predictions.jsonl").read_text()
+        )
+        changed = sum(one != other for one, other in zip(ranks(prefix), ranks("first6_"), strict=True)) / len(
+            ranks("first6_")
+        )
+        assert json.loads((sft_run / f"{prefix}metrics.json").read_text())["rank_changes"] == pytest.approx(changed)
+        assert f"{changed:.1%} of the targets have another rank" in capsys.readouterr().out
+    stored = (sft_run / "shuffled_first6_predictions.jsonl").read_text()
+    (sft_run / "first6_predictions.jsonl").unlink()
+    scored.clear()
+    evaluate.main([*words, "--shuffle-images", "--images", "live"])
+    assert len(scored) == 2 and not (sft_run / "first6_predictions.jsonl").exists()
+    assert f"{changed:.1%} of the targets have another rank" in capsys.readouterr().out
+    for one, other in zip(stored.splitlines(), lines(sft_run / "shuffled_first6_predictions.jsonl"), strict=True):
+        assert other["scores"] == pytest.approx(json.loads(one)["scores"], abs=1e-4)
+    error = refused(capsys, evaluate.main, "--run", sft_run, "--shuffle-images", "--blank-images")
+    assert "give --blank-images or --shuffle-images, not both" in error
+    assert "do not give --pool, --slices" in refused(capsys, evaluate.main, "--user", "1", "--slices")
 
 
 def test_a_run_of_other_titles_is_refused(sft_run, monkeypatch, capsys):
@@ -123,3 +170,83 @@ def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, mo
     assert "x.jsonl does not exist" in error
     monkeypatch.chdir(tmp_path)
     assert "run sft.py first" in refused(capsys, evaluate.main)
+
+
+def another_run(run, out, seed, **options):
+    """A copy of a finished run with other options, and with other weights for another seed."""
+    shutil.copytree(run, out)
+    config = json.loads((out / "config.json").read_text())
+    config["options"] |= {"seed": seed, "out": str(out), **options}
+    write_json(out / "config.json", config)
+    weights = load_file(out / "model" / "model.safetensors")
+    save_file(
+        {n: v * (1 + seed / 20) for n, v in weights.items()}, out / "model" / "model.safetensors", {"format": "pt"}
+    )
+    write_json(out / "result.json", json.loads((out / "result.json").read_text()) | {"weights": weights_hash(out)})
+    return str(out)
+
+
+def test_runs_of_several_seeds_are_pooled_and_compared_by_seed(sft_run, tmp_path, capsys):
+    high = [another_run(sft_run, tmp_path / f"high-{seed}", seed, lr=0.5) for seed in (2, 1)]
+    low = [another_run(sft_run, tmp_path / f"low-{seed}", seed) for seed in (1, 2)]
+    words = ["--limit", "6", "--pool", "--run", *high, *low]
+    results = evaluate.main([*words, "--compare", low[1]])
+    one, two = f"{tmp_path}/high-* (2 seeds)", f"{tmp_path}/low-* (2 seeds)"
+    assert list(results) == [one, two, "co-occurrence", "popularity", "chance", f"{one} minus {two}"]
+    assert one in capsys.readouterr().out
+    single = [json.loads((tmp_path / f"low-{seed}" / "first6_metrics.json").read_text())["values"] for seed in (1, 2)]
+    for name, value in results[two].values.items():
+        assert value == pytest.approx((single[0][name] + single[1][name]) / 2)
+        assert results[two].sd[name] == pytest.approx(abs(single[0][name] - single[1][name]) / 2**0.5)
+    difference = results[f"{one} minus {two}"]  # the weights of equal seeds are equal
+    assert difference.interval("AUC") == [0, 0] and difference.sd["AUC"] == 0
+    error = refused(capsys, evaluate.main, "--pool", "--run", *low, high[0], "--compare", low[1])
+    assert f"{high[0]} has 2, but {two} has 1, 2" in error
+    for few in (low[:1], [low[0], high[0]]):
+        assert "differ in nothing but --seed" in refused(capsys, evaluate.main, "--pool", "--run", *few)
+    assert "several runs only with --pool" in refused(capsys, evaluate.main, "--run", *low, "--compare", *low)
+
+
+def test_ceilings_and_hard_candidates(data, sft_run, capsys):
+    """A data folder may hold exact probabilities and a split of harder negatives."""
+    assert "has no split test_hard" in refused(capsys, evaluate.main, "--run", sft_run, "--split", "test_hard")
+    rows = lines(data / "test.jsonl")
+    items = [line["item"] for line in lines(data / "items.jsonl")]
+    hard = []
+    for row in rows:
+        others = [item for item in items if item != row["target"]][:4]
+        hard.append(row | {"candidates": [*others, row["target"]], "rejected": others[0]})
+    write_jsonl(data / "test_hard.jsonl", hard)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["files"]["test_hard.jsonl"] = file_hash(data / "test_hard.jsonl")
+    write_json(data / "manifest.json", manifest)
+
+    def predictions(name, rows, yes=None):
+        for row in rows:
+            row["scores"] = [float(item == row["target"]) for item in row["candidates"]]
+            row["yes_scores"] = yes and [-score for score in row["scores"]]
+        write_jsonl(data / name, rows)
+        return str(data / name)
+
+    words = ["--data", str(data), "--scores"]
+    other = predictions("mine.jsonl", rows)
+    assert "ceiling" not in evaluate.main([*words, other])
+    predictions("oracle.jsonl", rows, yes=True)
+    predictions("oracle_titles.jsonl", rows)
+    results = evaluate.main([*words, other])
+    assert list(results) == [other, "ceiling", "ceiling, titles", "co-occurrence", "popularity", "chance"]
+    assert results["ceiling"].values["HR@1"] == 1 > max(results["popularity"].values["HR@1"], 0.1)
+    assert results["ceiling"].values["AUC"] == 0 and results["ceiling, titles"].values["AUC"] == 1
+
+    hard_scores = predictions("hard.jsonl", hard)
+    capsys.readouterr()
+    words += [hard_scores, "--split", "test_hard"]
+    assert "ceiling" not in evaluate.main(words)
+    printed = capsys.readouterr().out
+    assert (
+        "5 candidates, hard negatives, seed 42, test_hard.jsonl " + file_hash(data / "test_hard.jsonl")[:8] in printed
+    )
+    predictions("test_hard_oracle.jsonl", hard)
+    assert evaluate.main(words)["ceiling"].values["HR@1"] == 1
+    error = refused(capsys, evaluate.main, "--data", data, "--scores", hard_scores)
+    assert "not the candidates of this data: the file is of another split, or the data has been prepared again" in error

@@ -91,10 +91,14 @@ class ImageTokens:
         folder: a folder that `encode_items` wrote.
         blank_images: replace every image by the neutral image.
         live: None to read image tokens from `folder`; (data folder, image processor) to compute them in each batch.
+
+    Attributes:
+        image_of: for each item the item whose image it has: itself, unless `give_images` was called.
     """
 
     def __init__(self, items: Items, folder: Path, blank_images: bool = False, live=None):
         self.ids, self.paths, self.blank_images = items.ids, items.images, blank_images
+        self.image_of = list(range(len(items)))
         self.live = None if blank_images else live  # the neutral image's tokens are always stored
         path, count = folder / "items.safetensors", len(items)
         remedy = "encode the data again"
@@ -108,24 +112,34 @@ class ImageTokens:
             shapes = {"image_tokens": (self.offsets[-1], width)}
             self.stored = load_tensors(folder / "image_tokens.safetensors", shapes, remedy)["image_tokens"]
 
+    def give_images(self, image_of: list[int]) -> None:
+        """Give each item the image of another one. An item with an image must get one, an item without none.
+
+        Args:
+            image_of: for each item the item whose image it gets.
+        """
+        self.image_of = image_of
+
     def length(self, item: int) -> int:
         """Return the number of image tokens of an item, 0 without an image."""
-        length = self.offsets[item + 1] - self.offsets[item]
+        source = self.image_of[item]
+        length = self.offsets[source + 1] - self.offsets[source]
         return len(self.vectors["neutral"]) if length and self.blank_images else length
 
     def of(self, item: int) -> torch.Tensor:
         """Return the stored image tokens [n, width] of an item that has an image."""
         if self.blank_images:
             return self.vectors["neutral"]
-        return self.stored[self.offsets[item] : self.offsets[item + 1]]
+        source = self.image_of[item]
+        return self.stored[self.offsets[source] : self.offsets[source + 1]]
 
     def grid(self, item: int) -> torch.Tensor:
         """Return time, height and width of an item's image in patches, [3]; zeros if positions need no grid."""
-        return self.vectors["neutral_grid"] if self.blank_images else self.vectors["grid"][item]
+        return self.vectors["neutral_grid"] if self.blank_images else self.vectors["grid"][self.image_of[item]]
 
     def means(self) -> torch.Tensor:
         """Return each item's mean image token [N, d], float32; zeros for an item without an image."""
-        means = self.vectors["image"]
+        means = self.vectors["image"][self.image_of]
         if not self.blank_images:
             return means
         has_image = means.abs().sum(-1, keepdim=True) > 0
@@ -134,11 +148,12 @@ class ImageTokens:
     def pixels(self, items: list[int]) -> dict[str, torch.Tensor]:
         """Open the images of these items, for live images. Returns the vision tower's inputs."""
         folder, processor = self.live
-        return families.image_inputs(processor, [open_image(folder / self.paths[item]) for item in items], "cpu")
+        images = [open_image(folder / self.paths[self.image_of[item]]) for item in items]
+        return families.image_inputs(processor, images, "cpu")
 
     def sizes(self, items: Iterable[int]) -> list[tuple[str, int]]:
-        """Return (item id, number of image tokens) of each of these items, for `check_sizes`."""
-        return [(self.ids[item], self.length(item)) for item in items]
+        """Return (id of the image's item, number of image tokens) of each of these items, for `check_sizes`."""
+        return [(self.ids[self.image_of[item]], self.length(item)) for item in items]
 
 
 def check_sizes(sizes: list[tuple[str, int]], images: list[torch.Tensor]) -> None:

@@ -1,17 +1,18 @@
-"""The best possible ranking of the demo: the exact probability of each candidate under the process that made the data.
+"""The best possible ranking: the exact probability of each candidate under the process that made the data.
 
-A data folder may hold such scores of any origin, in the format of predictions.jsonl. evaluate.py shows oracle.jsonl as
-`ceiling` and oracle_titles.jsonl as `ceiling, titles`. The names for other splits begin with the split, as in
-val_oracle.jsonl.
+This module writes it for the demo. A data folder may hold such scores of any origin, in the format of
+predictions.jsonl. evaluate.py shows oracle.jsonl as `ceiling` and oracle_titles.jsonl as `ceiling, titles`. The names
+for other splits begin with the split, as in val_oracle.jsonl.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 
 from hanorec.data.demo import DRIFT, KINDS, World, item_id, kind_probabilities, make_world
-from hanorec.data.folder import DataFolder
-from hanorec.ranking.exchange import write_predictions
+from hanorec.data.folder import DataFolder, Example
+from hanorec.ranking.exchange import read_scores, write_predictions
 
 SPLITS = ("val", "test", "test_hard")
 CEILINGS = {"ceiling": "oracle", "ceiling, titles": "oracle_titles"}  # name of the file by row of the results table
@@ -23,6 +24,17 @@ def ceiling_file(split: str, row: str) -> str:
 
 
 CEILING_FILES = [ceiling_file(split, row) for split in SPLITS for row in CEILINGS]
+
+
+def ceiling_scores(
+    data: DataFolder, split: str, examples: Sequence[Example]
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Read the scores that a data folder holds: (scores, yes_scores or None), [R, C] each, by row of the results table.
+
+    A row without a file is left out.
+    """
+    paths = {row: data.folder / ceiling_file(split, row) for row in CEILINGS}
+    return {row: read_scores(path, data.items.ids, examples) for row, path in paths.items() if path.exists()}
 
 
 def film_probabilities(world: World, titles_only: bool) -> np.ndarray:

@@ -13,6 +13,8 @@ from hanorec.run.files import UserError, read_jsonl, replacing, write_jsonl
 # The fields of predictions.jsonl, and their types
 PREDICTION = {"user": object, "target": object, "candidates": list, "scores": (list, type(None))}
 
+OTHER_CANDIDATES = "the file is of another split, or the data has been prepared again since; score these examples again"
+
 
 def write_predictions(
     path: Path, ids: list[str], examples: Sequence[Example], scores: np.ndarray | None, yes_scores: np.ndarray | None
@@ -63,7 +65,7 @@ def read_scores(path: Path, ids: list[str], examples: Sequence[Example]) -> tupl
         target, candidates = ids[example.target], [ids[candidate] for candidate in example.candidates]
         line = by_example.get((example.user, target))
         if line is None:
-            raise UserError(f"{path} has no line for user {example.user} with target {target}")
+            raise UserError(f"{path} has no line for user {example.user} with target {target}: {OTHER_CANDIDATES}")
         if line["scores"] is not None:
             scores.append(ordered_scores(path, line, "scores", candidates))
         if line.get("yes_scores") is not None:
@@ -81,7 +83,7 @@ def ordered_scores(path: Path, line: dict, key: str, candidates: list[str]) -> l
     """
     line_candidates = [str(candidate) for candidate in line["candidates"]]
     if sorted(line_candidates) != sorted(candidates):
-        raise UserError(f"{path}, user {line['user']}: not the candidates of this data")
+        raise UserError(f"{path}, user {line['user']}: not the candidates of this data: {OTHER_CANDIDATES}")
     values = line[key] if isinstance(line[key], list) else []
     finite = all(isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in values)
     if not finite or len(values) != len(candidates):

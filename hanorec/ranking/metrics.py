@@ -1,14 +1,13 @@
-"""Compute metrics of ranked candidates from arrays: values, bootstrap replicates, intervals, and their table."""
+"""Compute metrics of ranked candidates from arrays: values, replicates and intervals, of one run or of several."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
 LONG_METRICS = ("Recall@5", "Recall@10", "Recall@20", "NDCG@10", "NDCG@20")
 LIST_LENGTH = 20  # more candidates than this have LONG_METRICS too
-LONG_TABLE = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20")
-CELL = 19  # characters of a cell, such as .659 [.623, .693] with spaces around it
 
 
 def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,6 +42,22 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     return metrics
 
 
+def rank_changes(scores: np.ndarray, other: np.ndarray, target: np.ndarray) -> float:
+    """Return the share of examples whose target has another rank in the other scores. Ties have their mean rank.
+
+    Args:
+        scores, other: [R, C].
+        target: [R], the target's column.
+    """
+    ranks = []
+    for values in (scores, other):
+        target_score = np.take_along_axis(values, target[:, None], axis=1)
+        ranks.append(
+            (values > target_score).sum(1) + (values >= target_score).sum(1)
+        )  # twice the rank, less a constant
+    return float((ranks[0] != ranks[1]).mean())
+
+
 def group_auc(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return for each example the share of its negatives below its target: [R]. A tie counts half. The mean is GAUC."""
     target_score = np.take_along_axis(scores, target[:, None], axis=1)
@@ -75,15 +90,21 @@ def pooled_auc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray | Non
 
 @dataclass
 class Result:
-    """A system's metrics of one split.
+    """A system's metrics of one split, or the difference of two systems' metrics.
 
     Args:
-        values: by name.
-        replicates: [S] by name, the metric of each of S bootstrap resamples of the examples.
+        values: by name; of several seeds the mean.
+        replicates: [S] by name, the metric of each of S bootstrap resamples.
+        examples: the number of examples.
+        sd: of several seeds, the standard deviation over the seeds, by name.
+        slices: results of parts of the examples, by name of the slicing and name of the slice.
     """
 
     values: dict[str, float]
     replicates: dict[str, np.ndarray]
+    examples: int = 0
+    sd: dict[str, float] = field(default_factory=dict)
+    slices: dict[str, dict[str, "Result"]] = field(default_factory=dict)
 
     def interval(self, name: str) -> list[float]:
         """Return a metric's 95% interval: [low, high]."""
@@ -93,7 +114,22 @@ class Result:
         """Return the paired difference of two systems. It requires that both were measured with the same seed."""
         shared = [name for name in self.values if name in other.values]
         values = {name: self.values[name] - other.values[name] for name in shared}
-        return Result(values, {name: self.replicates[name] - other.replicates[name] for name in shared})
+        replicates = {name: self.replicates[name] - other.replicates[name] for name in shared}
+        slices = {
+            slicing: {name: part.minus(other.slices[slicing][name]) for name, part in parts.items()}
+            for slicing, parts in self.slices.items()
+        }
+        return Result(values, replicates, self.examples, slices=slices)
+
+    def summary(self) -> dict:
+        """Return the result as JSON values, for metrics.json."""
+        summary = {"values": self.values, "intervals": {name: self.interval(name) for name in self.values}}
+        if self.slices:
+            summary["slices"] = {
+                slicing: {name: {"examples": part.examples, **part.summary()} for name, part in parts.items()}
+                for slicing, parts in self.slices.items()
+            }
+        return summary
 
 
 def measure(
@@ -119,43 +155,50 @@ def measure(
         replicates["AUC"] = pooled_auc(yes_scores, target, weights)
     for name, value in by_example.items():
         values[name], replicates[name] = float(value.mean()), weights @ value / count
-    return Result({name: values[name] for name in (*METRICS, *LONG_METRICS) if name in values}, replicates)
+    return Result({name: values[name] for name in (*METRICS, *LONG_METRICS) if name in values}, replicates, count)
 
 
-def tables(results: dict[str, Result]) -> str:
-    """Return the results as a Markdown table, and a second table if a result has metrics of long lists."""
-    text = table(results, METRICS)
-    if any(name in result.values for result in results.values() for name in LONG_METRICS):
-        text += "\n\n" + table(results, LONG_TABLE)
-    return text
+def pool(results: Sequence[Result], seed: int = 0) -> Result:
+    """Pool the results of runs that differ in their seed: means, standard deviations, and a hierarchical bootstrap.
 
+    A replicate draws runs with replacement, and then examples with replacement, which `measure` has drawn: the same
+    examples for every run. The same runs are drawn for every system with as many runs. So a difference is paired by
+    seed and by example if `results` are the differences of runs with equal seeds.
 
-def table(results: dict[str, Result], columns: tuple[str, ...]) -> str:
-    """Return a Markdown table with a row for each system, each value with its 95% interval."""
-    width = max(map(len, results))
-    lines = [
-        f"| {'':{width}} | " + " | ".join(f"{name:^{CELL}}" for name in columns) + " |",
-        f"|{'-' * (width + 2)}|" + ("-" * (CELL + 2) + "|") * len(columns),
-    ]
-    for name, result in results.items():
-        cells = [cell(result, metric) for metric in columns]
-        lines.append(f"| {name:{width}} | " + " | ".join(f"{text:^{CELL}}" for text in cells) + " |")
-    return "\n".join(lines)
-
-
-def cell(result: Result, metric: str) -> str:
-    """Return a value and its interval, such as `.659 [.623, .693]`; `-` if the result lacks the metric."""
-    if metric not in result.values:
-        return "-"
-    low, high = result.interval(metric)
-    return f"{short(result.values[metric])} [{short(low)}, {short(high)}]"
-
-
-def short(value: float) -> str:
-    """Format a number with three decimals, without a zero before the point.
-
-    >>> short(0.6591), short(-0.0001), short(10.5)
-    ('.659', '.000', '10.500')
+    Args:
+        results: one for each run, measured with the same `seed`. One result is returned as it is.
+        seed: of the bootstrap.
     """
-    text = f"{value:.3f}".replace("-0.000", "0.000")
-    return text.replace("0.", ".") if abs(value) < 1 else text
+    if len(results) == 1:
+        return results[0]
+    first, count = results[0], len(results)
+    resamples = len(next(iter(first.replicates.values())))
+    draws = np.random.default_rng([seed, 1]).multinomial(count, np.full(count, 1 / count), size=resamples)  # [S, runs]
+    by_run = {name: np.array([result.values[name] for result in results]) for name in first.values}
+    replicates = {}
+    for name in by_run:
+        own = np.stack([result.replicates[name] for result in results], axis=1)  # [S, runs]
+        replicates[name] = (draws * own).sum(1) / count
+    slices = {
+        slicing: {name: pool([result.slices[slicing][name] for result in results], seed) for name in parts}
+        for slicing, parts in first.slices.items()
+    }
+    values = {name: float(numbers.mean()) for name, numbers in by_run.items()}
+    sd = {name: float(numbers.std(ddof=1)) for name, numbers in by_run.items()}
+    return Result(values, replicates, first.examples, sd, slices)
+
+
+def differences(rows: dict[str, list[Result]], reference: str, seed: int) -> dict[str, Result]:
+    """Return the paired difference of every other row to the row `reference`, by name of the row.
+
+    Args:
+        rows: the results of each row's runs, in order of their seeds. Another system has one result.
+        seed: of the bootstrap.
+    """
+    found = {}
+    for name, results in rows.items():
+        if name != reference:
+            others = rows[reference]
+            results = results * len(others) if len(results) == 1 else results
+            found[name] = pool([one.minus(other) for one, other in zip(results, others, strict=True)], seed)
+    return found

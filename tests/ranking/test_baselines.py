@@ -1,20 +1,17 @@
-"""Popularity and co-occurrence against brute-force loops."""
+"""Popularity and co-occurrence against brute-force loops, and what they may count."""
+
+import csv
+from collections import Counter
 
 import numpy as np
+from conftest import Opened
 
-from hanorec.ranking.baselines import cooccurrence_scores, popularity_scores
+from hanorec.ranking.baselines import cooccurrence_scores, interaction_counts, popularity_scores
 
 
 def test_popularity_and_cooccurrence_equal_brute_force():
     rng = np.random.default_rng(0)
     sequences = [rng.permutation(12)[: rng.integers(2, 8)].tolist() for _ in range(30)]
-
-    class Data:
-        items = range(12)
-
-        @staticmethod
-        def sequences():
-            return dict(enumerate(sequences))
 
     class Sample:
         def __init__(self):
@@ -23,8 +20,29 @@ def test_popularity_and_cooccurrence_equal_brute_force():
 
     rows = [Sample() for _ in range(9)]
     popularity = [[sum(c in s for s in sequences) for c in row.candidates] for row in rows]
-    assert popularity_scores(Data, rows).tolist() == popularity
+    assert popularity_scores(sequences, 12, rows).tolist() == popularity
     together = [
         [sum(c in s and i in s for s in sequences for i in row.history) for c in row.candidates] for row in rows
     ]
-    assert cooccurrence_scores(Data, rows).tolist() == together
+    assert cooccurrence_scores(sequences, 12, rows).tolist() == together
+
+
+def test_baselines_count_training_interactions_alone(prepared):
+    """All ratings, less the targets of validation and test."""
+    data = Opened(prepared)
+    with open(prepared.parent / "raw" / "ratings.csv", encoding="utf-8-sig") as file:
+        ratings = Counter((row["userId"], row["movieId"]) for row in csv.DictReader(file))
+    ids, used = data.items.ids, Counter()
+    for split in ("val", "test"):
+        used.update((example.user, ids[example.target]) for example in data.examples(split))
+    users = data.sequences()
+    expected = Counter()
+    for (user, item), count in ratings.items():
+        if user in users:
+            expected[item] += count - used[user, item]
+    counts = interaction_counts([*users.values()], len(ids))
+    assert dict(zip(ids, counts.tolist(), strict=True)) == {item: expected[item] for item in ids}
+    for split in ("val", "test"):
+        examples = data.examples(split)
+        scores = popularity_scores([*users.values()], len(ids), examples)
+        assert scores.tolist() == [[expected[ids[item]] for item in example.candidates] for example in examples]

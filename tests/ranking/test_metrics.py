@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from hanorec.ranking import metrics
+from hanorec.ranking import markdown, metrics
 from hanorec.ranking.metrics import LONG_METRICS
 
 
@@ -55,7 +55,7 @@ def test_long_lists_have_recall_too():
         assert (found[f"Recall@{k}"] == (rank <= k)).all()
         assert found[f"NDCG@{k}"] == pytest.approx([1 / math.log2(1 + r) if r <= k else 0 for r in rank])
     result = {"it": metrics.measure(scores, scores, target, resamples=10)}
-    assert len(metrics.tables(result).split("\n\n")) == 2 and " - " not in metrics.tables(result)
+    assert len(markdown.tables(result).split("\n\n")) == 4 and " - " not in markdown.tables(result)
     assert not set(LONG_METRICS) & set(metrics.measure(scores[:, :20], None, target, resamples=10).values)
 
 
@@ -112,7 +112,7 @@ def test_paired_difference_is_narrower_than_unpaired():
 
 def test_cells_lose_the_zero_before_the_point_and_no_other():
     result = metrics.Result({"MRR": 10.5}, {"MRR": np.array([-0.5, 20.25])})
-    assert metrics.cell(result, "MRR") == "10.500 [.019, 19.731]"
+    assert markdown.cell(result, "MRR") == "10.500 [.019, 19.731]"
     result = metrics.Result({"MRR": -0.0001}, {"MRR": np.array([-0.25, -0.25])})
-    assert metrics.cell(result, "MRR") == ".000 [-.250, -.250]"
-    assert metrics.cell(result, "AUC") == "-"
+    assert markdown.cell(result, "MRR") == ".000 [-.250, -.250]"
+    assert markdown.cell(result, "AUC") == "-"
