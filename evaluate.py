@@ -100,6 +100,7 @@ from hanorec.ranking.baselines import baseline_scores
 from hanorec.ranking.exchange import read_scores, write_predictions, write_recbole
 from hanorec.ranking.metrics import Result, measure, tables
 from hanorec.ranking.recommending import examples_of_user, print_recommendations
+from hanorec.ranking.sasrec import trained_scores
 from hanorec.ranking.scoring import score_examples, target_columns
 from hanorec.run.launch import start_accelerator
 from mllm_srec.chain_of_thought import load_prompts, training_hash
@@ -196,7 +197,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         compared = results[str(options.compare)]
         differences = {name: result.minus(compared) for name, result in results.items() if result is not compared}
         results |= {f"{name} minus {options.compare}": difference for name, difference in differences.items()}
-    for name, scores in baseline_scores(data, examples).items():
+    baselines = trained_scores(data, options.split, examples) | baseline_scores(data, examples)
+    for name, scores in baselines.items():
         results[name] = measure(scores, scores, targets, options.seed)
 
     line = protocol(data, examples, options)

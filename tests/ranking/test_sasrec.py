@@ -10,6 +10,7 @@ import torch
 from layouts import lines
 from spoilt import refused, sign
 
+import evaluate
 from hanorec.data.folder import DataFolder, Example, Items
 from hanorec.ranking import sasrec
 from hanorec.ranking.baselines import popularity_scores
@@ -174,6 +175,9 @@ def test_evaluate_reads_the_scores_only_of_this_data(data, capsys):
     first = sasrec.trained_scores(folder, "test", examples["test"][:1])["SASRec"]
     assert first.shape == (1, len(examples["test"][0].candidates))
 
+    table = evaluate.main(["--data", str(data), "--scores", str(data / "sasrec" / "predictions.jsonl")])
+    assert "SASRec" in table and table["SASRec"].values == table[str(data / "sasrec" / "predictions.jsonl")].values
+
     capsys.readouterr()
     rows = lines(data / "val.jsonl")
     (data / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
@@ -193,6 +197,20 @@ def test_hard_candidates_are_scored_if_there_are_any(data):
     sign(data)
     train_on(data)
     assert (out / "test_hard_predictions.jsonl").read_bytes() == (out / "predictions.jsonl").read_bytes()
+
+
+def test_preparing_again_removes_the_scores(tmp_path):
+    from conftest import movielens, words
+
+    import prepare_data
+
+    movielens(tmp_path / "raw", users=30)
+    argv = words("--dataset", "movielens", "--source", tmp_path / "raw", "--out", tmp_path / "data")
+    prepare_data.main(argv)
+    out = train_on(tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()  # interrupted
+    prepare_data.main(argv)
+    assert not out.exists()
 
 
 def test_mistakes_give_one_line(data, tmp_path, capsys):
