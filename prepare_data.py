@@ -123,7 +123,7 @@ from hanorec.run.runs import json_options
 from mllm_srec.texts import read_texts, without_words
 
 # The files of a data folder without manifest.json: an earlier command was interrupted
-DATA_FILES = {"images", "tiny", "encoded", "summaries", "descriptions.jsonl", *(f"{name}.jsonl" for name in FILES)}
+DATA_FILES = {"images", "tiny", "encoded", "sasrec", "summaries", "descriptions.jsonl", *(f"{n}.jsonl" for n in FILES)}
 # Options that do not change the data files
 NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
 
@@ -156,6 +156,7 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
             raise UserError(f"no {name} examples from {users} users with the split {options.split}; add users")
     (out / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(out / "encoded", ignore_errors=True)  # the encodings of the old data
+    shutil.rmtree(out / "sasrec", ignore_errors=True)  # the scores of the old candidates
     images = [os.path.relpath(path, out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     write_jsonl(out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))
