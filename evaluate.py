@@ -15,20 +15,21 @@ has a bootstrap interval. Where the data folder holds exact probabilities, their
 import argparse
 from pathlib import Path
 
+from hanorec.data.folder import EVALUATED
 from hanorec.ranking.pooling import Groups, group_runs, reference_group
 from hanorec.run.files import UserError, one_line_errors, printable, read_json, write_json
 from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, positive_int
 from hanorec.run.runs import read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
-SPLIT_HELP = "the split to evaluate; test_hard: the targets of test among harder negatives, if the data folder has it"
+SPLIT_HELP = "the split to evaluate; test_...: the targets of test among other candidates, if the data folder has them"
 COMPARE_HELP = "also print the difference of every other run and system to this run; with --pool to the group of these"
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
     "": [
         Option("--run", Path, [], "run folders", nargs="+", shown="those in runs/demo"),
         Option("--data", Path, None, "data folder; needed for --scores without --run"),
-        Option("--split", ["val", "test", "test_hard"], "test", SPLIT_HELP),
+        Option("--split", [*EVALUATED], "test", SPLIT_HELP),
         Option("--limit", non_negative_int, 0, "maximum number of examples, the first ones; 0: all"),
         Option("--blank-images", bool, False, "replace every image by a neutral one"),
         Option("--shuffle-images", bool, False, "give every item the image of another item of like popularity"),
@@ -114,6 +115,7 @@ from hanorec.ranking.exchange import read_scores, write_predictions, write_recbo
 from hanorec.ranking.markdown import tables
 from hanorec.ranking.metrics import Result, differences, pool, rank_changes
 from hanorec.ranking.recommending import examples_of_user, print_recommendations
+from hanorec.ranking.sasrec import trained_scores
 from hanorec.ranking.scoring import score_examples, target_columns
 from hanorec.ranking.shuffling import other_images
 from hanorec.ranking.slices import Slicings, make_slicings, measure_slices
@@ -160,7 +162,8 @@ def file_prefix(options: argparse.Namespace) -> str:
 def protocol(data: DataFolder, examples: list[Example], options: argparse.Namespace) -> str:
     """Describe the data and the protocol of the results in one line. Other candidates have another hash."""
     prepared, file = data.manifest["options"], f"{options.split}.jsonl"
-    negatives = "hard" if options.split == "test_hard" else prepared["negative_sampling"]
+    further = {"test_hard": "hard", "test_popularity": "popularity", "test_99": "uniform"}
+    negatives = further.get(options.split, prepared["negative_sampling"])
     text = f"{data.folder}: {options.split} ({prepared['split']}), {len(examples)} examples, "
     text += f"{len(examples[0].candidates)} candidates, {negatives} negatives, seed {prepared['seed']}, "
     images = ", blank images" if options.blank_images else ", shuffled images" if options.shuffle_images else ""
@@ -266,7 +269,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     results = {name: pool(row, options.seed) for name, row in rows.items()}
     for name, scores in ceiling_scores(data, options.split, examples).items():
         results[name] = measured(*scores, {})
-    for name, scores in baseline_scores(sequences, len(data.items), examples).items():
+    baselines = trained_scores(data, options.split, examples) | baseline_scores(sequences, len(data.items), examples)
+    for name, scores in baselines.items():
         results[name] = measured(scores, None, {})
     reference = reference_group(groups, options.compare) if options.compare else None
     compared = differences(rows, reference, options.seed) if reference else {}

@@ -25,6 +25,7 @@ COLUMNS = [
     Option("--title-column", str, None, "csv, recbole: column of titles", shown="title", metavar="NAME"),
 ]
 OFFICIAL_HELP = "official: 3 history items, 3 positives and 7 negatives; the target is the last positive"
+FURTHER_HELP = "also write the test targets among popularity-weighted negatives, or among 99 uniform ones"
 TIES_HELP = "order of a user's interactions with equal times: shuffled by --seed, or that of the file"
 SPLIT_HELP = "leave-one-out: the last items of each user; user: users 8:1:1"
 SHOW_HELP = "print N rendered examples; if the folder is prepared, do nothing else"
@@ -43,6 +44,7 @@ OPTIONS = {
         Option("--history", positive_int, None, "maximum number of items before the target", shown="5; official: 3"),
         Option("--negatives", positive_int, None, "negatives for each target", shown="9; official: 7"),
         Option("--negative-sampling", ["uniform", "popularity"], "uniform", "how negatives are drawn"),
+        Option("--further-tests", ["popularity", "99"], [], FURTHER_HELP, nargs="+"),
         Option("--split", ["leave-one-out", "user"], None, SPLIT_HELP, shown="leave-one-out; hanorec: published"),
         Option("--protocol", ["standard", "official"], "standard", OFFICIAL_HELP),
         Option("--ties", ["shuffle", "input"], "shuffle", TIES_HELP),
@@ -111,8 +113,8 @@ import torch
 from accelerate.utils import tqdm
 
 from hanorec.data.demo import read_demo, read_descriptions
-from hanorec.data.folder import FILES, DataFolder
-from hanorec.data.negatives import Negatives, drop_equal_titles
+from hanorec.data.folder import FILES, FURTHER_TESTS, DataFolder
+from hanorec.data.negatives import drop_equal_titles, negatives_of_splits
 from hanorec.data.protocol import build_sequences, example_lines, split_targets
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
@@ -125,9 +127,10 @@ from hanorec.run.files import delete, file_hash, locked, read_json, replacing, v
 from hanorec.run.runs import json_options
 from mllm_srec.texts import read_texts, without_words
 
-STREAMS = {"train": 0, "val": 1, "test": 2, "test_hard": 5}  # each split has its own stream of random numbers
+# Each split has its own stream of random numbers
+STREAMS = {"train": 0, "val": 1, "test": 2, "test_hard": 5, "test_popularity": 6, "test_99": 9}
 # What was made of the old data, and is deleted when the data are prepared again
-OF_OLD_DATA = ["encoded", "sasrec", "test_hard.jsonl", *CEILING_FILES]
+OF_OLD_DATA = ["encoded", "sasrec", *CEILING_FILES, *(f"{name}.jsonl" for name in FURTHER_TESTS)]
 # The files of a data folder without manifest.json: an earlier command was interrupted
 DATA_FILES = {"images", "tiny", "summaries", "descriptions.jsonl", *OF_OLD_DATA, *(f"{name}.jsonl" for name in FILES)}
 # Options that do not change the data files
@@ -153,24 +156,22 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     """
     out = options.out
     targets, training = split_targets(data, options)
-    negatives = Negatives(data, training, options)
+    negatives = negatives_of_splits(data, training, options)
     if options.positives > 1:
-        drop_equal_titles(data, targets, negatives, options.positives)
+        drop_equal_titles(data, targets, negatives["test"], options.positives)
     for name, positions in targets.items():
         if not len(positions):
             users = len(data.user_ids)
             raise UserError(f"no {name} examples from {users} users with the split {options.split}; add users")
-    if data.alike.size:
-        targets["test_hard"] = targets["test"]
     (out / "manifest.json").unlink(missing_ok=True)
     for old in OF_OLD_DATA:
         delete(out / old)
     images = [os.path.relpath(path, out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     write_jsonl(out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))
-    for name, positions in targets.items():
-        rng = np.random.default_rng([options.seed, STREAMS[name]])
-        write_jsonl(out / f"{name}.jsonl", example_lines(data, name, positions, negatives, options, rng))
+    for name in negatives:
+        rng, positions = np.random.default_rng([options.seed, STREAMS[name]]), targets[name.split("_")[0]]
+        write_jsonl(out / f"{name}.jsonl", example_lines(data, name, positions, negatives[name], options, rng))
     write_jsonl(out / "sequences.jsonl", sequence_lines(data, training))
     counts = data.counts | {f"{name}_rows": len(positions) for name, positions in targets.items()}
     manifest = {
@@ -179,7 +180,7 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
         "seed": options.seed,
         "counts": counts,
         "inputs": {str(path): file_hash(path) for path in inputs},
-        "files": {f"{name}.jsonl": file_hash(out / f"{name}.jsonl") for name in ("items", "sequences", *targets)},
+        "files": {f"{name}.jsonl": file_hash(out / f"{name}.jsonl") for name in ("items", "sequences", *negatives)},
     }
     write_json(out / "manifest.json", manifest)
     counted = [f"{value} {name.replace('_', ' ')}" for name, value in counts.items()]

@@ -24,6 +24,7 @@ MODULES = {
     "evaluate": "evaluate",
     "summarize": "mllm_srec.summarize",
     "teach": "mllm_srec.teach",
+    "sasrec": "hanorec.ranking.sasrec",
 }
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,7 +67,7 @@ def command_of(words):
     elif not words or words[0].removesuffix(".py") not in MODULES or len(words) == 1:
         return None  # inline code such as `sft.py`, without options, is a name and no command
     if words[:1] == ["-m"]:
-        return words[1].removeprefix("mllm_srec."), words[2:]
+        return words[1].rpartition(".")[2], words[2:]
     if not words or not words[0].endswith(".py"):
         return None
     name = words[0].removesuffix(".py")
@@ -143,6 +144,7 @@ def test_every_option_named_in_the_documents_exists():
         ("sft", ["training"]),
         ("dpo_hano", ["training"]),
         ("evaluate", ["evaluation"]),
+        ("sasrec", ["evaluation"]),
         ("summarize", ["mllm_srec"]),
         ("teach", ["mllm_srec", "training"]),
     ],

@@ -12,6 +12,7 @@ CARD = {"prepare_data", "sft", "dpo_hano", "evaluate", "hanorec_loss"}  # the Py
 STAGES = CARD - {"hanorec_loss"}
 ROOMS = ["hanorec/run", "hanorec/data", "hanorec/model", "hanorec/ranking", "mllm_srec"]  # each may use those before it
 SCRIPTS = {name: f"{name}.py" for name in STAGES} | {n: f"mllm_srec/{n}.py" for n in ("summarize", "teach")}
+SCRIPTS["sasrec"] = "hanorec/ranking/sasrec.py"
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
 OPTIONAL = {"pyarrow"}  # if it is installed

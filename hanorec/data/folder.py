@@ -9,8 +9,10 @@ from pathlib import Path
 
 from hanorec.run.files import UserError, file_hash, read_json, read_jsonl
 
-# Names without .jsonl; manifest.json lists their hashes. Only some data have test_hard
-FILES = ("items", "train", "val", "test", "test_hard", "sequences")
+# The targets of test with other candidates. A data folder need not have them
+FURTHER_TESTS = ("test_hard", "test_popularity", "test_99")
+EVALUATED = ("val", "test", *FURTHER_TESTS)
+FILES = ("items", "train", *EVALUATED, "sequences")  # names without .jsonl; manifest.json lists their hashes
 
 # The fields of the files, and their types
 ITEM = {"item": str, "title": str, "image": (str, type(None))}
@@ -101,6 +103,10 @@ class DataFolder:
         if not lines or self.manifest["files"].get(path.name) != file_hash(path):
             raise UserError(f"{path} is empty, or not what manifest.json lists; {PREPARE_AGAIN}")
         return lines
+
+    def evaluated(self) -> list[str]:
+        """Return the splits of EVALUATED that the data folder has."""
+        return [split for split in EVALUATED if f"{split}.jsonl" in self.manifest["files"]]
 
     def examples(self, split: str, limit: int = 0) -> list[Example]:
         """Return the examples of train, val or test; only the first `limit` if `limit` is not 0."""

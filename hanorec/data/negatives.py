@@ -12,7 +12,7 @@ import numpy as np
 from hanorec.data.protocol import Sequences
 from hanorec.run.files import UserError
 
-VIEWS = {"train": 0, "val": 1, "test": 2, "test_hard": 2}  # the last stage that a split sees, see `seen_stages`
+VIEWS = {"train": 0, "val": 1, "test": 2}  # the last stage that a split sees, see `seen_stages`
 
 
 def seen_stages(data: Sequences, training: np.ndarray, leave_one_out: bool) -> np.ndarray:
@@ -66,7 +66,7 @@ class Negatives:
         """Draw the negatives of R targets: [R, count] item indices. Draw again those that are not allowed.
 
         Args:
-            split: a name in VIEWS. test_hard gets the negatives that are most alike to the target.
+            split: train, val, test or one of FURTHER_TESTS. test_hard gets those most alike to the target.
             positions: [R], of the targets in data.items. users: [R].
         """
         if split == "test_hard":
@@ -100,7 +100,19 @@ class Negatives:
         """Return True for each title that its user has touched as the split sees it. Shapes broadcast."""
         keys = users * len(self.title) + titles
         nearest = np.minimum(np.searchsorted(self.seen, keys), len(self.seen) - 1)
-        return (self.seen[nearest] == keys) & (self.stage[nearest] <= VIEWS[split])
+        return (self.seen[nearest] == keys) & (self.stage[nearest] <= VIEWS[split.split("_")[0]])
+
+
+def negatives_of_splits(data: Sequences, training: np.ndarray, options: argparse.Namespace) -> dict[str, Negatives]:
+    """Return what draws the negatives of each split that the data folder gets. For the arguments see `Negatives`."""
+    of_split = dict.fromkeys(VIEWS, Negatives(data, training, options))
+    if data.alike.size:
+        of_split["test_hard"] = of_split["test"]
+    changes = {"popularity": {"negative_sampling": "popularity"}, "99": {"negatives": 99}}
+    for name in options.further_tests:
+        changed = argparse.Namespace(**vars(options) | changes[name])
+        of_split[f"test_{name}"] = Negatives(data, training, changed)
+    return of_split
 
 
 def repeated(titles: np.ndarray) -> np.ndarray:

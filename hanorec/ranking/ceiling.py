@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hanorec.data.demo import DRIFT, KINDS, World, item_id, kind_probabilities, make_world
-from hanorec.data.folder import DataFolder, Example
+from hanorec.data.folder import EVALUATED, DataFolder, Example
 from hanorec.ranking.exchange import read_scores, write_predictions
 
-SPLITS = ("val", "test", "test_hard")
 CEILINGS = {"ceiling": "oracle", "ceiling, titles": "oracle_titles"}  # name of the file by row of the results table
 
 
@@ -23,7 +22,7 @@ def ceiling_file(split: str, row: str) -> str:
     return f"{'' if split == 'test' else split + '_'}{CEILINGS[row]}.jsonl"
 
 
-CEILING_FILES = [ceiling_file(split, row) for split in SPLITS for row in CEILINGS]
+CEILING_FILES = [ceiling_file(split, row) for split in EVALUATED for row in CEILINGS]
 
 
 def ceiling_scores(
@@ -83,7 +82,7 @@ def write_ceilings(options: argparse.Namespace) -> None:
     data, world = DataFolder(options.out), make_world(options.seed)
     film_of = {item_id(film): film for film in range(len(world.titles))}
     films = np.array([film_of[item] for item in data.items.ids])  # by item index
-    for split in SPLITS:
+    for split in data.evaluated():
         examples = data.examples(split)
         for row in CEILINGS:
             probabilities = film_probabilities(world, titles_only=row != "ceiling")

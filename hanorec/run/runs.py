@@ -30,6 +30,7 @@ STAGES = {
 }
 # The command that writes the runs of each stage
 COMMANDS = {"sft": "sft.py", "dpo_hano": "dpo_hano.py", "teach": "python -m mllm_srec.teach"}
+COMMANDS |= {"sasrec": "python -m hanorec.ranking.sasrec"}
 
 
 def weights_hash(run: Path) -> str:

@@ -1,0 +1,278 @@
+"""Train SASRec on a data folder and score the candidates. evaluate.py then shows it in every results table.
+
+    python -m hanorec.ranking.sasrec --data data/ml-1m      # -> data/ml-1m/sasrec/
+
+SASRec (Kang and McAuley 2018, arXiv 1808.09781) predicts the next item from item ids alone, with causal self-attention
+over the user's whole sequence. Here the loss is the cross-entropy over all items at every position. The epoch with the
+best NDCG@3 on validation is kept. Writes config.json, predictions.jsonl (test), and those of the other
+splits, such as val_predictions.jsonl.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hanorec.run.files import UserError, one_line_errors, printable, read_json, replacing, write_json
+from hanorec.run.options import DATA, Option, Parser, non_negative_int, positive_float, positive_int, probability
+from hanorec.run.runs import check_out, json_options, versions
+
+OPTIONS = {
+    "": [
+        DATA,
+        Option("--out", Path, None, "folder to write; evaluate.py reads the default one", shown="<data>/sasrec"),
+    ],
+    "model": [
+        Option("--width", positive_int, 50, "size of an item's vector"),
+        Option("--blocks", positive_int, 2, "number of transformer blocks"),
+        Option("--heads", positive_int, 1, "attention heads of a block; they divide --width"),
+        Option("--length", positive_int, 50, "maximum number of items that the model sees, the last ones"),
+        Option("--dropout", probability, 0.3, "dropout of embeddings and blocks"),
+    ],
+    "training": [
+        Option("--lr", positive_float, 4e-3, "learning rate of Adam"),
+        Option("--batch-size", positive_int, 64, "sequences in a batch"),
+        Option("--epochs", positive_int, 200, "maximum number of passes over the training users"),
+        Option("--patience", positive_int, 10, "stop after so many epochs without a better validation"),
+        Option("--seed", non_negative_int, 42, "seed of the weights, the order of sequences and dropout"),
+    ],
+}
+
+
+@one_line_errors
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the options, and set --out."""
+    parser = Parser(__doc__, OPTIONS)
+    options = parser.parse_args(argv)
+    if options.width % options.heads:
+        parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+    options.out = options.out or options.data / "sasrec"
+    return options
+
+
+if __name__ == "__main__":
+    parse()  # prints --help and errors before the slow imports
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hanorec.data.folder import DataFolder, Example
+from hanorec.ranking.exchange import read_scores, write_predictions
+from hanorec.ranking.metrics import ranking_metrics
+from hanorec.ranking.scoring import target_columns
+
+STAGE = "sasrec"
+CONFIG = {"stage": str, "options": dict, "files": dict}  # the fields of config.json that are read, and their types
+SCORED_AT_ONCE = 256  # number of examples
+NO_TARGET = -100  # the target at a padded position; cross_entropy ignores it
+
+
+class SASRec(nn.Module):
+    """SASRec with one table of item vectors for input and output.
+
+    Args:
+        items: the number of items N.
+    """
+
+    def __init__(self, items: int, width: int, blocks: int, heads: int, length: int, dropout: float):
+        super().__init__()
+        self.items, self.positions = nn.Embedding(items, width), nn.Embedding(length, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            self.blocks.append(
+                nn.TransformerEncoderLayer(width, heads, width, dropout, batch_first=True, norm_first=True)
+            )
+            self.blocks[-1].self_attn.dropout = 0.0  # dropout there is slow and gains nothing
+        self.norm = nn.LayerNorm(width)
+        for table in (self.items, self.positions):
+            nn.init.normal_(table.weight, std=width**-0.5)
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Return the state [B, L, d] that predicts the item after each position. sequences: [B, L] item indices.
+
+        The score of an item is the product of its vector and the state. A sequence is padded at its end, where no
+        position of the sequence sees the padding.
+        """
+        length = sequences.shape[1]
+        states = self.dropout(self.items(sequences) + self.positions.weight[:length])
+        causal = nn.Transformer.generate_square_subsequent_mask(length, device=sequences.device)
+        for block in self.blocks:
+            states = block(states, src_mask=causal, is_causal=True)
+        return self.norm(states)
+
+
+def padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Return the sequences as a tensor [B, L], each filled up with `value` at its end."""
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def next_item_loss(model: SASRec, windows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the mean cross-entropy, over all items, of each next item of the windows.
+
+    Args:
+        windows: item indices, oldest first; each has two items or more.
+    """
+    device = model.items.weight.device
+    states = model(padded([window[:-1] for window in windows], 0).to(device))
+    targets = padded([window[1:] for window in windows], NO_TARGET).to(device)
+    there = targets != NO_TARGET
+    logits = states[there] @ model.items.weight.T  # [positions, N]
+    return functional.cross_entropy(logits, targets[there])
+
+
+def training_windows(sequences: Sequence[Sequence[int]], length: int, rng: np.random.Generator) -> list[Sequence[int]]:
+    """Cut the sequences into windows of at most length + 1 items. Each item except a user's first is a target once.
+
+    A window begins with the last item of the window before it. The cuts of long sequences are drawn at random.
+    """
+    windows = []
+    for sequence in sequences:
+        last = len(sequence) - 1
+        first = length if last <= length else int(rng.integers(1, length + 1))
+        cuts = [0, *range(first, last, length), last]
+        windows += [sequence[begin : end + 1] for begin, end in itertools.pairwise(cuts) if begin < end]
+    return windows
+
+
+def training_batches(
+    sequences: Sequence[Sequence[int]], length: int, batch_size: int, rng: np.random.Generator
+) -> Iterator[list[Sequence[int]]]:
+    """Yield the windows of an epoch in random order, batch_size at a time."""
+    windows = training_windows(sequences, length, rng)
+    order = rng.permutation(len(windows))
+    for first in range(0, len(order), batch_size):
+        yield [windows[number] for number in order[first : first + batch_size]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def known_items(example: Example, sequences: dict[str, list[int]]) -> list[int]:
+    """Return all items of the example's user that come before its target, as far as the data folder tells them.
+
+    The history is the last of them. Before it stands what the user's training sequence has before the history.
+    """
+    sequence = sequences.get(example.user, [])
+    first = example.history[0]
+    return sequence[: sequence.index(first) if first in sequence else None] + example.history
+
+
+@torch.inference_mode()
+def score_candidates(model: SASRec, sequences: dict[str, list[int]], examples: Sequence[Example]) -> np.ndarray:
+    """Return the log-probability of each candidate as the next item, after all known items: [R, C]."""
+    model.eval()
+    device, length = model.items.weight.device, model.positions.num_embeddings
+    scores = []
+    for first in range(0, len(examples), SCORED_AT_ONCE):
+        batch = examples[first : first + SCORED_AT_ONCE]
+        known = [known_items(example, sequences)[-length:] for example in batch]
+        last = [len(items) - 1 for items in known]
+        states = model(padded(known, 0).to(device))[range(len(batch)), last]  # [B, d]
+        logps = (states @ model.items.weight.T).log_softmax(-1)  # [B, N]
+        candidates = torch.tensor([example.candidates for example in batch], device=device)
+        scores.append(logps.gather(1, candidates).cpu())
+    return torch.cat(scores).double().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_epoch(model: SASRec, optimizer, batches: Iterator[list[Sequence[int]]]) -> float:
+    """Train on the batches. Return the mean of their losses."""
+    model.train()
+    losses = []
+    for windows in batches:
+        loss = next_item_loss(model, windows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))
+
+
+def train(options: argparse.Namespace, data: DataFolder) -> tuple[SASRec, dict]:
+    """Train until validation no longer improves.
+
+    Returns (the model of the best epoch, a dict with this `epoch` and its `val_ndcg3`).
+    """
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+    sequences, validation = data.sequences(), data.examples("val")
+    if max(map(len, sequences.values())) < 2:
+        raise UserError(f"{data.folder / 'sequences.jsonl'} has no sequence of two items; prepare more data")
+    columns = target_columns(validation)
+    model = SASRec(len(data.items), options.width, options.blocks, options.heads, options.length, options.dropout)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, betas=(0.9, 0.98))
+    best, weights = {"epoch": 0, "val_ndcg3": -1.0}, {}
+    for epoch in range(1, options.epochs + 1):
+        batches = training_batches([*sequences.values()], options.length, options.batch_size, rng)
+        loss = train_epoch(model, optimizer, batches)
+        scores = score_candidates(model, sequences, validation)
+        if not np.isfinite(scores).all():
+            raise UserError("SASRec's scores are not finite; lower --lr")
+        metric = float(ranking_metrics(scores, columns)["NDCG@3"].mean())
+        if metric > best["val_ndcg3"]:
+            best = {"epoch": epoch, "val_ndcg3": metric}
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        print(f"epoch {epoch}: loss {loss:.3f}, validation NDCG@3 {metric:.4f}", flush=True)
+        if epoch - best["epoch"] >= options.patience:
+            break
+    model.load_state_dict(weights)
+    return model, best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def predictions_name(split: str) -> str:
+    """Return the name of a split's predictions, as evaluate.py names those of a run."""
+    return "predictions.jsonl" if split == "test" else f"{split}_predictions.jsonl"
+
+
+def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Return {"SASRec": scores [R, C]} from <data>/sasrec; an empty dict if SASRec was not trained on this data.
+
+    If the data folder was prepared again since, print the command that trains it again.
+    """
+    folder = data.folder / "sasrec"
+    if not (folder / "config.json").exists():
+        return {}
+    command = f"python -m hanorec.ranking.sasrec --data {data.folder}"
+    config = read_json(folder / "config.json", CONFIG, f"train it again: {command}")
+    path = folder / predictions_name(split)
+    if config["files"] != data.manifest["files"] or not path.exists():
+        print(printable(f"{folder} was trained on other data and is left out; train it again: {command}"))
+        return {}
+    return {"SASRec": read_scores(path, data.items.ids, examples)[0]}
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> dict:
+    options = parse(argv)
+    data = DataFolder(options.data)
+    check_out(options.out, STAGE)
+    splits = {split: data.examples(split) for split in data.evaluated()}
+    model, best = train(options, data)
+    sequences = data.sequences()
+    with replacing(options.out) as new:
+        new.mkdir()
+        for split, examples in splits.items():
+            scores = score_candidates(model, sequences, examples)
+            write_predictions(new / predictions_name(split), data.items.ids, examples, scores, None)
+        files = data.manifest["files"]
+        config = {"stage": STAGE, "options": json_options(options), "files": files, **best, "versions": versions()}
+        write_json(new / "config.json", config)
+    print(printable(f"{options.out}: epoch {best['epoch']}, validation NDCG@3 {best['val_ndcg3']:.4f}"))
+    return best
+
+
+if __name__ == "__main__":
+    main()
