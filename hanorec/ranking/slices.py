@@ -27,10 +27,11 @@ def tertiles(values: np.ndarray) -> dict[str, np.ndarray]:
     number = (values[:, None] > edges).sum(1)
     text = str if np.issubdtype(values.dtype, np.integer) else short
     slices = {}
-    for index in np.unique(number):
-        mask = number == index
+    found = np.unique(number)
+    for index in found:
+        mask, name = number == index, NAMES[index] if len(found) > 1 else "all"
         ends = dict.fromkeys([text(values[mask].min()), text(values[mask].max())])
-        slices[f"{NAMES[index]}: {' to '.join(ends)}"] = mask
+        slices[f"{name}: {' to '.join(ends)}"] = mask
     return slices
 
 
