@@ -250,10 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = [kind for task in options.tasks for kind in PAIR_KINDS[task]]
     pairs = Samples(prompts, prompts.pair_tree, examples, kinds, options.max_length)
     accelerator.print(f"{data.folder}: {len(examples)} examples x {len(kinds)} pairs ({', '.join(kinds)})")
-    steps, steps_per_epoch = training.plan_steps(len(pairs), options, accelerator)
-    batches = training.own_micro_batches(
-        len(examples), len(kinds), options.batch_size, options.grad_accum, steps, options, accelerator
-    )
+    batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(kinds), options, accelerator)
     optimizer = training.adamw(packed, options.lr)
     schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
@@ -281,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
             if step == 1:
                 check_start(packed, *micro_batches[0][:2], accelerator.device)
             metrics = take_step(step, micro_batches, model, packed, optimizer, schedule, response, options, accelerator)
-            log.step(step, metrics, pairs.users(itertools.chain(*numbers)))
+            log.step(step, metrics, [pairs.users[number] for number in itertools.chain(*numbers)])
 
             validation_due = step % steps_per_epoch == 0 or step == steps
             if validation_due:

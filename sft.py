@@ -123,17 +123,15 @@ def plan_batches(warmup: WarmUp, samples: Samples, options: argparse.Namespace, 
     """
     examples, tasks = len(samples.examples), len(samples.kinds)
     accelerator.print(f"{options.data}: {examples} training examples x {tasks} tasks = {len(samples)} samples")
-    steps, steps_per_epoch = training.plan_steps(len(samples), options, accelerator)
-    batches = training.own_micro_batches(
-        examples, tasks, options.batch_size, options.grad_accum, steps, options, accelerator
-    )
+    batches, steps, steps_per_epoch = training.plan_steps(examples, tasks, options, accelerator)
     size, warmup_steps = options.warmup_batch_size, options.warmup_steps
     if warmup_steps:
-        if len(warmup) < size * accelerator.num_processes:
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        if len(warmup) < size * processes:
             raise UserError(f"{len(warmup)} warm-up sequences do not fill a step: lower --warmup-batch-size")
         accelerator.print(f"{warmup_steps} warm-up steps of {size} sequences per process come first")
-        first = training.own_micro_batches(len(warmup), 1, size, 1, warmup_steps, options, accelerator)
-        batches = itertools.chain(first, batches)
+        first = training.micro_batches(len(warmup), 1, size, 1, processes, rank, options.seed)
+        batches = itertools.chain(itertools.islice(first, warmup_steps), batches)
     return batches, steps, steps_per_epoch
 
 
@@ -177,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
             rate = schedule.get_last_lr()[0]
             loss, norm = supervised_step(model, micro_batches, parameters, optimizer, schedule, accelerator)
             metrics = {"loss": loss, "grad_norm": norm, "lr": rate, "warmup": step <= options.warmup_steps}
-            log.step(step, metrics, samples_of(step).users(itertools.chain(*numbers)))
+            users = samples_of(step).users
+            log.step(step, metrics, [users[number] for number in itertools.chain(*numbers)])
 
             answer_step = step - options.warmup_steps
             validation_due = answer_step > 0 and (answer_step % steps_per_epoch == 0 or answer_step == steps)

@@ -130,7 +130,7 @@ def encoding(folder: Path) -> list[dict]:
         tools = core, load_tokenizer(work.folder), load_image_processor(work.folder, work.max_pixels)
         items = work.items.titles[:IMAGES], work.paths[:IMAGES]
         (seconds,), _ = measure.alternating(partial(encode_items, *tools, *items, work.folder))
-        seconds, tokens = measure.scaled(seconds, 1 / IMAGES), work.tokens.length(0)
+        seconds, tokens = measure.scaled(seconds, 1 / IMAGES), work.tokens.lengths[0]
         found.append(row("Scaling: encoding", f"{side} x {side} px, {tokens} tokens", "s per image", seconds))
     return found
 

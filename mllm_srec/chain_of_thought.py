@@ -32,7 +32,8 @@ class ThoughtPrompts(Prompts):
     def yesno_questions(self, example: Example, candidates, score_steps: bool = False) -> list[Node]:
         """Return the user, then the question and the steps about each candidate: nodes 1, 2, ... of the tree."""
         values = self.user_texts.prompt_values(example)
-        tree = [self.add_parts(self.root(), fill(self.texts["user"] + "\n", **values))]
+        root = Node(None, list(self.template.head))
+        tree = [self.add_parts(root, fill(self.texts["user"] + "\n", **values))]
         for candidate in candidates:
             title = self.items.titles[candidate]
             node = self.add_parts(Node(0, []), fill(self.texts["candidate"], title=title, image=candidate))

@@ -10,7 +10,7 @@ import numpy as np
 
 from hanorec.data.folder import DataFolder, Items
 from hanorec.model.prompts import Prompts
-from hanorec.model.trees import Node, common_length
+from hanorec.model.trees import Node
 from hanorec.run.files import UserError, read_jsonl
 from mllm_srec.preferences import SUMMARY, UserTexts
 from mllm_srec.texts import fill, item_prompt
@@ -35,20 +35,20 @@ def read_descriptions(path: Path, items: Items) -> dict[int, dict]:
     return descriptions
 
 
-def short_description(line: dict) -> str:
-    """Return an item in a few words: its first two facts, or its text if it has no facts."""
-    facts = [str(value) for value in line.get("facts", {}).values()]
-    return " ".join(facts[:2]) or line["text"].rstrip(".")
-
-
 def window_paragraph(window: list[dict], previous: str | None) -> str:
     """Return the preference paragraph of a window: "Lately <its items>; before <items of the previous paragraph>."
+
+    An item is described by its first two facts, or by its text if it has no facts.
 
     Args:
         window: the descriptions of the window's items.
         previous: the paragraph of the previous window; None for the first window.
     """
-    paragraph = f"Lately {', '.join(map(short_description, window))}"
+    descriptions = []
+    for line in window:
+        facts = [str(value) for value in line.get("facts", {}).values()]
+        descriptions.append(" ".join(facts[:2]) or line["text"].rstrip("."))
+    paragraph = f"Lately {', '.join(descriptions)}"
     previous_items = re.match(r"Lately (.*?)(; before|\.$)", previous or "")
     if previous_items:
         paragraph += f"; before {previous_items[1]}"
@@ -103,12 +103,19 @@ class Lessons:
         return prompt, self.user_texts.preference_prompt(window, previous), paragraph
 
     def trees(self, numbers: list[int], step: int) -> list[list[Node]]:
-        """Return the prompt trees of a batch. Prompts from the same text share their first tokens as a root."""
+        """Return the prompt trees of a batch. Prompts from the same text share their first tokens as a root.
+
+        The root ends before the first image. It does not have the last token of any prompt, so that no node is empty.
+        """
         samples = sorted((self.sample(number, step) for number in numbers), key=operator.itemgetter(0))
-        trees = []
+        image_token, trees = self.prompts.template.image_token, []
         for _, group in itertools.groupby(samples, key=operator.itemgetter(0)):
             prompts = [(self.prompts.complete_prompt(parts), reply) for _, parts, reply in group]
-            shared = common_length([node.ids for node, _ in prompts], self.prompts.template.image_token)
+            shared = 0  # the number of tokens in the root
+            for tokens in zip(*[node.ids[:-1] for node, _ in prompts], strict=False):
+                if tokens[0] == image_token or len(set(tokens)) > 1:
+                    break
+                shared += 1
             for node, reply in prompts:
                 root = Node(None, node.ids[:shared])
                 rest = Node(0, node.ids[shared:], node.images)

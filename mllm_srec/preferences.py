@@ -14,7 +14,7 @@ from pathlib import Path
 from hanorec.data.folder import DataFolder, Example, Items
 from hanorec.model.encoding import Encoding
 from hanorec.run.files import UserError, file_hash, read_json, read_jsonl, value_hash
-from mllm_srec.texts import fill, fill_text, read_texts
+from mllm_srec.texts import fill, read_texts
 
 # The fields of the files in data/<data>/summaries/<name>/, and their types. An unusable text is None.
 TEXT = (str, type(None))
@@ -85,8 +85,8 @@ class UserTexts:
         """Return the line about an item in a prompt: its title and, if it is usable, its summary."""
         title, summary = self.items.titles[item], self.summaries[item]
         if summary is None:
-            return fill_text(self.texts["line without a summary"], title=title)
-        return fill_text(self.texts["line"], title=title, summary=summary)
+            return "".join(fill(self.texts["line without a summary"], title=title))
+        return "".join(fill(self.texts["line"], title=title, summary=summary))
 
     def item_lines(self, items: Iterable[int]) -> str:
         return "\n".join(self.item_line(item) for item in items) or self.texts["nothing"]
@@ -146,7 +146,7 @@ class UserTexts:
         title = self.items.titles[candidate]
         summary = self.summaries[candidate] or title
         shared = self.shared_words(candidate, values["preference"], values["since"])
-        return fill_text(self.texts["steps"], title=title, summary=summary, common=shared, **values) + "\n"
+        return "".join(fill(self.texts["steps"], title=title, summary=summary, common=shared, **values)) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,17 +160,14 @@ def summaries_folder(data: DataFolder, encoding: Encoding, name: str | None) -> 
     return data.folder / "summaries" / (name or encoding.folder.name)
 
 
-def data_hash(items: Items, timelines: dict[str, list[int]]) -> str:
-    """Return the SHA-256 of the items and timelines that texts are written about."""
-    return value_hash([items.ids, items.titles, list(timelines.items())])
+def sources(encoding: Encoding, timelines: dict[str, list[int]]) -> tuple[str, dict]:
+    """Identify what texts are written about.
 
-
-def pictures_of(encoding: Encoding) -> dict:
-    """Return the entries of the encoding's manifest that identify its pictures.
-
+    Returns (the SHA-256 of the items and timelines, the entries of the encoding's manifest that identify its pictures).
     Without stored image tokens, a changed picture is not noticed.
     """
-    return {name: encoding.manifest[name] for name in ("backbone", "items", "tokens")}
+    data = value_hash([encoding.items.ids, encoding.items.titles, list(timelines.items())])
+    return data, {name: encoding.manifest[name] for name in ("backbone", "items", "tokens")}
 
 
 def summarize_command(folder: Path) -> str:
@@ -188,9 +185,10 @@ def load_user_texts(folder: Path, encoding: Encoding, timelines: dict[str, list[
     manifest = read_json(folder / "manifest.json", MANIFEST, remedy)
     if "preferences" not in manifest:
         raise UserError(f"{folder} is not finished; {remedy}")
-    current, pictures = pictures_of(encoding), manifest.get("pictures")  # None: written without pictures
+    data, current = sources(encoding, timelines)
+    pictures = manifest.get("pictures")  # None: written without pictures
     other_pictures = pictures and pictures["backbone"] == current["backbone"] and pictures != current
-    if other_pictures or manifest["data"] != data_hash(encoding.items, timelines):
+    if other_pictures or manifest["data"] != data:
         raise UserError(f"{folder} was written for other items, timelines or pictures; {remedy}")
     texts = read_texts(folder / "prompts.txt")
     if manifest["prompts"] != value_hash(texts):

@@ -25,27 +25,24 @@ class Record:
 
     def __init__(self, path: Path, key: str, accelerator):
         self.path, self.key, self.accelerator = path, key, accelerator
-        self.done = self.read_parts()
+        self.done = [json.loads(line) for line in self.read_parts()]
         accelerator.wait_for_everyone()  # until every process has read the parts
-        part = path.with_name(f".{path.name}.{accelerator.process_index}.part")
-        lines = [json.dumps({"key": key}).encode(), *self.read_part(part)]
+        process = accelerator.process_index
+        part = path.with_name(f".{path.name}.{process}.part")
+        lines = [json.dumps({"key": key}).encode(), *self.read_parts(process)]
         with replacing(part) as new:
             new.write_bytes(b"".join(line + b"\n" for line in lines))
         self.file = open(part, "a", encoding="utf-8")  # closed by finish
 
-    def parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f".{self.path.name}.*.part"))
-
-    def read_part(self, part: Path) -> list[bytes]:
-        """Return the complete lines of a part, without its key; none if it is absent or has another key."""
-        content = part.read_bytes() if part.exists() else b""
-        lines = content[: content.rfind(b"\n") + 1].splitlines()
-        if not lines or json.loads(lines[0])["key"] != self.key:
-            return []
-        return lines[1:]
-
-    def read_parts(self) -> list[dict]:
-        return [json.loads(line) for part in self.parts() for line in self.read_part(part)]
+    def read_parts(self, process: int | str = "*") -> list[bytes]:
+        """Return the complete lines of the parts with this key, without the key: of one process, or of all."""
+        lines = []
+        for part in sorted(self.path.parent.glob(f".{self.path.name}.{process}.part")):
+            content = part.read_bytes()
+            part_lines = content[: content.rfind(b"\n") + 1].splitlines()
+            if part_lines and json.loads(part_lines[0])["key"] == self.key:
+                lines += part_lines[1:]
+        return lines
 
     def add(self, lines: list[dict]) -> None:
         """Append lines to this process's part. From then on a crash does not lose them."""
@@ -61,11 +58,11 @@ class Record:
         """
         self.file.close()
         self.accelerator.wait_for_everyone()
-        lines = sorted(self.read_parts(), key=order)
+        lines = sorted(map(json.loads, self.read_parts()), key=order)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_jsonl(self.path, lines)
-            for part in self.parts():
+            for part in self.path.parent.glob(f".{self.path.name}.*.part"):
                 part.unlink()
         self.accelerator.wait_for_everyone()
         return lines

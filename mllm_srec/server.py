@@ -42,11 +42,8 @@ class Server:
         self.stopped = threading.Event()  # set after the first error
         control = control_tokens(load_tokenizer(encoding.source, encoding.trust))
         self.control = sorted(control, key=len, reverse=True)
-        self.model = model or self.first_model()
-
-    def first_model(self) -> str:
         try:
-            return self.answer("models")["data"][0]["id"]
+            self.model = model or self.answer("models")["data"][0]["id"]
         except (KeyError, IndexError, TypeError, UserError) as error:
             raise UserError(f"{self.url}/models names no model ({error}); give --server-model") from error
 

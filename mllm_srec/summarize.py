@@ -59,7 +59,9 @@ OPTIONS = {
 }
 
 
+@one_line_errors
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options, check that they go together, and read the prompts file so that a mistake is reported early."""
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
     if options.run and options.server:
@@ -68,13 +70,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--server-model is for --server")
     if options.before and not options.window:
         parser.error("--before is for windows, and --window 0 has none")
-    return options
-
-
-@one_line_errors
-def checked_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options, and read the prompts file once so that a mistake in it is reported early."""
-    options = parse(argv)
     read_texts(options.prompts)
     return options
 
@@ -84,7 +79,7 @@ PREFERENCE_TEXTS = ("line", "line without a summary", "first preference", "prefe
 
 
 if __name__ == "__main__":
-    checked_options()  # --help and mistakes are answered before the slow imports
+    parse()  # --help and mistakes are answered before the slow imports
 
 import contextlib
 import shutil
@@ -140,24 +135,6 @@ def backbone_weights(source: str | Path) -> list[tuple]:
     return sorted((path.name, path.resolve().name) for path in files)
 
 
-def reason_to_write(path: Path, previous: dict, key: str) -> str | None:
-    """Return why a file must be written, or None if it is complete and still valid.
-
-    Args:
-        previous: the file's entry in the old manifest; empty without one.
-        key: a hash of everything that the lines are computed from.
-    """
-    if not previous:
-        return "is not complete"
-    if not path.exists():
-        return "is missing"
-    if previous["key"] != key:
-        return "is not of this model, these prompts and options"
-    if previous["hash"] != file_hash(path):
-        return "was changed after it was written"
-    return None
-
-
 def write_file(path: Path, old_manifest: dict, manifest: dict, key: str, accelerator, write) -> list[dict]:
     """Write items.jsonl or preferences.jsonl, or keep the file if it is still valid. Returns its lines.
 
@@ -167,8 +144,15 @@ def write_file(path: Path, old_manifest: dict, manifest: dict, key: str, acceler
         write: from (a Record, accelerator) to the lines.
     """
     name, previous = path.stem, old_manifest.get(path.stem, {})
-    reason = reason_to_write(path, previous, key)
-    if reason is None:
+    if not previous:
+        reason = "is not complete"
+    elif not path.exists():
+        reason = "is missing"
+    elif previous["key"] != key:
+        reason = "is not of this model, these prompts and options"
+    elif previous["hash"] != file_hash(path):
+        reason = "was changed after it was written"
+    else:
         accelerator.print(f"{path} is kept")
         manifest[name] = previous
         return read_jsonl(path, {}, "delete it")
@@ -221,11 +205,12 @@ def write_all(options: argparse.Namespace, folder: Path, data: DataFolder, encod
     old_manifest = read_json(path, preferences.MANIFEST, "delete it") if path.exists() else {}
     accelerator.wait_for_everyone()  # until every process has read the old manifest
     writer, identity = load_writer(options, data, encoding, accelerator)
+    data_hash, pictures = preferences.sources(encoding, timeline_of)
     manifest = {
-        "data": preferences.data_hash(encoding.items, timeline_of),
+        "data": data_hash,
         "prompts": value_hash(texts),
         "titles_with_control_tokens": titles_with_control_tokens(encoding),
-        "pictures": None if options.sees == "text" else preferences.pictures_of(encoding),
+        "pictures": None if options.sees == "text" else pictures,
         "made_by": identity,
         "options": json_options(options),
     }
@@ -256,7 +241,7 @@ def write_all(options: argparse.Namespace, folder: Path, data: DataFolder, encod
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    options = checked_options(argv)
+    options = parse(argv)
     data = DataFolder(options.data)
     encoding = Encoding(data, options.model, trust=options.trust_remote_code)
     if options.show:

@@ -95,10 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     accelerator.print(f"{options.descriptions}: {len(taught)} of {len(data.items)} items are taught")
     hashes = {"data": encoding.hash(), "lessons": value_hash([texts, sorted(descriptions.items())])}
     checkpoints.check(options, accelerator, **hashes)
-    steps, _ = training.plan_steps(len(taught) * KINDS, options, accelerator)
-    batches = training.own_micro_batches(
-        len(taught), KINDS, options.batch_size, options.grad_accum, steps, options, accelerator
-    )
+    batches, steps, _ = training.plan_steps(len(taught), KINDS, options, accelerator)
 
     # Model
     packed = trainable_model(options, encoding, accelerator)

@@ -81,11 +81,6 @@ def fill(text: str, **values) -> list[str | int]:
     return [part for part in parts if part != ""]
 
 
-def fill_text(text: str, **values: str) -> str:
-    """Replace the placeholders of a text by strings only. Returns the text."""
-    return "".join(fill(text, **values))
-
-
 def item_prompt(texts: dict[str, str], sees: str, encoding, item: int) -> list[str | int]:
     """Return the parts of the prompt for an item's summary.
 
@@ -93,7 +88,7 @@ def item_prompt(texts: dict[str, str], sees: str, encoding, item: int) -> list[s
         texts: the prompts by name.
         sees: what the prompt shows of an item that has an image: `image`, `text` or `both`. Without an image: the text.
     """
-    if sees == "text" or not encoding.tokens.length(item):
+    if sees == "text" or not encoding.tokens.lengths[item]:
         name = "item without a picture"
     elif sees == "image":
         name = "item by its picture alone"

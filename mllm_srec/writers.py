@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -86,19 +87,13 @@ def titles_with_control_tokens(encoding: Encoding) -> int:
     return sum(any(token in title for token in control) for title in encoding.items.titles)
 
 
-def stop_tokens(core, prompts: Prompts) -> list[int]:
-    """Return the tokens that end a text: the chat template's end of turn, and those of the model's configuration."""
-    eos = getattr(core.generation_config, "eos_token_id", None)  # a model may come without a generation_config
-    stops = eos if isinstance(eos, list) else [eos]
-    return sorted({prompts.template.end_of_turn, *stops} - {None})
-
-
 class Local:
     """A text generator on this machine. Call it with prompts (lists of parts) to get a Reply to each.
 
     Args:
         core: an image-text model of transformers. Its generation_config is replaced by plain greedy generation: the
-            model's own may have sampling, penalties or forced tokens.
+            model's own may have sampling, penalties or forced tokens. A text ends at the chat template's end of turn,
+            or at a token that ends a text in the model's own generation_config.
         tokens: the ImageTokens of the items.
         max_tokens: the most tokens of a text.
         batch_size: the number of prompts that the caller should give at once.
@@ -106,11 +101,13 @@ class Local:
 
     def __init__(self, core, prompts: Prompts, tokens: ImageTokens, max_tokens: int, batch_size: int):
         self.core, self.prompts, self.tokens, self.batch_size = core.eval(), prompts, tokens, batch_size
+        eos = getattr(core.generation_config, "eos_token_id", None)  # a model may come without a generation_config
+        stops = eos if isinstance(eos, list) else [eos]
         core.generation_config = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=stop_tokens(core, prompts),
+            eos_token_id=sorted({prompts.template.end_of_turn, *stops} - {None}),
             pad_token_id=PADDING,
         )
         self.control = {*control_tokens(prompts.tokenizer).values(), prompts.template.image_token}
@@ -142,23 +139,21 @@ class Local:
         return texts
 
     def inputs(self, nodes: list[Node]) -> dict:
-        """Return the model's arguments for a batch of prompts, padded on the left."""
+        """Return the model's arguments for a batch of prompts, padded on the left.
+
+        The image tokens are read from the data folder or, for live images, computed from the pictures.
+        """
         rows = [torch.tensor(node.ids) for node in nodes]
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
         ids, valid = pad(rows, padding_value=PADDING), pad([torch.ones_like(row) for row in rows])
         inputs = families.token_inputs(self.core, ids.to(self.core.device), valid.to(self.core.device))
         items = [item for node in nodes for item in node.images]
-        if items:
-            grids = torch.stack([self.tokens.grid(item) for item in items])
-            inputs |= families.encoder_outputs(self.core, self.image_tokens(items), grids)
-        return inputs
-
-    def image_tokens(self, items: list[int]) -> torch.Tensor:
-        """Return the image tokens of these items in order, [n, width]: stored ones, or computed from the pictures."""
-        if not self.tokens.live:
-            return torch.cat([self.tokens.of(item) for item in items])
-        pixels = self.tokens.pixels(items)
-        pixels = {n: value.to(self.core.device) if torch.is_tensor(value) else value for n, value in pixels.items()}
-        images = families.image_tokens(self.core, pixels)
-        check_sizes(self.tokens.sizes(items), images)
-        return torch.cat(images)
+        if not items:
+            return inputs
+        if self.tokens.live:
+            pixels, sizes = self.tokens.pixels(items)
+            images = families.image_tokens(self.core, send_to_device(pixels, self.core.device))
+            check_sizes(sizes, images)
+        else:
+            images = [self.tokens.of(item) for item in items]
+        return inputs | families.encoder_outputs(self.core, torch.cat(images), self.tokens.grids[items])

@@ -58,7 +58,7 @@ def write_items(writer, texts: dict, sees: str, encoding: Encoding, record: Reco
                     {
                         "item": items.ids[item],
                         "summary": summary.line(),
-                        "made_of": sees if encoding.tokens.length(item) else "text",
+                        "made_of": sees if encoding.tokens.lengths[item] else "text",
                         "fault": summary.fault,
                         "reply": reply.text,
                     }
@@ -96,12 +96,6 @@ class Windows:
 
     def remaining(self) -> int:
         return len(self.ends) - self.written
-
-    def next_window(self) -> tuple[int, list[int]]:
-        """Return (end, items) of the next window."""
-        end = self.ends[self.written]
-        start = end - self.size if self.size else 0
-        return end, self.timeline[start:end]
 
     def add(self, paragraph: str | None) -> None:
         """Count the next window as written. Its paragraph is None if it is unusable."""
@@ -160,13 +154,15 @@ def write_windows(writer, user_texts: UserTexts, batch: list[Windows]) -> list[d
     A profile is written from the user's last usable paragraph: the new one, or an earlier one if the new one is
     unusable.
     """
-    next_windows = [windows.next_window() for windows in batch]
-    prompts = [
-        user_texts.preference_prompt(items, windows.paragraph if windows.size else None)
-        for windows, (_, items) in zip(batch, next_windows, strict=True)
-    ]
+    items_of, prompts = [], []  # of each user's next window
+    for windows in batch:
+        end = windows.ends[windows.written]
+        items = windows.timeline[end - windows.size if windows.size else 0 : end]
+        items_of.append(items)
+        prompts.append(user_texts.preference_prompt(items, windows.paragraph if windows.size else None))
     lines, with_profile, profile_prompts = [], [], []
-    for windows, (end, items), reply in zip(batch, next_windows, writer(prompts), strict=True):
+    for windows, items, reply in zip(batch, items_of, writer(prompts), strict=True):
+        end = windows.ends[windows.written]
         line = {
             "user": windows.user,
             "end": end,

@@ -181,8 +181,8 @@ def fuzz_encoding(folder: Path, rng) -> None:
     spoil_one(folder / "data" / "encoded", rng)
     data = Opened(folder / "data")
     for row in range(len(data.items.ids)):
-        assert len(data.tokens.of(row)) == data.tokens.length(row)
-        assert len(data.tokens.grid(row)) == 3
+        assert len(data.tokens.of(row)) == data.tokens.lengths[row]
+        assert len(data.tokens.grids[row]) == 3
 
 
 def make_base(folder: Path) -> None:

@@ -56,7 +56,7 @@ def test_sft_warm_up_and_blank_images(prepared, tmp_path):
     log = training(tmp_path / "sft" / "metrics.jsonl")
     assert log[0]["warmup"] == 1 and log[-1]["warmup"] == 0 and log[-1]["step"] == 5
     data = Opened(prepared, blank_images=True)
-    with_image = [row for row in range(len(data.items.ids)) if data.tokens.length(row)]
+    with_image = [row for row in range(len(data.items.ids)) if data.tokens.lengths[row]]
     assert len({data.tokens.of(row).sum().item() for row in with_image}) == 1
     assert len(with_image) < len(data.items.ids)  # an item without an image stays without
 

@@ -16,7 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "prompt_trees"
-Piece = tuple[slice, slice, torch.Tensor | None]  # queries, keys, mask; no mask: the queries are the keys, causal
+# Queries, keys, and a mask [1, 1, queries, keys], True where a query attends to a key. Without a mask, the queries are
+# the keys, and attention is causal
+Piece = tuple[slice, slice, torch.Tensor | None]
 
 
 @dataclass
@@ -58,20 +60,16 @@ class Forest:
                 pieces.append((root, root, None))
             if causal_end < end:
                 queries, keys = slice(causal_end, end), slice(start, end)
-                pieces.append((queries, keys, self._mask(queries, keys, None if short else window)))
+                mask = self.visible[self.node[queries]][:, self.node[keys]].tril(causal_end - start)
+                if not short:
+                    mask = mask & (self.depth[queries, None] - self.depth[None, keys] < window)
+                if self.image is not None:  # inside an image, the window excludes nothing
+                    query_image, key_image = self.image[queries, None], self.image[None, keys]
+                    mask = mask | ((query_image == key_image) & (query_image > 0))
+                pieces.append((queries, keys, mask[None, None]))
             start = end
         self._pieces[window] = pieces
         return pieces
-
-    def _mask(self, queries: slice, keys: slice, window: int | None) -> torch.Tensor:
-        """Return a mask [1, 1, queries, keys] that is True where a query attends to a key."""
-        mask = self.visible[self.node[queries]][:, self.node[keys]].tril(queries.start - keys.start)
-        if window is not None:
-            mask = mask & (self.depth[queries, None] - self.depth[None, keys] < window)
-        if self.image is not None:  # inside an image, the window excludes nothing
-            query_image, key_image = self.image[queries, None], self.image[None, keys]
-            mask = mask | ((query_image == key_image) & (query_image > 0))
-        return mask[None, None]
 
 
 def attend(

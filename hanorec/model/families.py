@@ -123,24 +123,20 @@ def decoder_name(core) -> str:
     raise UserError(f"a {core.config.model_type} has no language model inside that can be trained alone")
 
 
-def inner(core):
-    """Return the model without its head. It calls the vision tower and computes positions."""
-    return getattr(core, "model", core)
-
-
-def positions(core, ids: list[int], grids: list[torch.Tensor]) -> torch.Tensor:
+def positions(core, ids: list[int], grids: torch.Tensor) -> torch.Tensor:
     """Return the positions [P, len(ids)] of tokens, from 0. P is 3 for multimodal positions (Qwen), else 1.
 
     Args:
-        grids: one [3] (time, height, width in patches) for each image in `ids`.
+        grids: [images, 3], time, height and width in patches of each image in `ids`.
     """
-    if not hasattr(inner(core), "get_rope_index"):
+    inner = getattr(core, "model", core)  # without the head
+    if not hasattr(inner, "get_rope_index"):
         return torch.arange(len(ids))[None]
-    if not grids:
+    if not len(grids):
         return torch.arange(len(ids)).expand(3, -1)
     batch = torch.tensor([ids])
     types = (batch == core.config.image_token_id).int()  # 0 text, 1 image
-    return inner(core).get_rope_index(batch, mm_token_type_ids=types, image_grid_thw=torch.stack(grids))[0][:, 0]
+    return inner.get_rope_index(batch, mm_token_type_ids=types, image_grid_thw=grids)[0][:, 0]
 
 
 def check_layers(config) -> None:
@@ -203,7 +199,7 @@ def encoder_outputs(core, tokens: torch.Tensor, grids: torch.Tensor) -> dict:
     pooled = first[:, None] if core.config.model_type in ONE_TENSOR else [first]
     output = SimpleNamespace(pooler_output=pooled, deepstack_features=[[layer] for layer in deep])
     inputs = {"mm_encoder_outputs": {"image": output}}
-    if hasattr(inner(core), "get_rope_index"):
+    if hasattr(getattr(core, "model", core), "get_rope_index"):
         inputs["image_grid_thw"] = grids.to(core.device)
     return inputs
 

@@ -11,7 +11,6 @@ from hanorec.model.lora import FROZEN, TRAINED, load_adapter
 from hanorec.model.packing import PackedMLLM
 from hanorec.run.files import UserError, read_json, replacing
 from hanorec.run.runs import COMMANDS, read_run, weights_hash
-from hanorec.run.training import whole_weights
 
 
 def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = None, attn: str | None = None):
@@ -77,9 +76,10 @@ def save_trained(model, packed: PackedMLLM, encoding: Encoding, out: Path, accel
 
     All processes must call this. model: the module that accelerator.prepare returned for `packed`.
     """
-    weights = whole_weights(model, accelerator)
+    weights = accelerator.get_state_dict(model)  # of a PackedMLLM, gathered on the main process
     if not accelerator.is_main_process:
         return
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     if isinstance(packed.model, PeftModel):
         with replacing(out / "adapter") as new:
             packed.model.save_pretrained(new, selected_adapters=[TRAINED], state_dict=weights)

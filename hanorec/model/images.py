@@ -12,7 +12,6 @@ import json
 import shutil
 import struct
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -94,6 +93,8 @@ class ImageTokens:
 
     Attributes:
         image_of: for each item the item whose image it has: itself, unless `give_images` was called.
+        lengths: [N], the number of image tokens of each item, 0 without an image.
+        grids: [N, 3], time, height and width of each item's image in patches; zeros if positions need no grid.
     """
 
     def __init__(self, items: Items, folder: Path, blank_images: bool = False, live=None):
@@ -107,7 +108,11 @@ class ImageTokens:
         offsets, width = self.vectors["offsets"], self.vectors["neutral"].shape[1]
         if offsets.is_floating_point() or offsets[0] or (offsets.diff() < 0).any():
             raise UserError(f"{path}: offsets must be whole numbers that begin with 0 and never fall; {remedy}")
-        self.offsets = offsets.tolist()
+        self.offsets, lengths, self.grids = offsets.tolist(), offsets.diff(), self.vectors["grid"]
+        if blank_images:
+            lengths = (lengths > 0) * len(self.vectors["neutral"])
+            self.grids = self.vectors["neutral_grid"].expand(count, 3)
+        self.lengths = lengths.tolist()
         if self.live is None and not blank_images:
             shapes = {"image_tokens": (self.offsets[-1], width)}
             self.stored = load_tensors(folder / "image_tokens.safetensors", shapes, remedy)["image_tokens"]
@@ -119,12 +124,7 @@ class ImageTokens:
             image_of: for each item the item whose image it gets.
         """
         self.image_of = image_of
-
-    def length(self, item: int) -> int:
-        """Return the number of image tokens of an item, 0 without an image."""
-        source = self.image_of[item]
-        length = self.offsets[source + 1] - self.offsets[source]
-        return len(self.vectors["neutral"]) if length and self.blank_images else length
+        self.lengths, self.grids = [self.lengths[item] for item in image_of], self.grids[image_of]
 
     def of(self, item: int) -> torch.Tensor:
         """Return the stored image tokens [n, width] of an item that has an image."""
@@ -132,10 +132,6 @@ class ImageTokens:
             return self.vectors["neutral"]
         source = self.image_of[item]
         return self.stored[self.offsets[source] : self.offsets[source + 1]]
-
-    def grid(self, item: int) -> torch.Tensor:
-        """Return time, height and width of an item's image in patches, [3]; zeros if positions need no grid."""
-        return self.vectors["neutral_grid"] if self.blank_images else self.vectors["grid"][self.image_of[item]]
 
     def means(self) -> torch.Tensor:
         """Return each item's mean image token [N, d], float32; zeros for an item without an image."""
@@ -145,15 +141,15 @@ class ImageTokens:
         has_image = means.abs().sum(-1, keepdim=True) > 0
         return has_image * self.vectors["neutral"][:, : means.shape[1]].float().mean(0)
 
-    def pixels(self, items: list[int]) -> dict[str, torch.Tensor]:
-        """Open the images of these items, for live images. Returns the vision tower's inputs."""
+    def pixels(self, items: list[int]) -> tuple[dict[str, torch.Tensor], list[tuple[str, int]]]:
+        """Open the images of these items, for live images.
+
+        Returns (the vision tower's inputs, item id and number of image tokens of each image for `check_sizes`).
+        """
         folder, processor = self.live
         images = [open_image(folder / self.paths[self.image_of[item]]) for item in items]
-        return families.image_inputs(processor, images, "cpu")
-
-    def sizes(self, items: Iterable[int]) -> list[tuple[str, int]]:
-        """Return (id of the image's item, number of image tokens) of each of these items, for `check_sizes`."""
-        return [(self.ids[self.image_of[item]], self.length(item)) for item in items]
+        sizes = [(self.ids[self.image_of[item]], self.lengths[item]) for item in items]
+        return families.image_inputs(processor, images, "cpu"), sizes
 
 
 def check_sizes(sizes: list[tuple[str, int]], images: list[torch.Tensor]) -> None:
@@ -249,8 +245,11 @@ def write_image_tokens(model, image_processor, paths: list[Path | None], path: P
                 if keep:
                     file.write(tokens.contiguous().view(torch.uint8).numpy().tobytes())
         count = int(lengths.sum()) if keep else 0
-        file.seek(0)
-        file.write(safetensors_header("image_tokens", model.dtype, [count, width]))
+        code = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[model.dtype]
+        end = count * width * model.dtype.itemsize
+        header = {"image_tokens": {"dtype": code, "shape": [count, width], "data_offsets": [0, end]}}
+        file.seek(0)  # the format allows spaces after the header
+        file.write(struct.pack("<Q", HEADER_BYTES - 8) + json.dumps(header).encode().ljust(HEADER_BYTES - 8))
     return lengths, means, grid
 
 
@@ -274,10 +273,3 @@ def check_disk(model, processor, paths: list[Path], pixels: int, folder: Path) -
         fitting = int(pixels * USABLE_SPACE * free / needed)
         remedy = f"give --tokens live, or about --max-pixels {fitting} if the backbone's image size can be changed"
         raise UserError(f"{folder} has {free:,} bytes free; {remedy}")
-
-
-def safetensors_header(name: str, dtype: torch.dtype, shape: list[int]) -> bytes:
-    """Return the start of a safetensors file of one tensor, padded with spaces to HEADER_BYTES as the format allows."""
-    code = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    entry = {"dtype": code, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
-    return struct.pack("<Q", HEADER_BYTES - 8) + json.dumps({name: entry}).encode().ljust(HEADER_BYTES - 8)

@@ -57,13 +57,18 @@ def load_model(
     disable_progress_bar()  # of transformers, for loading and saving weights
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # from peft
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns that a faster kernel is missing
-    load_config(name, trust)  # first, because its error message is clearer than the model's
+    config = load_config(name, trust)  # first, because its error message is clearer than the model's
     dtype = dtype or torch.float32
     settings = {}
     if quantize:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("--quantize 4bit needs bitsandbytes, which is not installed")
-        skipped = outside_decoder(name, trust)
+        with loading(name, "cannot be built"), torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
+        decoder = f"{families.decoder_name(model)}."
+        linear = [layer for layer, module in model.named_modules() if isinstance(module, nn.Linear)]
+        # Not quantized: the head, and the vision tower, whose image tokens are stored and must stay the same
+        skipped = [layer for layer in linear if not layer.startswith(decoder)]
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
         )
@@ -72,17 +77,6 @@ def load_model(
             name, dtype=dtype, attn_implementation=attn, trust_remote_code=trust, use_safetensors=True, **settings
         )
     return model.requires_grad_(False).eval()
-
-
-def outside_decoder(name: str | Path, trust: bool) -> list[str]:
-    """Return the names of the linear layers outside the language model. They are not quantized.
-
-    They are the head, and the vision tower, whose image tokens are stored and must stay the same.
-    """
-    with loading(name, "cannot be built"), torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(load_config(name, trust), trust_remote_code=trust)
-    decoder = f"{families.decoder_name(model)}."
-    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and not n.startswith(decoder)]
 
 
 def pick_dtype(name: str, accelerator) -> torch.dtype:

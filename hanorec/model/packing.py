@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import nn
 
 from hanorec.model import attention, families
@@ -69,14 +70,7 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """Return the batch with its tensors on `device`."""
-
-        def move(value):
-            return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-
-        fields = {name: move(value) for name, value in vars(self).items()}
-        if self.pixels is not None:
-            fields["pixels"] = {name: move(value) for name, value in self.pixels.items()}
-        return Batch(**fields)
+        return Batch(**send_to_device(vars(self), device, non_blocking=True))
 
 
 @dataclass
@@ -181,13 +175,13 @@ class PackedMLLM(nn.Module):
 
     def positions(self, node: Node, tokens: ImageTokens) -> torch.Tensor:
         """Return a node's positions [P, tokens], from 0. UserError if it has not a placeholder for each image token."""
-        expected = sum(tokens.length(item) for item in node.images)
+        expected = sum(tokens.lengths[item] for item in node.images)
         if node.ids.count(self.core.config.image_token_id) != expected:
             names = [tokens.ids[item] for item in node.images]
             raise UserError(f"a prompt with the images of items {names} has not one placeholder for each image token")
         if not self.pack:  # the model's own forward computes positions; these are not used
             return torch.arange(len(node.ids))[None]
-        return families.positions(self.core, node.ids, [tokens.grid(item) for item in node.images])
+        return families.positions(self.core, node.ids, tokens.grids[node.images])
 
     # From a batch to log-probabilities
 
@@ -269,8 +263,8 @@ def make_batch(segments, images, ids, positions, nodes: list[Placed], scored: li
     predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
     items = [item for segment in images for item in segment]
     distinct = list(dict.fromkeys(items)) if tokens.live else []
+    pixels, sizes = tokens.pixels(distinct) if distinct else (None, [])
     stored = [] if tokens.live else [tokens.of(item) for item in items]
-    grids = [tokens.grid(item) for item in items]
     return Batch(
         segments=segments,
         image_counts=[len(segment) for segment in images],
@@ -280,13 +274,13 @@ def make_batch(segments, images, ids, positions, nodes: list[Placed], scored: li
         visible=visible,
         position_ids=torch.cat(positions, dim=1)[:, None],
         image_tokens=torch.cat(stored) if stored else torch.zeros(0, 0),
-        grids=torch.stack(grids) if grids else torch.zeros(0, 3),
+        grids=tokens.grids[items],
         predicted_from=predicted_from,
         target=target,
         answer=answer,
         answers=answer.bincount(),
-        pixels=tokens.pixels(distinct) if distinct else None,
-        sizes=tokens.sizes(distinct),
+        pixels=pixels,
+        sizes=sizes,
         distinct=[distinct.index(item) for item in items] if distinct else [],
     )
 

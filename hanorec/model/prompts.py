@@ -54,7 +54,7 @@ class Prompts:
 
     def add_image(self, node: Node, item: int) -> None:
         """Append an item's image, if it has one."""
-        length = self.tokens.length(item)
+        length = self.tokens.lengths[item]
         if length:
             template = self.template
             node.ids += template.image_head + [template.image_token] * length + template.image_tail
@@ -86,13 +86,9 @@ class Prompts:
                 self.add_image(node, part)
         return node
 
-    def root(self) -> Node:
-        """Return a new root, which has the template's tokens before the user's text."""
-        return Node(None, list(self.template.head))
-
     def complete_prompt(self, parts: Sequence[str | int]) -> Node:
         """Return a prompt of these parts (see `add_parts`), complete up to the answer."""
-        node = self.add_parts(self.root(), parts)
+        node = self.add_parts(Node(None, list(self.template.head)), parts)
         node.ids += self.template.tail
         return node
 
@@ -113,8 +109,7 @@ class Prompts:
 
         Returns (node, the offsets of each history title's tokens).
         """
-        root = self.root()
-        root.ids += self.text(RANK_QUESTION)
+        root = Node(None, [*self.template.head, *self.text(RANK_QUESTION)])
         for candidate in candidates:
             self.add_item(root, candidate, image=self.candidate_images)
         title_offsets = self.add_history(root, history)
@@ -123,7 +118,7 @@ class Prompts:
 
     def yesno_questions(self, example: Example, candidates: Sequence[int]) -> list[Node]:
         """Build the history, then the Yes/No question about each candidate: nodes 1, 2, ... of the tree."""
-        root = self.root()
+        root = Node(None, list(self.template.head))
         self.add_history(root, example.history)
         tree = [root]
         for candidate in candidates:
@@ -160,7 +155,7 @@ class Prompts:
                 root, title_offsets = self.ranking_prompt(items[first:-1], candidates)
                 tree = [root, self.answer(self.items.titles[items[-1]], 0)]
             else:
-                root = self.root()
+                root = Node(None, list(self.template.head))
                 tree, title_offsets = [root], self.add_history(root, items[first:])
             if tree_length(tree) <= max_length:
                 root.scored = [offset for offsets in title_offsets[1:] for offset in offsets]
@@ -236,7 +231,7 @@ class Prompts:
         An example of the longest items is tried first. The examples are tried one by one only if that one is too long.
         """
         title_lengths = [len(self.text(title)) for title in self.items.titles]
-        item_lengths = [length + self.tokens.length(item) for item, length in enumerate(title_lengths)]
+        item_lengths = [length + self.tokens.lengths[item] for item, length in enumerate(title_lengths)]
         longest_title = title_lengths.index(max(title_lengths))
         longest_item = item_lengths.index(max(item_lengths))
         candidate = longest_item if self.candidate_images else longest_title

@@ -1,6 +1,6 @@
 """The samples of a training stage, by number: questions about the examples, and sequences for the warm-up."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from hanorec.data.folder import Example
 from hanorec.model.prompts import Prompts, fit_to_length
@@ -16,6 +16,7 @@ class Samples:
         max_length: the largest number of tokens of a prompt with one answer.
 
     Attributes:
+        users: the user of each sample.
         shortened: (user, target) of the examples that had to lose history items so far, to stay within max_length.
 
     Raises:
@@ -26,25 +27,18 @@ class Samples:
         self, prompts: Prompts, build: Callable, examples: Sequence[Example], kinds: Sequence[str], max_length: int
     ):
         self.examples, self.kinds, self.max_length = examples, kinds, max_length
+        self.users = [example.user for example in examples for _ in kinds]
         self.shortened: set[tuple[str, int]] = set()
         self.builds = [lambda example, kind=kind: build(example, kind) for kind in kinds]
         prompts.check_fit(self.builds, examples, max_length)
 
     def __len__(self) -> int:
-        return len(self.examples) * len(self.kinds)
-
-    def example(self, number: int) -> Example:
-        """Return the example of a sample."""
-        return self.examples[number // len(self.kinds)]
+        return len(self.users)
 
     def tree(self, number: int) -> list[Node]:
         """Return the prompt tree of a sample, with as many history items as fit."""
-        build = self.builds[number % len(self.kinds)]
-        return fit_to_length(build, self.example(number), self.max_length, self.shortened)
-
-    def users(self, numbers: Iterable[int]) -> list[str]:
-        """Return the user of each sample."""
-        return [self.example(number).user for number in numbers]
+        example, build = self.examples[number // len(self.kinds)], self.builds[number % len(self.kinds)]
+        return fit_to_length(build, example, self.max_length, self.shortened)
 
 
 class WarmUp:
@@ -53,6 +47,9 @@ class WarmUp:
     A window has at most options.warmup_items items, and ends a quarter of that later than the one before. The first
     windows begin at the first item and the last ones end at the last item, so they are shorter. With the rank task,
     every second window is turned into the ranking question of a training example if it ends at that example's target.
+
+    Attributes:
+        users: the user of each window.
     """
 
     def __init__(self, prompts: Prompts, examples: list[Example], sequences: dict[str, list[int]], options):
@@ -60,7 +57,8 @@ class WarmUp:
         candidates_of = {}
         if "rank" in options.tasks:
             candidates_of = {(example.user, example.target): example.candidates for example in examples}
-        self.windows: list[tuple[str, list[int], list[int]]] = []  # user, items, candidates
+        self.users: list[str] = []
+        self.windows: list[tuple[list[int], list[int]]] = []  # items, candidates
         size = options.warmup_items
         step = max(size // 4, 1)
         for user, items in sequences.items():
@@ -71,16 +69,13 @@ class WarmUp:
                 candidates = candidates_of.get((user, window[-1]), []) if len(self.windows) % 2 else []
                 if set(candidates) & set(window[:-1]):  # with --protocol official: other positives of the user
                     candidates = []
-                self.windows.append((user, window, candidates))
+                self.users.append(user)
+                self.windows.append((window, candidates))
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def tree(self, number: int) -> list[Node]:
         """Return the prompt tree of a window."""
-        _, items, candidates = self.windows[number]
+        items, candidates = self.windows[number]
         return self.prompts.language_tree(items, self.max_length, candidates)
-
-    def users(self, numbers: Iterable[int]) -> list[str]:
-        """Return the user of each window."""
-        return [self.windows[number][0] for number in numbers]

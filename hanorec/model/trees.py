@@ -65,16 +65,3 @@ def separate_paths(tree: list[Node]) -> list[list[Node]]:
         scored = [len(before.ids) + offset for offset in node.scored]
         paths.append(Node(None, before.ids + node.ids, before.images + node.images, scored))
     return [[path] for path in paths if path.scored]
-
-
-def common_length(prompts: Sequence[list[int]], image_token: int) -> int:
-    """Return the number of tokens that all prompts begin with, up to their first image token.
-
-    At least one token of each prompt is not counted, so that no prompt is empty without its beginning.
-    """
-    first, shortest = prompts[0], min(map(len, prompts))
-    for position in range(shortest - 1):
-        token = first[position]
-        if token == image_token or any(ids[position] != token for ids in prompts):
-            return position
-    return shortest - 1

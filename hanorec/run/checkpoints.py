@@ -9,7 +9,6 @@ numbers.
 
 import argparse
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,11 +41,6 @@ def newest(out: Path) -> Path | None:
     if (out / "result.json").exists():
         return None
     return next(reversed(folders(out)), None)
-
-
-def config_fields(accelerator, **hashes) -> dict:
-    """Return the fields of config.json that describe a run's inputs and machine."""
-    return hashes | {"processes": accelerator.num_processes, "machine": machine(accelerator.device)}
 
 
 def machine(device) -> dict[str, str]:
@@ -84,7 +78,7 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
     for name, value in json_options(options).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             changed.append(f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})")
-    fields = config_fields(accelerator, **hashes)
+    fields = hashes | {"processes": accelerator.num_processes}
     for name, origin in COMPARED.items():
         if name in fields and config.get(name) != fields[name]:
             changed.append(f"{origin} (not the same as before)")
@@ -92,27 +86,9 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
         raise UserError(f"{out} began with other options: {', '.join(changed)}; continue it with the same, or {remedy}")
 
 
-def supported(accelerator) -> bool:
-    """Return whether checkpoints can be saved. DeepSpeed and FSDP 1 keep AdamW's state in a layout of their own."""
-    kind = accelerator.distributed_type.value
-    return kind != "DEEPSPEED" and (kind != "FSDP" or accelerator.is_fsdp2)
-
-
-def trained_weights(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield the name and the parameter of each trained weight."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def named_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and value of each trained weight and of AdamW's state. All processes must iterate together.
-
-    A sharded tensor is gathered from all processes.
-    """
-    for name, parameter in trained_weights(model):
-        tensors = {"weight": parameter, **optimizer.state[parameter]}
-        for key, value in tensors.items():
-            complete = value.full_tensor() if hasattr(value, "full_tensor") else value
-            yield f"{key}/{name}", complete.detach()
+def trained_weights(model) -> dict[str, torch.nn.Parameter]:
+    """Return the trained weights by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def sharded_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,17 +100,24 @@ def sharded_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-def save(out: Path, step: int, model, optimizer, parts: dict, keep: int, accelerator) -> None:
+def save(out: Path, step: int, model, optimizer, parts: dict, keep: int, accelerator) -> bool:
     """Write a checkpoint, and delete the oldest so that `keep` remain. All processes must call this.
+
+    Return False if it cannot be saved: DeepSpeed and FSDP 1 keep AdamW's state in a layout of their own.
 
     Args:
         model: the module with the trained weights.
         parts: other objects with a state, by name. state_dict() of each returns JSON values.
     """
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED" or (kind == "FSDP" and not accelerator.is_fsdp2):
+        return False
     tensors = {}
-    for name, value in named_tensors(model, optimizer):
-        if accelerator.is_main_process:
-            tensors[name] = value.cpu().contiguous()
+    for name, parameter in trained_weights(model).items():
+        for key, value in {"weight": parameter, **optimizer.state[parameter]}.items():
+            complete = value.full_tensor() if hasattr(value, "full_tensor") else value  # gathers a sharded tensor
+            if accelerator.is_main_process:
+                tensors[f"{key}/{name}"] = complete.detach().cpu().contiguous()
     random = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
@@ -149,6 +132,7 @@ def save(out: Path, step: int, model, optimizer, parts: dict, keep: int, acceler
         for old in folders(out)[:-keep]:
             delete(old)
     accelerator.wait_for_everyone()
+    return True
 
 
 def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
@@ -159,7 +143,7 @@ def load(folder: Path, model, optimizer, parts: dict, accelerator) -> int:
         tensors = load_file(folder / "state.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read ({error}); {remedy}") from error
-    for name, parameter in trained_weights(model):
+    for name, parameter in trained_weights(model).items():
         parameter.data.copy_(sharded_like(tensors[f"weight/{name}"], parameter))
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
         optimizer.state[parameter] = {key: sharded_like(tensors[f"{key}/{name}"], parameter) for key in keys}

@@ -43,7 +43,8 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         unset_hf_deepspeed_config()  # each process loads and checks all weights; DeepSpeed shards them later
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # required, not used
     if accelerator.num_processes > 1:
-        atexit.register(leave_process_group)
+        # If the process group is still open when the interpreter ends, gloo's threads may abort the process
+        atexit.register(accelerator.state.destroy_process_group)
     requested = int(launcher_option("--num_processes") or 1)
     if requested > accelerator.num_processes:
         started = f"the launcher was asked for {requested} processes but started {accelerator.num_processes}"
@@ -52,12 +53,6 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)  # the launcher, if there is one, had set 1
     return accelerator
-
-
-def leave_process_group() -> None:
-    """Close the process group. If it is still open when the interpreter ends, gloo's threads may abort the process."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def parent_words(name: str) -> list[str]:

@@ -37,7 +37,7 @@ class Log:
         self.shortened = set()
         self.bar = tqdm(total=steps, desc=stage, unit="step")
         self.pending = None
-        self.start_timing()
+        self.began, self.samples = time.perf_counter(), 0  # of the measurement of the samples per second
         self.signal = 0  # the signal that this process received
         self.any_signal = 0  # the largest signal that any process received
         self.command = shlex.join(launcher_command() or python_command())  # read now: the launcher may end first
@@ -45,10 +45,6 @@ class Log:
             values = json_options(options).items()
             config = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in values}
             accelerator.init_trackers("hanorec", config=config)
-
-    def start_timing(self) -> None:
-        """Start a new measurement of the samples per second."""
-        self.began, self.samples = time.perf_counter(), 0
 
     def write(self, step: int, metrics: dict) -> None:
         """Write numbers or scalar tensors by name. JSON has no NaN or infinity, so metrics.jsonl gets null for them."""
@@ -73,32 +69,36 @@ class Log:
         if logged:
             unit = "pairs" if self.stage == "dpo_hano" else "samples"
             metrics = metrics | {f"{unit}_per_second": self.samples / (time.perf_counter() - self.began)}
-            self.start_timing()
+            self.began, self.samples = time.perf_counter(), 0
         signals = torch.tensor(float(self.signal), device=self.accelerator.device)
         self.pending = (step, metrics, names, logged, self.accelerator.gather(signals).max())
 
     def flush(self) -> None:
-        """Write the metrics of the pending step. Raise UserError if its loss or its gradient is not finite."""
+        """Write the metrics of the pending step.
+
+        Raises:
+            UserError: its loss or its gradient is not finite. The message names the samples, the option to lower, and
+                the weights that stay.
+        """
         if self.pending is None:
             return
         step, metrics, names, logged, any_signal = self.pending
         self.pending = None
         self.any_signal = int(any_signal)
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise UserError(self.divergence(step, name, metrics, names))
+            if math.isfinite(metrics[name]):
+                continue
+            option = "warmup_lr" if metrics.get("warmup") else "lr"
+            lower = f"--{option.replace('_', '-')} {getattr(self.options, option)}"
+            kept = "no weights were saved yet"
+            if "step" in self.best:
+                kept = f"the weights of step {self.best['step']} stay"
+            samples = f"{self.named} {', '.join(dict.fromkeys(names))}"
+            raise UserError(f"{name} is {float(metrics[name])} at step {step} ({samples}); lower {lower}; {kept}")
         if logged:
             self.write(step, metrics)
             self.bar.set_postfix({n: f"{float(metrics[n]):.3f}" for n in ("loss", "accuracy") if n in metrics})
         self.bar.update()
-
-    def divergence(self, step: int, name: str, metrics: dict, names: Sequence[str]) -> str:
-        """Return the message for a loss or a gradient that is not finite: samples, option to lower, kept weights."""
-        option = "warmup_lr" if metrics.get("warmup") else "lr"
-        lower = f"--{option.replace('_', '-')} {getattr(self.options, option)}"
-        kept = f"the weights of step {self.best['step']} stay" if "step" in self.best else "no weights were saved yet"
-        samples = f"{self.named} {', '.join(dict.fromkeys(names))}"
-        return f"{name} is {float(metrics[name])} at step {step} ({samples}); lower {lower}; {kept}"
 
     def validation(self, step: int, epoch: float, metrics: dict) -> bool:
         """Log validation metrics. Return whether `select` is the best so far: then save.
@@ -111,11 +111,12 @@ class Log:
         better = metrics["select"] > self.best["select"]
         if better:
             self.best = {"step": step, **metrics}
-        self.start_timing()
         return better
 
     def resume(self, model, optimizer, shortened: set, **parts) -> int:
         """Load the run's last checkpoint, if there is one. Return its step, or 0.
+
+        Print the hardware, threads and versions that have changed since the run began.
 
         Args:
             model: the module with the trained weights.
@@ -130,12 +131,6 @@ class Log:
             return 0
         step = checkpoints.load(folder, *self.trained, self.accelerator)
         self.accelerator.print(f"{self.out} continues after step {step} ({folder})")
-        self.compare_machines()
-        self.bar.update(step)
-        return step
-
-    def compare_machines(self) -> None:
-        """Print the hardware, threads and versions that have changed since the run began."""
         before = read_json(self.out / "config.json", {"machine": dict}, f"delete {self.out}")["machine"]
         changed = []
         for name, value in checkpoints.machine(self.accelerator.device).items():
@@ -143,6 +138,8 @@ class Log:
                 changed.append(f"{name}: {before.get(name)}, now {value}")
         if changed:
             self.accelerator.print(f"the last digits may differ, because these have changed: {'; '.join(changed)}")
+        self.bar.update(step)
+        return step
 
     def end_step(self, step: int, validated: bool) -> None:
         """Save a checkpoint every --save-every steps, after a validation, and after a signal.
@@ -154,18 +151,16 @@ class Log:
         if not (validated or number or step % self.options.save_every == 0):
             return
         self.flush()
-        supported = checkpoints.supported(self.accelerator)
-        if supported:
-            checkpoints.save(self.out, step, *self.trained, self.options.keep, self.accelerator)
-        self.start_timing()
+        saved = checkpoints.save(self.out, step, *self.trained, self.options.keep, self.accelerator)
+        self.began, self.samples = time.perf_counter(), 0
         if number:
-            state = f"step {step} is saved. To continue" if supported else "no step could be saved. To start again"
+            state = f"step {step} is saved. To continue" if saved else "no step could be saved. To start again"
             self.accelerator.print(f"\nstopped; {state}: {self.command}", flush=True)
             raise SystemExit(128 + number)
 
     def state_dict(self) -> dict:
         """Return the log's part of a checkpoint. All processes must call this."""
-        state = {"best": self.best, "shortened": self.all_shortened()}
+        state = {"best": self.best, "shortened": sorted(set(gather_object(list(self.shortened))))}
         if self.file:
             os.fsync(self.file.fileno())
             state["metrics_bytes"] = os.fstat(self.file.fileno()).st_size
@@ -180,13 +175,9 @@ class Log:
                 raise UserError(f"{self.file.name} has fewer lines than its checkpoint expects; delete {self.out}")
             self.file.truncate(state["metrics_bytes"])
 
-    def all_shortened(self) -> list:
-        """Return the (user, target) of examples whose prompts lost history items on any process."""
-        return sorted(set(gather_object(list(self.shortened))))
-
     def finish(self) -> None:
         """Write result.json, which marks the run as finished, and delete the checkpoints."""
-        shortened = len(self.all_shortened())
+        shortened = len(set(gather_object(list(self.shortened))))  # of all processes
         if self.accelerator.is_main_process:
             result = {"stage": self.stage, "best": self.best, "shortened_rows": shortened}
             write_json(self.out / "result.json", result | {"weights": weights_hash(self.out)})
@@ -227,7 +218,9 @@ def started(options, stage: str, accelerator, steps: int, hashes: dict, **settin
     """
     with locked(options.out) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process and not checkpoints.newest(options.out):
-            begin_run(options.out, stage, json_options(options), **checkpoints.config_fields(accelerator, **hashes))
+            machine = checkpoints.machine(accelerator.device)
+            fields = hashes | {"processes": accelerator.num_processes, "machine": machine}
+            begin_run(options.out, stage, json_options(options), **fields)
         accelerator.wait_for_everyone()
         log = Log(stage, accelerator, options, steps, **settings)
         try:

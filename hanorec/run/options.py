@@ -204,9 +204,11 @@ def training_options(inherits: Sequence[str] = (), **defaults: tuple) -> Table:
     unknown = {*inherits, *defaults} - {option.attribute for option in itertools.chain(*TRAINING.values())}
     if unknown:
         raise ValueError(f"no training option has the name {', '.join(sorted(unknown))}; see TRAINING")
-
-    def adapted(option: Option) -> Option:
-        default, tiny = defaults.get(option.attribute, (option.default, option.tiny))
-        return replace(option, default=default, tiny=tiny, inherited=option.attribute in inherits)
-
-    return {title: [adapted(option) for option in options] for title, options in TRAINING.items()}
+    tables: Table = {}
+    for title, options in TRAINING.items():
+        tables[title] = []
+        for option in options:
+            default, tiny = defaults.get(option.attribute, (option.default, option.tiny))
+            inherited = option.attribute in inherits
+            tables[title].append(replace(option, default=default, tiny=tiny, inherited=inherited))
+    return tables

@@ -15,9 +15,17 @@ from accelerate import DistributedType
 from hanorec.run.files import UserError
 
 
-def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[int, int]:
-    """Compute the optimizer steps, and print the arithmetic. Returns (steps of the run, steps of an epoch)."""
-    world = accelerator.num_processes
+def plan_steps(
+    examples: int, kinds: int, options: argparse.Namespace, accelerator
+) -> tuple[Iterator[list[list[int]]], int, int]:
+    """Compute the optimizer steps, and print the arithmetic.
+
+    Args:
+        examples, kinds: as in `micro_batches`.
+
+    Returns (this process's micro-batches in each step, steps of the run, steps of an epoch).
+    """
+    world, samples = accelerator.num_processes, examples * kinds
     per_step = options.batch_size * options.grad_accum * world
     if samples < per_step:
         raise UserError(f"{samples} samples do not fill a step of {per_step}: lower --batch-size or --grad-accum")
@@ -27,7 +35,9 @@ def plan_steps(samples: int, options: argparse.Namespace, accelerator) -> tuple[
         f"step = {options.batch_size} samples x {options.grad_accum} micro-batches x {world} processes = {per_step}; "
         f"{steps} steps = {steps / per_epoch:.2f} epochs of {samples} samples"
     )
-    return steps, per_epoch
+    size, accum, rank = options.batch_size, options.grad_accum, accelerator.process_index
+    batches = micro_batches(examples, kinds, size, accum, world, rank, options.seed)
+    return itertools.islice(batches, steps), steps, per_epoch
 
 
 def micro_batches(
@@ -55,14 +65,6 @@ def micro_batches(
             yield [order[first : first + batch] for first in firsts]
 
 
-def own_micro_batches(
-    examples: int, kinds: int, batch: int, accum: int, steps: int, options: argparse.Namespace, accelerator
-) -> Iterator[list[list[int]]]:
-    """Yield this process's micro-batches of the first `steps` optimizer steps."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    return itertools.islice(micro_batches(examples, kinds, batch, accum, processes, rank, options.seed), steps)
-
-
 def trainable(model) -> list[torch.nn.Parameter]:
     """Return the trained weights. Call this again after accelerator.prepare, which may shard them."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -84,15 +86,14 @@ def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.
     """
     rise = warmup_steps // 20
 
-    def decay(done: int, length: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * min(done / length, 1)))
-
     def scale(step: int) -> float:
         if step < rise:
             return warmup_peak * (step + 1) / rise
         if step < warmup_steps:
-            return warmup_peak * decay(step - rise, warmup_steps - rise)
-        return decay(step - warmup_steps, steps)
+            peak, done, length = warmup_peak, step - rise, warmup_steps - rise
+        else:
+            peak, done, length = 1.0, step - warmup_steps, steps
+        return peak * (0.5 * (1 + math.cos(math.pi * min(done / length, 1))))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
 
@@ -132,9 +133,3 @@ def first_device(model, accelerator):
     """Return the device for a model before accelerator.prepare. A model to be sharded stays where it was loaded."""
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return model.device if sharded else accelerator.device
-
-
-def whole_weights(model, accelerator) -> dict[str, torch.Tensor]:
-    """Gather the state dict of a PackedMLLM's inner model on the main process. All processes must call this."""
-    weights = accelerator.get_state_dict(model)
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}

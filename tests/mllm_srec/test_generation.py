@@ -89,9 +89,10 @@ def test_a_batch_equals_the_models_own_generation(backbone, write):
 def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):
     """Otherwise its tokens would be taken for those of the next picture."""
     node, tokens = prompt_of(backbone, [0, 4]), backbone.tokens
-    first, last = (tokens.length(item) for item in node.images)
+    first, last = (tokens.lengths[item] for item in node.images)
     monkeypatch.setattr(type(tokens), "live", property(lambda self: True, lambda self, value: None), raising=False)
-    monkeypatch.setattr(tokens, "pixels", lambda items: {})
+    sizes = [(tokens.ids[item], tokens.lengths[item]) for item in node.images]
+    monkeypatch.setattr(tokens, "pixels", lambda items: ({}, sizes))
     width = backbone.packed.core.config.get_text_config().hidden_size
     images = [torch.zeros(first + 1, width), torch.zeros(last - 1, width)]
     monkeypatch.setattr(families, "image_tokens", lambda core, pixels: images)

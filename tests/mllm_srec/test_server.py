@@ -160,8 +160,8 @@ def test_the_first_error_is_reported(ask, monkeypatch):
 def test_what_a_server_is_sent(ask, prepared):
     """Greedy decoding, the picture as it is, and no control tokens that a title spells."""
     data = Opened(prepared)
-    with_image = next(item for item in range(9) if data.tokens.length(item))
-    without_image = next(item for item in range(len(data.items)) if not data.tokens.length(item))
+    with_image = next(item for item in range(9) if data.tokens.lengths[item])
+    without_image = next(item for item in range(len(data.items)) if not data.tokens.lengths[item])
     ask([["Heat <|im_end|>\n", with_image, " and ", without_image]], answer("Fine."))
     (body,) = Scripted.bodies
     assert (body["temperature"], body["seed"], body["max_tokens"], body["model"]) == (0, 7, 9, "m")

@@ -28,7 +28,7 @@ def test_a_yesno_sample_asks_about_the_target_and_the_rejected_item(data):
         assert [scored_text(prompts, answer) for answer in (yes, no)] == ["Yes<|im_end|>", "No<|im_end|>"]
         texts = [prompts.tokenizer.decode(question.ids) for question in questions]
         assert texts[0].replace(titles[row.target], titles[row.rejected]) == texts[1]
-        assert not root.scored and root.images == [i for i in row.history if data.tokens.length(i)]
+        assert not root.scored and root.images == [i for i in row.history if data.tokens.lengths[i]]
 
 
 def test_the_warm_up_predicts_every_title_but_the_first(data):
@@ -42,7 +42,7 @@ def test_the_warm_up_predicts_every_title_but_the_first(data):
     assert scored_text(prompts, answer) == titles[row.target] + "<|im_end|>"
     assert root.ids == prompts.sft_tree(row, "rank")[0].ids  # the prompt that is trained and scored later
     short = prompts.language_tree(items, tree_length([root, answer]) - 1, row.candidates)
-    assert short[0].images == [item for item in items[1:-1] if data.tokens.length(item)]
+    assert short[0].images == [item for item in items[1:-1] if data.tokens.lengths[item]]
 
 
 def test_a_warm_up_of_two_items_that_cannot_fit_is_refused(data):
@@ -96,5 +96,5 @@ def test_a_long_history_loses_its_oldest_items(data):
     history = text.split("History, oldest first:\n")[1]
     assert data.items.titles[row.history[0]] not in history
     assert all(data.items.titles[item] in history for item in row.history[1:])
-    images = sum(data.tokens.length(item) for node in shorter for item in node.images)
+    images = sum(data.tokens.lengths[item] for node in shorter for item in node.images)
     assert sum(token == prompts.template.image_token for node in shorter for token in node.ids) == images  # never cut

@@ -28,7 +28,7 @@ def test_control_tokens_in_titles_stay_text(tmp_path):
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert tokenizer.encode("<|im_end|>", add_special_tokens=False)[0] in special_ids(tokenizer)
     items = SimpleNamespace(titles=[*CONTROL, "plain"])
-    tokens = SimpleNamespace(length=lambda item: 0)
+    tokens = SimpleNamespace(lengths=[0] * len(items.titles))
     made, plain = Prompts(ChatTemplate(tokenizer, image), items, tokens), len(CONTROL)
     rows = [Example("u", [0, 1, 2], 3, [3, 4, 5, 6], 4), Example("u", [plain] * 3, plain, [plain] * 4, plain)]
     for task in ("rank", "yesno"):
