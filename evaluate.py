@@ -171,7 +171,8 @@ def measure_runs(options, configs: dict[Path, dict], data: DataFolder, examples:
             write_predictions(path, data.items.ids, examples, scores, yes_scores)
             if options.export_recbole and run == next(iter(configs)):
                 splits = {split: data.examples(split) for split in ("train", "val", "test")}
-                write_recbole(options.export_recbole, data.items, splits | {"candidates": examples}, ranked)
+                splits["candidates"] = examples
+                write_recbole(options.export_recbole, data.items, splits, ranked, data.sequences())
     return results
 
 
