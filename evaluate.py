@@ -203,7 +203,8 @@ def score_runs(options, configs: dict[Path, dict], data: DataFolder, examples: l
             write_predictions(path, data.items.ids, examples, scores, yes_scores)
             if options.export_recbole and run == next(iter(configs)):
                 splits = {split: data.examples(split) for split in ("train", "val", "test")}
-                write_recbole(options.export_recbole, data.items, splits | {"candidates": examples}, scored[run][0])
+                splits["candidates"] = examples
+                write_recbole(options.export_recbole, data.items, splits, scored[run][0], data.sequences())
     return scored
 
 

@@ -209,7 +209,7 @@ def make_base(folder: Path) -> None:
     rows = data.examples("test")
     scores = rng.random((len(rows), len(rows[0].candidates)))
     exchange.write_predictions(folder / "data" / "scores.jsonl", data.items.ids, rows, scores, scores)
-    exchange.write_recbole(folder / "recbole", data.items, {"candidates": rows}, scores)
+    exchange.write_recbole(folder / "recbole", data.items, {"candidates": rows}, scores, {})
     (folder / "recbole" / "recbole.candidates.inter").rename(folder / "data" / "scores.inter")
     options = {
         "data": "d",

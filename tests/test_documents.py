@@ -32,7 +32,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
 BACKBONES += ["llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf"]
 COUNTERS = {"test_rows", "test_rows_of_equal_titles"}  # of manifest.json, not names of tests
-LAUNCHER = {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}  # options of accelerate launch
+LAUNCHER = {"--multi_gpu", "--num_processes", "--cpu", "--config_file", "--no-deps"}  # of accelerate launch and pip
 BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(`+)(.+?)\1", re.S)
 

@@ -69,12 +69,15 @@ def test_recbole_export_and_back(sft_run, prepared, tmp_path, capsys):
     assert test[0] == ["user_id:token", "item_id_list:token_seq", "item_id:token"]
     assert test[1:] == [[row["user"], " ".join(row["history"]), row["target"]] for row in rows]
     assert {p.name for p in folder.iterdir()} == {
-        f"small.{n}.inter" for n in ("train", "valid", "test", "candidates")
+        f"small.{n}.inter" for n in ("train", "valid", "test", "candidates", "interactions")
     } | {"small.item"}
+    pairs = [line.split("\t") for line in (folder / "small.interactions.inter").read_text().splitlines()]
+    assert pairs[0] == ["user_id:token", "item_id:token"]
+    assert pairs[1:] == [[row["user"], item] for row in lines(prepared / "sequences.jsonl") for item in row["items"]]
     for bad in ("a b", ""):
         catalogue = type("Catalogue", (), {"ids": [bad], "titles": ["A"]})
         with pytest.raises(UserError, match=f"cannot hold the id '{bad}': it is empty, or has white space"):
-            exchange.write_recbole(folder, catalogue, {"test": []}, None)
+            exchange.write_recbole(folder, catalogue, {"test": []}, None, {})
     path.write_text(path.read_text().replace("1.0\t", "1.0\toops", 1))
     assert "small.candidates.inter, line" in refused(capsys, evaluate.main, "--data", prepared, "--scores", path)
 

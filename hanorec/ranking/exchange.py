@@ -118,21 +118,25 @@ def read_recbole_scores(path: Path) -> list[dict]:
     return list(lines.values())
 
 
-def write_recbole(folder: Path, items: Items, splits: dict[str, list[Example]], scores: np.ndarray) -> None:
+def write_recbole(
+    folder: Path, items: Items, splits: dict[str, list[Example]], scores: np.ndarray, sequences: dict[str, list[int]]
+) -> None:
     """Write RecBole's atomic files of a dataset with the folder's name.
 
     - <name>.item: the items with their titles.
     - <name>.train.inter, .valid.inter, .test.inter (RecBole's benchmark_filename): a line for each example, with its
       history and target.
+    - <name>.interactions.inter: a line for each training interaction, for models without histories.
     - <name>.candidates.inter: a line for each candidate of each example, with a label (1 for the target) and a score.
 
     Args:
         splits: the examples of train, val and test; under `candidates` the examples that were scored.
         scores: [R, C], of splits["candidates"].
+        sequences: the training sequence of each user.
     """
     ids, name = items.ids, folder.name
     users = [example.user for examples in splits.values() for example in examples]
-    for text in (*ids, *users):
+    for text in (*ids, *users, *sequences):
         if len(text.split()) != 1:
             raise UserError(f"RecBole's files cannot hold the id {text!r}: it is empty, or has white space")
     for split, examples in splits.items():
@@ -147,6 +151,8 @@ def write_recbole(folder: Path, items: Items, splits: dict[str, list[Example]], 
             for item, score in zip(example.candidates, scores[number], strict=True):
                 lines.append(f"{start}{ids[item]}\t{float(item == example.target)}\t{score}")
         write_lines(folder / f"{name}.{'valid' if split == 'val' else split}.inter", lines)
+    interactions = [f"{user}\t{ids[item]}" for user, sequence in sequences.items() for item in sequence]
+    write_lines(folder / f"{name}.interactions.inter", ["user_id:token\titem_id:token", *interactions])
     titles = ["\t".join(pair) for pair in zip(ids, items.titles, strict=True)]
     write_lines(folder / f"{name}.item", ["item_id:token\ttitle:token_seq", *titles])
 

@@ -85,7 +85,7 @@ class SASRec(nn.Module):
             self.blocks.append(
                 nn.TransformerEncoderLayer(width, heads, width, dropout, batch_first=True, norm_first=True)
             )
-            self.blocks[-1].self_attn.dropout = 0.0  # dropout there is slow and gains nothing
+            self.blocks[-1].self_attn.dropout = 0.0  # dropout of attention weights is slow on a CPU
         self.norm = nn.LayerNorm(width)
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=width**-0.5)
