@@ -113,7 +113,7 @@ def test_sft_loss_is_trls(tmp_path, short, case):
 
 
 def test_packed_scores_are_the_plain_ones_and_generation_answers(tmp_path, short):
-    row = evaluation.compare(tmp_path, "demo", 56, rows=2)
+    row = evaluation.compare(tmp_path, "demo", 56, examples=2)
     assert row["difference"] < 1e-4 and set(row["others"]) == {"plain forwards", "generate"}
 
 
@@ -149,7 +149,7 @@ def test_seconds_of_a_text_whether_batched_or_alone(monkeypatch):
 
 def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
     monkeypatch.setattr(trl_side, "installed", lambda: False)
-    monkeypatch.setattr(gpu, "ROWS", 12)
+    monkeypatch.setattr(gpu, "EXAMPLES", 12)
     rows = {name: gpu.part(name, "demo", 56, "cpu", torch.float32, False) for name in gpu.PARTS}
     rows["dpo ranking pairs"]["others"] = {"TRL": {"median": 9.0}}
     rows["dpo ranking pairs"] |= {"ratios": {"TRL": 9.0}, "losses": {"ours": 0.7, "TRL": 0.7}}
@@ -175,7 +175,7 @@ def own_state():
 @pytest.mark.parametrize("name", [name for name in gpu.PARTS if name != "evaluation"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gpu_parts_in_half_precision_against_trl(short, monkeypatch, name, autocast):
-    monkeypatch.setattr(gpu, "ROWS", 12)
+    monkeypatch.setattr(gpu, "EXAMPLES", 12)
     row = gpu.part(name, "demo", 56, "cpu", torch.bfloat16, autocast, batch=2)
     assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], rel=0.02) and row["ratios"]["TRL"] > 0
 
@@ -200,7 +200,7 @@ def test_gpu_parts_that_do_not_fit_are_tried_smaller_and_then_without_trl(monkey
 
 
 def test_trl_gets_batches_of_one_kind():
-    assert trl_side.in_batches(rows=3, kinds=2, batch=2) == [0, 2, 1, 3, 4, 5]
+    assert trl_side.in_batches(examples=3, kinds=2, batch=2) == [0, 2, 1, 3, 4, 5]
 
 
 def test_the_report_has_every_table():
