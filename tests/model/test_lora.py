@@ -31,7 +31,7 @@ def outcome(model, x, signs):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_same_as_pefts_layer(bias):
+def test_lean_layer_equals_pefts_layer(bias):
     own, lean = layer(bias=bias), lora.lean(layer(bias=bias))
     assert type(lean.base_model.model[0]) is lora.LeanLinear and type(own.base_model.model[0]) is Linear
     x, signs = torch.randn(2, 5, 24), torch.randn(2, 5, 16)
