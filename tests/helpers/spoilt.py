@@ -21,7 +21,8 @@ def refused(capsys, main, *argv):
     err = capsys.readouterr().err.replace("\x1b[A", "\n")  # between progress bars that stand one above the other
     printed = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
     printed = [line for line in printed if "error: " in line or "%|" not in line]
-    printed = [re.sub(r"^.*?(?=\w+\.py: error: )", "", line) for line in printed]  # the error behind a progress bar
+    # An error may stand behind a progress bar on the same line
+    printed = [re.sub(r"^.*?(?=\w+\.py: error: )", "", line, count=1) for line in printed]
     assert stop.value.code == 2 and len(printed) == 1, printed
     assert printed[0].isprintable() and len(printed[0]) < 1200
     return printed[0]
