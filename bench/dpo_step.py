@@ -1,9 +1,11 @@
-"""A DPO step against TRL's DPOTrainer: python bench/dpo_step.py [--json FILE]
+"""Compare a DPO step with TRL's DPOTrainer: python bench/dpo_step.py [--json FILE]
 
-Both train on the same pairs of the same rows with the same LoRA, loaders included; first their losses are shown to be
-the same. Ours is HaNoRec as dpo_hano.py trains it (noise, hardness, responsiveness), which is more than DPO. All kinds
-of pairs are what dpo_hano.py trains on, in its order: a row's two Yes/No pairs share their history. Ranking pairs alone
-share nothing.
+Both systems train the same LoRA on the same pairs of the same examples. Both times include the loader. First both
+losses are shown to be the same. This project's step is HaNoRec as dpo_hano.py trains it (noise, hardness,
+responsiveness), which is more work than DPO.
+
+"All kinds of pairs" are the pairs that dpo_hano.py trains on, in its order. The two Yes/No pairs of an example share
+their history. Ranking pairs alone share nothing.
 """
 
 import argparse
@@ -19,35 +21,55 @@ import workload
 import hanorec_loss
 from hanorec.model.trees import merge_trees
 
-BATCH, STEPS, ROWS = 4, 3, 64  # pairs in a step; steps in a turn, one for each kind of pairs; rows they are made of
+BATCH = 4  # pairs in a step
+STEPS = 3  # steps in a turn, one for each kind of pairs
+EXAMPLES = 64
 KINDS = {"all kinds of pairs": ("rank", "yes", "no"), "ranking pairs": ("rank",)}
 CASES = [("scaled", side, case) for case in KINDS for side in (112, 224)]
 CASES += [("demo", side, "all kinds of pairs") for side in (112, 224)]
 
 
 def same_loss(steps: ours.Dpo, trainer, batch: int, kinds: int) -> dict:
-    """Both losses of the first pairs of each kind, LoRA drawn alike in both; plain DPO."""
+    """The plain DPO loss of both systems, with the same LoRA weights, over the first pairs of each kind."""
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
     chosen = trl_side.in_batches(len(steps.work.examples), kinds, batch)[: batch * kinds]
     inputs, reference, hardness = steps.micro(chosen)
-    examples = trainer.data_collator([trainer.train_dataset[n] for n in range(len(chosen))])
-    assert trl_side.same_tokens(examples, [steps.pairs.tree(n) for n in chosen], pairs=True), "not the same tokens"
+    trl_batch = trainer.data_collator([trainer.train_dataset[n] for n in range(len(chosen))])
+    assert trl_side.same_tokens(trl_batch, [steps.pairs.tree(n) for n in chosen], pairs=True), "not the same tokens"
     device = steps.accelerator.device
     with torch.no_grad():
         logps = steps.packed(inputs.to(device)).view(-1, 2)
         losses, _ = hanorec_loss.hanorec_loss(*logps.T, *reference.to(device).T, hardness.to(device), ours.BETA, 1.0)
-        theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(examples))
+        theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trl_batch))
     return {"ours": float(losses.mean()), "TRL": float(theirs)}
 
 
 def compare(
-    folder: Path, shape: str, side: int, case: str, device="cpu", dtype=None, rows=ROWS, size=STEPS, batch=BATCH, **trl
+    folder: Path,
+    shape: str,
+    side: int,
+    case: str,
+    device="cpu",
+    dtype=None,
+    examples=EXAMPLES,
+    size=STEPS,
+    batch=BATCH,
+    **trl,
 ) -> dict:
-    """The result row of one shape, image size and choice of pairs. rows: that the pairs are made of. size: steps in a
-    turn. trl: further settings of TRL's."""
+    """Measure one case. Returns its result row.
+
+    Args:
+        shape: the backbone's, a key of workload.SHAPES.
+        side: width and height of the images in pixels.
+        case: a key of KINDS.
+        examples: how many examples the pairs come from.
+        size: steps in a turn.
+        batch: pairs in a step.
+        trl: more settings for TRL's config.
+    """
     kinds = KINDS[case]
-    work, core = workload.make(folder, shape, side, rows, device=device, dtype=dtype)
+    work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype)
     pairs = work.pairs(kinds)
     trees = [tree for tree, _ in merge_trees(map(pairs.tree, range(len(pairs))))]
     flops = measure.floor(core, trees, training=True) * batch / len(work.examples) / len(kinds)
@@ -65,7 +87,7 @@ def compare(
     mine, theirs, rate = turns.summaries()
     others = {"TRL": theirs} if trainer else {}
     head = clock.seconds / turns.steps / theirs["median"] if trainer else None
-    once = mine["median"] + batch * steps.reference_seconds / 5  # the paper trains 5 epochs
+    with_reference = mine["median"] + batch * steps.reference_seconds / 5  # the paper trains 5 epochs
     return measure.result(
         "DPO step",
         f"{shape}, {side} px, {case}, batch {batch}",
@@ -76,7 +98,7 @@ def compare(
         losses=losses,
         flops=flops,
         rate=rate,
-        with_reference=once,
+        with_reference=with_reference,
         loader=loader,
         head=head,
         encode=work.encode_seconds,
@@ -87,7 +109,8 @@ def compare(
 
 
 def refusal(folder: Path) -> str:
-    return trl_side.refusal(*workload.make(folder, "demo", 112, rows=4))
+    """TRL's answer when it is told to compute the reference once."""
+    return trl_side.refusal(*workload.make(folder, "demo", 112, examples=4))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,8 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         for shape, side, case in CASES:
             rows.append(compare(Path(name) / shape, shape, side, case))
-        answer = refusal(Path(name) / "demo")
-    measure.save(options.json, {"rows": rows, "precomputed_reference": answer})
+        precomputed_reference = refusal(Path(name) / "demo")
+    measure.save(options.json, {"rows": rows, "precomputed_reference": precomputed_reference})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How it is measured: clock, medians, the machine and its matrix rate, peak memory, and the floor of operations."""
+"""Clock, medians, the machine and its matrix rate, the floor of operations, peak memory, and result rows."""
 
 import argparse
 import ctypes
@@ -21,7 +21,7 @@ import workload
 from hanorec.run import checkpoints
 from hanorec.run.files import write_json
 
-BLOCKS = 5  # runs of each system; their median counts
+BLOCKS = 5  # turns of each system; results are medians over the turns
 
 
 def cpu_only() -> None:
@@ -31,84 +31,102 @@ def cpu_only() -> None:
 
 
 def threads() -> int:
-    """As many as start_accelerator sets: the cores that this process may use."""
+    """Use all cores that this process may run on, as start_accelerator does. Returns their number."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return torch.get_num_threads()
 
 
 def now(device="cpu") -> float:
+    """The time in seconds, once a GPU has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def timed(work: Callable, device="cpu") -> float:
+    """The seconds that work() takes."""
     began = now(device)
     work()
     return now(device) - began
 
 
 def summary(values: Iterable[float]) -> dict:
+    """Median, smallest, largest and number of the values."""
     values = list(values)
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
-def scaled(found: dict, factor: float) -> dict:
-    """A summary of values `factor` times as large."""
-    return {name: value if name == "runs" else value * factor for name, value in found.items()}
+def scaled(values: dict, factor: float) -> dict:
+    """The summary of values that are `factor` times as large."""
+    return {name: value if name == "runs" else value * factor for name, value in values.items()}
 
 
 def alternating(*works: Callable, device="cpu", dtype=None) -> tuple[list[dict], dict]:
-    """A B A B ...: the summary of each one's seconds over BLOCKS turns, after one turn that does not count; and the
-    matrix rate, measured once a turn."""
-    product, rates, found = Product(device, dtype), [], []
+    """Time the works in BLOCKS turns: A B A B ... One turn before them does not count.
+
+    Returns (the summary of each work's seconds, the summary of the matrix rate, which is measured once a turn).
+    """
+    product, rates, turns = Product(device, dtype), [], []
     for _ in range(BLOCKS + 1):
-        found.append([timed(work, device) for work in works])
+        turns.append([timed(work, device) for work in works])
         rates.append(product.rate())
-    return [summary(values) for values in zip(*found[1:], strict=True)], summary(rates[1:])
+    return [summary(seconds) for seconds in zip(*turns[1:], strict=True)], summary(rates[1:])
 
 
 class Turns:
-    """A trainer's own loop, our steps and a matrix product in turns: `size` of its steps, `size` of ours, and so on.
-    Its steps are timed from the end of the one before, so that its loader is included. `on_begin` and `on_step_end` are
-    for a callback. The first turn does not count."""
+    """Time the steps of a TRL trainer and this project's steps in turns.
+
+    A turn is `size` steps of TRL's own training loop, then `size` steps of this project, then a matrix product. TRL's
+    steps are timed from the end of the step before, so that the time includes TRL's loader. The first turn does not
+    count. TRL's loop calls `on_begin` and `on_step_end` (see trl_side.between).
+
+    Args:
+        step: a function that takes one step of this project.
+    """
 
     def __init__(self, step: Callable, size: int, device="cpu", dtype=None):
         self.step, self.size, self.device = step, size, device
         self.count, self.steps = 0, size * (BLOCKS + 1)
         self.theirs, self.ours, self.rates, self.product = [], [], [], Product(device, dtype)
         self.cuda = torch.device(device).type == "cuda"
-        self.grown: dict[str, list[float]] = {"ours": [], "TRL": []}
+        self.growth: dict[str, list[float]] = {"ours": [], "TRL": []}
 
     def on_begin(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Start the clock and the count of peak memory anew."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.held = torch.cuda.memory_allocated()
-        self.mark = now(self.device)
+            self.memory_before = torch.cuda.memory_allocated()
+        self.began = now(self.device)
 
-    def grow(self, name: str) -> None:
+    def record_growth(self, name: str) -> None:
+        """Append the GiB by which memory has grown at its peak since `restart`."""
         if self.cuda:
-            self.grown[name].append((torch.cuda.max_memory_allocated() - self.held) / 2**30)
+            self.growth[name].append((torch.cuda.max_memory_allocated() - self.memory_before) / 2**30)
 
     def on_step_end(self) -> None:
+        """Count a step of TRL. After `size` of them, end the turn with this project's steps and a matrix product."""
         self.count += 1
         if self.count % self.size:
             return
-        self.theirs.append((now(self.device) - self.mark) / self.size)
-        self.grow("TRL")
+        self.theirs.append((now(self.device) - self.began) / self.size)
+        self.record_growth("TRL")
         self.restart()
         for _ in range(self.size):
             self.step()
-        self.ours.append((now(self.device) - self.mark) / self.size)
-        self.grow("ours")
+        self.ours.append((now(self.device) - self.began) / self.size)
+        self.record_growth("ours")
         self.rates.append(self.product.rate())
         self.restart()
 
     def run(self, trainer=None) -> None:
-        """Turns with this trainer of TRL, which has `trl_side.between(self)` among its callbacks, or without one."""
+        """Take all turns, with a TRL trainer or without.
+
+        Args:
+            trainer: a trainer that has trl_side.between(self) among its callbacks, or None.
+        """
         if trainer:
             trainer.train()
             return
@@ -117,32 +135,32 @@ class Turns:
             self.on_step_end()
 
     def summaries(self) -> tuple[dict, dict, dict]:
-        """(ours, theirs, the matrix rate)"""
+        """Summaries of (seconds of this project's steps, seconds of TRL's steps, the matrix rate)."""
         return summary(self.ours[1:]), summary(self.theirs[1:]), summary(self.rates[1:])
 
     def memory(self, core, systems: Iterable[str]) -> dict | None:
-        """On a GPU: GiB of the frozen weights, and of what each system's steps took more at their peak."""
-        return (
-            {"weights": held(core)} | {name: summary(self.grown[name][1:]) for name in systems} if self.cuda else None
-        )
+        """On a GPU: GiB of the frozen weights, and the GiB that each system's steps took beyond them at the peak."""
+        if not self.cuda:
+            return None
+        return {"weights": frozen_memory(core)} | {name: summary(self.growth[name][1:]) for name in systems}
 
 
-def held(core) -> float:
+def frozen_memory(core) -> float:
     """GiB of the frozen weights."""
     return sum(p.numel() * p.element_size() for p in core.parameters() if not p.requires_grad) / 2**30
 
 
 def peaks(works: dict[str, Callable], core, device) -> dict | None:
-    """On a GPU: GiB of the frozen weights, and of what each of these took more at its peak."""
+    """On a GPU: GiB of the frozen weights, and the GiB that each work took beyond them at its peak."""
     if torch.device(device).type != "cuda":
         return None
-    found = {"weights": held(core)}
+    memory = {"weights": frozen_memory(core)}
     for name, work in works.items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
-        found[name] = summary([(torch.cuda.max_memory_allocated() - before) / 2**30])
-    return found
+        memory[name] = summary([(torch.cuda.max_memory_allocated() - before) / 2**30])
+    return memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +168,10 @@ def peaks(works: dict[str, Callable], core, device) -> dict | None:
 
 
 class Product:
-    """A large square matrix product by torch.mm, whose rate is called the machine's. It is measured beside what it is
-    compared with, since the machine's speed drifts."""
+    """A large square matrix product by torch.mm. Its rate is the machine's matrix rate.
+
+    The rate is measured in the same turns as the systems, because the machine's speed drifts.
+    """
 
     def __init__(self, device="cpu", dtype=None):
         self.device, self.size = device, 8192 if torch.device(device).type == "cuda" else 2048
@@ -167,31 +187,35 @@ class Product:
 
 
 def linears(part) -> list[tuple[str, torch.nn.Linear]]:
-    """The linear layers of a module by name, without LoRA."""
-    found = ((name.removesuffix(".base_layer"), module) for name, module in part.named_modules())
-    return [(name, m) for name, m in found if isinstance(m, torch.nn.Linear) and "lora" not in name]
+    """(name, layer) of the linear layers of a module, without those of LoRA."""
+    layers = []
+    for name, module in part.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora" not in name:
+            layers.append((name.removesuffix(".base_layer"), module))
+    return layers
 
 
 def weights(core) -> dict[str, int]:
-    """Numbers of weights: the language model's linear layers (N, without LoRA), the head, the vision tower."""
-    linear = [module for _, module in linears(core.get_decoder())]
-    tower = sum(p.numel() for p in core.model.visual.parameters())
+    """Number of weights in the language model's linear layers (N, without LoRA), the head, and the vision tower."""
     return {
-        "language model": sum(m.weight.numel() for m in linear),
+        "language model": sum(layer.weight.numel() for _, layer in linears(core.get_decoder())),
         "head": core.get_output_embeddings().weight.numel(),
-        "vision tower": tower,
+        "vision tower": sum(p.numel() for p in core.model.visual.parameters()),
     }
 
 
 def floor(core, trees: Iterable[list], training: bool) -> float:
-    """Floating-point operations that scoring these trees must take, each prompt once, no vision tower, no reference.
+    """The number of floating-point operations that scoring these trees cannot do without.
 
-    2 N forward for each token, 2 N more backward to the activations (the weights are frozen; LoRA's own are left out),
-    nothing computed twice; attention over the pairs of tokens that may see each other: two products forward, four
-    backward. Behind the keys and values of the last layer, and in the head, only what predicts a scored token.
+    - A token takes 2 N operations forward and, in training, 2 N backward to the activations. Frozen weights need no
+      gradient.
+    - Attention takes two products forward and four backward, over the pairs of tokens that may see each other.
+    - In the last layer all but the keys and values, and in the head everything, counts only for the tokens that predict
+      a scored token.
+    - Each prompt counts once, and nothing is computed twice. The vision tower, the reference and LoRA do not count.
     """
     text, count = core.config.get_text_config(), weights(core)
-    width, layers = text.hidden_size, core.get_decoder().layers  # heads x width of a head
+    width, layers = text.hidden_size, core.get_decoder().layers  # width: heads x width of a head
     last = sum(m.weight.numel() for name, m in linears(layers[-1]) if not name.endswith(("k_proj", "v_proj")))
     linear = attention = 0
     for tree in trees:
@@ -201,7 +225,7 @@ def floor(core, trees: Iterable[list], training: bool) -> float:
             before.append(above + length)
             linear += 2 * (count["language model"] - last) * length + 2 * (last + count["head"]) * len(node.scored)
             pairs = (len(layers) - 1) * (above * length + length * (length + 1) / 2)
-            attention += 4 * width * (pairs + sum(above + place for place in node.scored))
+            attention += 4 * width * (pairs + sum(above + offset for offset in node.scored))
     return 2 * linear + 3 * attention if training else linear + attention
 
 
@@ -210,8 +234,11 @@ def floor(core, trees: Iterable[list], training: bool) -> float:
 
 
 def reset_peak() -> int:
-    """Have the kernel count this process's peak memory anew; returns what it holds now [bytes]. Linux and glibc alone;
-    what glibc keeps of freed memory is given back first, since it would hide as much of the growth."""
+    """Let the kernel count this process's peak memory anew. Returns the memory that the process holds now, in bytes.
+
+    Works on Linux with glibc. Memory that glibc keeps after it was freed is given back first, because it would hide
+    growth of the same size.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -219,10 +246,12 @@ def reset_peak() -> int:
 
 
 def peak() -> int:
+    """The peak of this process's memory since `reset_peak`, in bytes."""
     return status("VmHWM")
 
 
 def status(name: str) -> int:
+    """A size that the kernel reports about this process, in bytes."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -231,8 +260,15 @@ def status(name: str) -> int:
 
 
 def result(table: str, case: str, unit: str, ours: dict, others: dict[str, dict], **further) -> dict:
-    """A row of RESULTS.md. others: summaries by system; ratios: how many times ours goes into each. With the operations
-    that must be done (flops) and the matrix rate, also each system's percentage of it (floor)."""
+    """A row of a table in RESULTS.md, as results.json holds it.
+
+    Args:
+        table: the table's title.
+        ours: the summary of this project.
+        others: the summaries of the systems that it is compared with, by name.
+        further: more fields of the row. With `flops` (the floor's operations) and `rate` (a summary of the matrix
+            rate), the row gets `floor`: each system's percentage of the matrix rate.
+    """
     ratios = {name: other["median"] / ours["median"] for name, other in others.items()}
     if "flops" in further:
         further["floor"] = percents(further["flops"], {"ours": ours, **others}, further["rate"])
@@ -240,7 +276,7 @@ def result(table: str, case: str, unit: str, ours: dict, others: dict[str, dict]
 
 
 def script(argv: list[str] | None, doc: str, rows: Callable[[Path], list[dict]]) -> None:
-    """Main function of one table's script: compute its rows in a temporary folder, write them to --json."""
+    """The main function of one table's script: compute the rows in a temporary folder and write them to --json."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
@@ -250,11 +286,12 @@ def script(argv: list[str] | None, doc: str, rows: Callable[[Path], list[dict]])
 
 
 def percents(flops: float, summaries: dict[str, dict], rate: dict) -> dict[str, float]:
-    """Of each system: the floor's operations over its time, in percent of the matrix rate."""
-    return {name: 100 * flops / found["median"] / rate["median"] for name, found in summaries.items()}
+    """For each system, the floor's operations over its time, in percent of the matrix rate."""
+    return {name: 100 * flops / seconds["median"] / rate["median"] for name, seconds in summaries.items()}
 
 
 def machine(device="cpu") -> dict:
+    """Facts about the machine, the versions of the libraries, and the commit."""
     names = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "numpy", "pillow")
     versions = {"python": platform.python_version()}
     for name in names:
@@ -273,9 +310,9 @@ def machine(device="cpu") -> dict:
     return {"machine": facts, "versions": versions, "commit": commit}
 
 
-def save(path: Path | None, found: dict) -> None:
-    """Write results as JSON, or print them."""
+def save(path: Path | None, results: dict) -> None:
+    """Write the results to a JSON file, or print them if `path` is None."""
     if path:
-        write_json(path, found)
+        write_json(path, results)
     else:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(results, indent=2))

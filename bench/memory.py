@@ -1,6 +1,7 @@
-"""Peak memory of a DPO step, each system in a process of its own: python bench/memory.py [--json FILE]
+"""Measure the peak memory of a DPO step, each system in a process of its own: python bench/memory.py [--json FILE]
 
-What a process holds at its peak over two steps, less what it held before them with model, data and trainer made.
+The result is the peak of a process over two steps, less the memory that it held before the steps, when model, data and
+trainer were ready.
 """
 
 import argparse
@@ -20,10 +21,10 @@ STEPS = 2
 
 
 def child(system: str, side: int, shape: str) -> dict:
-    """Take the steps in this process; bytes before and at the peak."""
+    """Take the steps of one system in this process. Returns the bytes held before the steps, and at the peak."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work, core = workload.make(folder, shape, side, rows=16)
+        work, core = workload.make(folder, shape, side, examples=16)
         if system == "ours":
             steps = ours.Dpo(work, ours.trainable(core), dpo_step.BATCH)
             before = measure.reset_peak()
@@ -37,16 +38,17 @@ def child(system: str, side: int, shape: str) -> dict:
 
 
 def compare(side: int, shape: str = "scaled") -> dict:
-    found = {"ours": [], "TRL": []}
+    """Measure both systems at one image size, in turns. Returns the result row."""
+    memory = {"ours": [], "TRL": []}
     for _ in range(measure.BLOCKS):
-        for system, values in found.items():
+        for system, values in memory.items():
             command = [sys.executable, __file__, "--system", system, "--side", str(side), "--shape", shape]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             values.append(json.loads(output.splitlines()[-1]))
     growth = {
-        name: measure.summary((v["peak"] - v["before"]) / 2**20 for v in values) for name, values in found.items()
+        name: measure.summary((v["peak"] - v["before"]) / 2**20 for v in values) for name, values in memory.items()
     }
-    whole = {name: measure.summary(v["peak"] / 2**20 for v in values) for name, values in found.items()}
+    whole = {name: measure.summary(v["peak"] / 2**20 for v in values) for name, values in memory.items()}
     return measure.result(
         "Memory",
         f"{shape}, {side} px, batch {dpo_step.BATCH}",
@@ -61,8 +63,8 @@ def compare(side: int, shape: str = "scaled") -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--system", choices=["ours", "TRL"], help="one process's part")
-    parser.add_argument("--side", type=int, help="its images' side in pixels")
+    parser.add_argument("--system", choices=["ours", "TRL"], help="measure this system alone, in this process")
+    parser.add_argument("--side", type=int, help="with --system: width and height of the images in pixels")
     parser.add_argument("--shape", default="scaled", choices=workload.SHAPES)
     options = parser.parse_args(argv)
     measure.cpu_only()

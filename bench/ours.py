@@ -1,4 +1,4 @@
-"""This project's training steps, as the loops of dpo_hano.py and sft.py take them: batches made ahead, then a step."""
+"""This project's training steps, as the loops of dpo_hano.py and sft.py take them."""
 
 import itertools
 import time
@@ -16,7 +16,7 @@ from hanorec.model.supervised import supervised_step
 from hanorec.run import training
 from hanorec.run.launch import start_accelerator
 
-BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's; LoRA's dropout is 0 so that both systems compute the same
+BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's. LoRA's dropout is 0, so that both systems compute the same loss
 
 
 def trainable(core, pack: bool = True, seed: int = 1) -> PackedMLLM:
@@ -25,7 +25,10 @@ def trainable(core, pack: bool = True, seed: int = 1) -> PackedMLLM:
 
 
 def randomize(model, seed: int = 2, std: float = 0.05) -> None:
-    """Draw LoRA's matrices, in the order of names: off its start, where its B is zero and every DPO loss is log 2."""
+    """Draw LoRA's matrices anew, in the order of their names.
+
+    In a fresh LoRA the matrix B is zero, and every DPO loss is log 2.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -33,9 +36,16 @@ def randomize(model, seed: int = 2, std: float = 0.05) -> None:
 
 
 class Steps:
-    """What both stages' loops share: batches in training order, optimizer, schedule."""
+    """The part that both stages share: batches in training order, optimizer, schedule.
 
-    def __init__(self, work, packed, batch: int, rows: int, seed: int = 42):
+    Args:
+        work: a workload.Workload.
+        packed: the PackedMLLM to train.
+        batch: samples in a micro-batch.
+        per_example: samples that an example gives.
+    """
+
+    def __init__(self, work, packed, batch: int, per_example: int, seed: int = 42):
         self.work, self.accelerator = work, start_accelerator()
         self.packed = packed.to(self.accelerator.device)
         self.parameters = [p for p in packed.parameters() if p.requires_grad]
@@ -43,7 +53,7 @@ class Steps:
         self.schedule = training.cosine(optimizer, 10_000)
         self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
         shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}
-        batches = training.micro_batches(len(work.examples), rows, batch, 1, **shape)
+        batches = training.micro_batches(len(work.examples), per_example, batch, 1, **shape)
         self.loaded = training.ahead(map(self.load, itertools.count(1), batches), self.accelerator.device)
 
     def collate(self, trees) -> Batch:
@@ -51,7 +61,12 @@ class Steps:
 
 
 class Dpo(Steps):
-    """plain: DPO itself (no hardness, no responsiveness, no noise), as TRL computes it; else HaNoRec."""
+    """Steps of dpo_hano.py.
+
+    Args:
+        kinds: the kinds of pairs, of rank, yes and no.
+        plain: take plain DPO steps as TRL does, without hardness, responsiveness and noise. Otherwise HaNoRec's.
+    """
 
     def __init__(self, work, packed, batch: int, kinds=("rank",), plain: bool = False):
         super().__init__(work, packed, batch, len(kinds))
@@ -59,12 +74,13 @@ class Dpo(Steps):
         self.options = SimpleNamespace(beta=BETA, sigma=0.0 if plain else 0.05, noise="relative", seed=42)
         self.eta = dpo_hano.Responsiveness("none" if plain else "batch")
         self.hardness = torch.ones(len(self.pairs))
-        everything, began = list(range(len(self.pairs))), time.perf_counter()
+        numbers, began = list(range(len(self.pairs))), time.perf_counter()
         folder = work.folder / f"reference{work.max_pixels}-{len(kinds)}"
-        self.reference = reference_logps(self.packed, work, self.pairs, everything, "key", folder, self.accelerator)
+        self.reference = reference_logps(self.packed, work, self.pairs, numbers, "key", folder, self.accelerator)
         self.reference_seconds = (time.perf_counter() - began) / len(self.pairs)
 
     def micro(self, chosen: list[int]) -> tuple:
+        """The micro-batch of the pairs with these numbers: (batch, reference log-probabilities, hardness)."""
         return self.collate([self.pairs.tree(n) for n in chosen]), self.reference[chosen], self.hardness[chosen]
 
     def load(self, step: int, numbers: list[list[int]]) -> tuple[int, list[tuple]]:
@@ -87,6 +103,8 @@ class Dpo(Steps):
 
 
 class Sft(Steps):
+    """Steps of sft.py."""
+
     def __init__(self, work, packed, batch: int, tasks=("rank", "yesno")):
         super().__init__(work, packed, batch, len(tasks))
         self.answers = Samples(work.prompts, work.prompts.sft_tree, work.examples, tasks, 100_000)

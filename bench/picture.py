@@ -4,8 +4,7 @@
     python bench/picture.py --run runs/ml-1m/sft --user 42 --out ml-1m.png
 
 Reads config.json and predictions.jsonl in the run folder, which evaluate.py writes, and items.jsonl and test.jsonl in
-the run's data folder.
-The same files give the same picture. Needs Pillow and nothing else.
+the run's data folder. The same files give the same picture. Needs Pillow and nothing else.
 """
 
 import argparse
@@ -29,7 +28,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def wrap(draw: ImageDraw.ImageDraw, text: str, font, width: int, most: int = 2) -> list[str]:
-    """`text` in lines no wider than `width` pixels, at most `most` of them; "..." where text is left out."""
+    """`text` in at most `most` lines, none wider than `width` pixels; "..." stands where text is left out."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -44,7 +43,7 @@ def wrap(draw: ImageDraw.ImageDraw, text: str, font, width: int, most: int = 2) 
 
 
 def shorten(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
-    """`text`, cut to `width` pixels with "..." at its end where it is wider."""
+    """`text`; if it is wider than `width` pixels, it is cut and ends in "..."."""
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(f"{text}...", font=font) > width:
@@ -89,7 +88,7 @@ def draw_candidates(draw, top: int, ranked: list[tuple[float, dict]], target: st
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo/dpo_hano"), help="an evaluated run")
-    parser.add_argument("--user", help="whose example [the first in predictions.jsonl]")
+    parser.add_argument("--user", help="the user whose example is drawn [the first in predictions.jsonl]")
     parser.add_argument("--out", type=Path, default=Path("docs/ranked.png"), help="the PNG to write")
     options = parser.parse_args(argv)
     predictions = {line["user"]: line for line in read_lines(options.run / "predictions.jsonl")}

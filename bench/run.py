@@ -1,6 +1,7 @@
-"""All measurements, one after the other: python bench/run.py
+"""Run all measurements, one after the other: python bench/run.py
 
-Each is a script of its own, run in a process of its own. Writes results.json and RESULTS.md beside this file.
+Each measurement is a script of its own and runs in a process of its own. Writes results.json and RESULTS.md beside this
+file.
 """
 
 import json
@@ -22,151 +23,180 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling", "summaries")
 ABOUT = """# Against TRL
 
-`make bench` wrote this file and `results.json`. Medians of the runs (min to max); a ratio is the other system's median
-over ours, both taken in turns in one process, so that the machine's drift hits both (memory: in turns, each in a
-process of its own). {facts}
+`make bench` writes this file and `results.json`. A measured value is the median over several turns (min to max). A
+ratio is the other system's median over this project's. Both systems are measured in turns in one process, so that the
+machine's drift hits both. Memory is measured in turns too, each time in a process of its own. {facts}
 
-**The backbone.** `scaled` is Qwen2.5-VL-3B an eighth as wide and a sixth as deep, so that language model, head and
-vision tower keep about their proportions: {weights}. It was chosen for that, before the first comparison. `demo` is
-the demo's own tiny backbone ({demo_weights}). Weights are random: they cost as much as trained ones. 28 x 28 pixels
-are one token.
+**The backbone.** `scaled` is Qwen2.5-VL-3B an eighth as wide and a sixth as deep. Language model, head and vision tower
+keep about their proportions: {weights}. It was chosen for these proportions, before the first comparison. `demo` is the
+demo's own tiny backbone ({demo_weights}). Weights are random; random weights cost as much time as trained ones. 28 x 28
+pixels are one token.
 
-**The work.** Rows have 5 history items with JPEG posters and ten candidate titles; LoRA of rank 8 on every linear
-layer of the language model, dropout 0, batch 4, float32, AdamW, clipping at 1, no gradient checkpointing on either
-side. Both systems read the same tokens (asserted, token by token) and image files, and give the same loss, LoRA drawn
-alike ({losses}). TRL runs its own `train()`; a step is timed from the end of the one before, so its loader is in it.
-Ours are `PackedMLLM.collate` and `take_step` of `dpo_hano.py` (with noise, hardness and responsiveness, which TRL has
-not) and `sft.py`. TRL's settings: no logging, evaluation, saving, checkpointing or progress bar; standard format, so
-that it applies no chat template; batches of one kind of samples each, so that it pads next to nothing; its loader in
-the main process, where it takes {loader} of its step. On a CPU it computes its head for every position of a sequence
-(on a GPU for the answers' alone), which takes {head} of its DPO steps here: no setting of its own avoids that. Its
-reference is the policy with LoRA off, in every step: asked to compute it once, it answers "{refusal}" (`{place}`).
-Ours is computed once, {reference}.
+**The work.** An example has 5 history items with JPEG posters and ten candidate titles. Both systems train LoRA of rank
+8 on every linear layer of the language model, with dropout 0, batch 4, float32, AdamW, clipping at 1, and no gradient
+checkpointing. Both read the same image files and the same tokens (asserted, token by token). With the same LoRA weights
+both give the same loss: {losses}.
 
-**The floor.** What a step cannot do without: 4 N operations a token with frozen weights (2 N forward, 2 N backward; N:
-the linear layers of the language model), the head where an answer is predicted, attention over the pairs of tokens
-that see each other; each prompt once, no vision tower, no reference, nothing recomputed; in the last layer, of tokens
-that predict nothing, only keys and values. Its percentage is this over the time, of the rate of a square float32
-product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
+**The steps.** TRL runs its own `train()`. A step of TRL is timed from the end of the step before, so that the time
+includes TRL's loader. A step of this project is `PackedMLLM.collate`, then `take_step` of `dpo_hano.py` (with noise,
+hardness and responsiveness, which TRL does not have) or the step of `sft.py`.
+
+**TRL's settings.** TRL does no logging, evaluation, saving or checkpointing and shows no progress bar. Its data has the
+standard format, so that it applies no chat template. Each batch has samples of one kind, so that it pads next to
+nothing. Its loader runs in the main process and takes {loader} of its step. On a CPU, TRL computes its head for every
+position of a sequence (on a GPU for the answers alone). The head takes {head} of TRL's DPO steps here. No setting of
+TRL avoids that.
+
+**The reference.** TRL's reference is the policy with LoRA off, computed in every step. TRL refuses to compute it once:
+"{refusal}" (`{place}`). This project computes the reference once, before the first step. With this time spread over
+the paper's 5 epochs, the first ratio below is {with_reference}. Image tokens are also computed once, in {encode} ms a
+poster, and are not in the step either.
+
+**The floor.** The floor is the work that a step cannot do without. A token costs 4 N operations with frozen weights: 2
+N forward and 2 N backward, where N is the number of weights in the linear layers of the language model. The head counts
+where an answer is predicted. Attention counts over the pairs of tokens that see each other. Each prompt counts once. In
+the last layer, tokens that predict nothing need only keys and values. The vision tower and the reference do not count,
+and nothing counts twice. The tables give the floor's operations over the measured time, in percent of the machine's
+matrix rate. This is the rate of a square float32 product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
 """
+EXTRA_COLUMNS = {"pairs_per_second": "pairs per second", "more_mib": "MiB more at the peak"}
 
 
 def number(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def spread(found: dict) -> str:
-    return f"{number(found['median'])} ({number(found['min'])} to {number(found['max'])})"
+def spread(summary: dict) -> str:
+    return f"{number(summary['median'])} ({number(summary['min'])} to {number(summary['max'])})"
+
+
+def floor_percent(row: dict, system: str) -> str:
+    """A system's percentage of the matrix rate; "" for a system that does other work."""
+    return f"{row['floor'][system]:.0f}" if system in row["floor"] else ""
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown of the rows of one table; a line for each system that a row is compared with."""
-    head = ["", f"ours [{rows[0]['unit']}]"]
-    compared, floored = any(row["others"] for row in rows), any("floor" in row for row in rows)
-    extra = [name for name in ("pairs_per_second", "more_mib") if any(name in row for row in rows)]
-    head += ["against", "its", "ratio", "goal"] * compared
-    head += ["ours, % of floor rate", *["its"] * compared] * floored + extra
+    """Markdown of one table. A result row takes one line for each system that it is compared with."""
+    compared = any(row["others"] for row in rows)
+    with_floor = any("floor" in row for row in rows)
+    extra = [name for name in EXTRA_COLUMNS if any(name in row for row in rows)]
+    unit = rows[0]["unit"]
+    head = ["case", f"this project [{unit}]"]
+    if compared:
+        head += ["other system", f"other [{unit}]", "ratio", "goal"]
+    if with_floor:
+        head.append("this project, % of matrix rate")
+    if with_floor and compared:
+        head.append("other, % of matrix rate")
+    head += [EXTRA_COLUMNS[name] for name in extra]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        for name, other in (row["others"] or {"": None}).items():
+        for position, other in enumerate(row["others"] or [None]):
             cells = [row["case"], spread(row["ours"])]
             if compared:
-                first = name == next(iter(row["others"]))
-                cells += [name, spread(other), f"**{row['ratios'][name]:.2f}**", str(row["goal"]) if first else ""]
-            if floored:
-                systems = ["ours", *[name] * compared]
-                cells += [f"{row['floor'][system]:.0f}" if system in row["floor"] else "" for system in systems]
-            cells += [number(row[key]) for key in extra]
+                goal = str(row["goal"]) if position == 0 else ""
+                cells += [other, spread(row["others"][other]), f"**{row['ratios'][other]:.2f}**", goal]
+            if with_floor:
+                cells.append(floor_percent(row, "ours"))
+            if with_floor and compared:
+                cells.append(floor_percent(row, other))
+            cells += [number(row[name]) for name in extra]
             lines.append(cells)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return text.replace("pairs_per_second", "pairs per second").replace("more_mib", "MiB more at the peak")
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 NOTES = {
-    "DPO step": "All kinds of pairs are what `dpo_hano.py` trains on, in its order: a ranking pair and two Yes/No "
-    "pairs a row, of which the latter share their history. Ranking pairs alone share nothing between pairs.",
-    "Scaling: live images": "`--images live`: the vision tower runs in the step, once for each distinct image.",
-    "SFT step": "With both tasks TRL is given a row's three answers as three samples with a prompt each; here two of "
-    "them share theirs. With ranking alone no prompt is shared, and what is saved is the vision tower.",
-    "Evaluation": "Ours and the plain forwards are `score_examples`, packed and with `--no-pack`, both on stored "
-    "image tokens. `generate` decodes greedily from the image files up to the longest title, in batches of 4 rows: it "
-    "gives one answer a row and no ranks.",
-    "Memory": "Peak of a process over two steps, less what it held before them. The whole processes, Python and its "
-    "libraries included: {}.",
-    "Summaries": "The texts of `mllm_srec.summarize` for the demo's films and users, by its own writer, after 400 "
-    "steps of `mllm_srec.teach`; one by one, an eighth of them.",
-    "Scaling: neighbours": "`neighbor_profiles`, at MicroLens's size; the vectors themselves are not counted.",
+    "DPO step": "All kinds of pairs are the pairs that `dpo_hano.py` trains on, in its order: for each example one "
+    "ranking pair and two Yes/No pairs. The two Yes/No pairs share their history. Ranking pairs alone share nothing.",
+    "Scaling: live images": "With `--images live` the vision tower runs in the step, once for each distinct image.",
+    "SFT step": "With both tasks TRL gets an example's three answers as three samples, each with its own prompt. Here "
+    "two of the three share a prompt. With ranking alone no prompt is shared; only the vision tower is saved.",
+    "Evaluation": "This project and the plain forwards both run `score_examples` on stored image tokens, packed and "
+    "with `--no-pack`. `generate` decodes greedily from the image files, up to the longest title, in batches of 4 "
+    "examples. It gives one answer for an example and no ranks.",
+    "Memory": "The peak of a process over two steps, less what the process held before the steps. The memory of the "
+    "whole processes, with Python and its libraries: {}.",
+    "Summaries": "The texts of `mllm_srec.summarize` for the demo's films and users, written by its own writer after "
+    "400 steps of `mllm_srec.teach`. One by one, only every eighth text is written.",
+    "Scaling: neighbours": "`neighbor_profiles` on as many items as MicroLens has. The memory of the item vectors is "
+    "not counted.",
 }
 
 
-def worst_difference(found: dict) -> float:
+def worst_difference(results: dict) -> float:
     """The largest difference between the two systems' losses, over all steps that were compared."""
-    rows = found["dpo_step"]["rows"] + found["sft_step"]["rows"]
+    rows = results["dpo_step"]["rows"] + results["sft_step"]["rows"]
     return max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in rows)
 
 
-def facts_of(found: dict, facts: dict) -> dict[str, str]:
+def about_values(results: dict, facts: dict) -> dict[str, str]:
     """The values for the placeholders in ABOUT."""
-    dpo, demo = found["dpo_step"]["rows"][0], found["dpo_step"]["rows"][-1]
-    place, _, refusal = found["dpo_step"]["precomputed_reference"].partition(": ")
-    counts = [", ".join(f"{n} {value:,}" for n, value in row["weights"].items()) for row in (dpo, demo)]
-    heads = [row["head"] for row in found["dpo_step"]["rows"]]
+    dpo, demo = results["dpo_step"]["rows"][0], results["dpo_step"]["rows"][-1]
+    place, _, refusal = results["dpo_step"]["precomputed_reference"].partition(": ")
+    counts = [", ".join(f"{name} {count:,}" for name, count in row["weights"].items()) for row in (dpo, demo)]
+    heads = [row["head"] for row in results["dpo_step"]["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
-    spread_out = dpo["others"]["TRL"]["median"] / dpo["with_reference"]
+    ratio_with_reference = dpo["others"]["TRL"]["median"] / dpo["with_reference"]
     origin = f"Commit {facts['commit']}; {facts['seconds']:,.0f} s in all."
     return {
         "facts": f"Machine: {machine}. Versions: {versions}. {origin}",
         "weights": counts[0],
         "demo_weights": counts[1],
-        "losses": f"the largest difference over all cases is {worst_difference(found):.1e}",
+        "losses": f"the largest difference over all cases is {worst_difference(results):.1e}",
         "loader": f"{dpo['loader']['TRL'] / dpo['others']['TRL']['median']:.0%}",
         "head": " to ".join(f"{share:.0%}" for share in (min(heads), max(heads))),
         "refusal": refusal,
         "place": place,
-        "reference": f"before the first step: spread over the paper's 5 epochs, it makes the first ratio below "
-        f"{spread_out:.2f} instead of {dpo['ratios']['TRL']:.2f}. Image tokens are also computed once, in "
-        f"{dpo['encode'] * 1000:.0f} ms a poster, and are not in the step",
+        "with_reference": f"{ratio_with_reference:.2f} instead of {dpo['ratios']['TRL']:.2f}",
+        "encode": f"{dpo['encode'] * 1000:.0f}",
         "rate": f"{dpo['rate']['median'] / 1e9:.0f} GFLOP/s",
     }
 
 
-def report(found: dict, facts: dict) -> str:
-    """RESULTS.md."""
-    text = wrapped(ABOUT.format(**facts_of(found, facts)))
-    for script, part in found.items():
+def report(results: dict, facts: dict) -> str:
+    """The text of RESULTS.md.
+
+    Args:
+        results: what each script measured, by the script's name.
+        facts: machine, versions, commit, seconds, and the section about the GPU.
+    """
+    text = wrapped(ABOUT.format(**about_values(results, facts)))
+    for script, part in results.items():
         for name in dict.fromkeys(row["table"] for row in part["rows"]):
             chosen = [row for row in part["rows"] if row["table"] == name]
-            alone = f", measured alone at commit {part['commit']}" if "commit" in part else ""
-            text += f"\n## {name}\n\n`python bench/{script}.py`{alone}\n\n{table(chosen)}\n"
+            commit = f", measured by itself at commit {part['commit']}" if "commit" in part else ""
+            text += f"\n## {name}\n\n`python bench/{script}.py`{commit}\n\n{table(chosen)}\n"
             if name in NOTES:
-                note = NOTES[name].format("; ".join(whole(row) for row in chosen if "whole_process" in row))
+                note = NOTES[name].format("; ".join(whole_process(row) for row in chosen if "whole_process" in row))
                 text += f"\n{wrapped(note)}"
     return f"{text}\n## GPU\n\n{facts['gpu']}\n"
 
 
 def wrapped(text: str) -> str:
+    """The paragraphs of a text, with lines of at most 120 characters."""
     paragraphs = (textwrap.fill(part, 120, break_on_hyphens=False) for part in text.strip().split("\n\n"))
     return "\n\n".join(paragraphs) + "\n"
 
 
-def whole(row: dict) -> str:
+def whole_process(row: dict) -> str:
+    """The memory of both systems' whole processes in one case."""
     process = row["whole_process"]
     return f"{row['case']}: {spread(process['ours'])} MiB against {spread(process['TRL'])}"
 
 
 def gpu() -> str:
-    """The table of gpu.py, or why there is none."""
+    """The table of gpu.py, or the reason why there is none."""
     if not torch.cuda.is_available():
-        return "Unmeasured: this machine has no CUDA device. `python bench/gpu.py` measures by itself on one that has."
+        return "Not measured: this machine has no CUDA device. Run `python bench/gpu.py` on a machine that has one."
     command = [sys.executable, str(HERE / "gpu.py"), "--json", str(HERE / "gpu.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else f"`python bench/gpu.py` failed: {done.stderr.splitlines()[-1]}"
 
 
 def main() -> None:
-    began, found = time.perf_counter(), {}
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # these are a CPU's figures
+    began, results = time.perf_counter(), {}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the scripts measure on the CPU
     with tempfile.TemporaryDirectory() as folder:
         for name in SCRIPTS:
             print(f"bench/{name}.py", flush=True)
@@ -175,13 +205,13 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
-            found[name] = json.loads(path.read_text())
-    if worst_difference(found) > 1e-4:
+            results[name] = json.loads(path.read_text())
+    if worst_difference(results) > 1e-4:
         sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
-    write_json(HERE / "results.json", {**facts, **found})
+    write_json(HERE / "results.json", {**facts, **results})
     with replacing(HERE / "RESULTS.md") as beside:
-        beside.write_text(report(found, facts), encoding="utf-8")
+        beside.write_text(report(results, facts), encoding="utf-8")
     print(f"{HERE.relative_to(workload.ROOT)}/RESULTS.md, {facts['seconds']:.0f} s")
 
 

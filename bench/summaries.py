@@ -27,7 +27,7 @@ STEPS = 400  # of mllm_srec.teach
 
 
 def compare(folder: Path) -> list[dict]:
-    """Return the result rows of summaries and of paragraphs."""
+    """Measure the texts of items and the paragraphs. Returns their result rows."""
     data_folder, run = folder / "data", folder / "run"
     data_folder.mkdir()
     prepare_data.main(["--out", str(data_folder)])
@@ -49,7 +49,7 @@ def compare(folder: Path) -> list[dict]:
 
 
 def rates(writer: writers.Local, name: str, prompts: list) -> dict:
-    """Return the result row of one kind of prompts."""
+    """Measure one kind of prompts. Returns its result row."""
     prompts = sorted(prompts, key=writer.length)
     alone = prompts[::8]
     usable = sum(reply.fault is None for reply in writer(prompts))

@@ -1,10 +1,11 @@
-"""TRL on the same backbone, rows, images and LoRA: its trainers, its collators, its loop.
+"""TRL's trainers, collators and training loop, on the same backbone, examples, images and LoRA.
 
-The data is TRL's "standard" format, plain texts with a placeholder for each image: its own processor makes of them the
-very tokens that ours are (`same_tokens`), and it is spared the chat template.
+The data has TRL's "standard" format: plain texts with a placeholder for each image. TRL's own processor turns these
+texts into the same tokens that this project uses (`same_tokens`). In this format TRL applies no chat template.
 """
 
 import importlib.util
+import itertools
 import time
 from pathlib import Path
 
@@ -21,13 +22,13 @@ def installed() -> bool:
 
 
 def attention(device) -> str:
-    """The fastest that TRL's model can have here: on a GPU flash attention, where its package is installed."""
+    """The fastest attention that TRL's model can use: flash attention on a GPU where flash_attn is installed."""
     flash = importlib.util.find_spec("flash_attn") is not None and str(device).startswith("cuda")
     return "flash_attention_2" if flash else "sdpa"
 
 
 def processor(work):
-    """Qwen2.5-VL's processor for images alone: its video part needs torchvision, which has no CPU build."""
+    """Qwen2.5-VL's processor for images alone. Its video part needs torchvision, which has no CPU build."""
     from transformers import Qwen2_5_VLProcessor
 
     class ImagesOnly(Qwen2_5_VLProcessor):
@@ -49,7 +50,7 @@ def prompt_text(work, ids: list[int]) -> str:
 
 
 def texts(work, tree) -> tuple[str, list[str], list[str]]:
-    """(prompt, answers, files of its images) of a tree with one question."""
+    """(prompt, answers, image files of the prompt) of a tree with one question."""
     question = [node for node in tree if node.parent is None or not node.scored]
     prompt = prompt_text(work, [token for node in question for token in node.ids])
     answers = [work.prompts.tokenizer.decode(node.ids) for node in tree if node not in question]
@@ -57,7 +58,7 @@ def texts(work, tree) -> tuple[str, list[str], list[str]]:
 
 
 def dataset(examples: list[dict]):
-    """A `datasets.Dataset` that opens the image files when an example is read, as one with many images must."""
+    """A `datasets.Dataset` that opens the image files when an example is read, as a large dataset must."""
     from datasets import Dataset, Features, Image, List, Value
 
     kinds = {name: Value("string") for name in examples[0] if name != "images"}
@@ -66,7 +67,12 @@ def dataset(examples: list[dict]):
 
 
 def settings(kind, folder, batch: int, steps: int, device, **further):
-    """TRL's config of `kind`, all that costs time and is not needed switched off."""
+    """A config of TRL, with everything switched off that costs time and is not needed.
+
+    Args:
+        kind: DPOConfig or SFTConfig.
+        further: more settings of this config.
+    """
     import torch
 
     on_gpu = torch.device(device).type == "cuda"
@@ -79,16 +85,24 @@ def settings(kind, folder, batch: int, steps: int, device, **further):
     )  # fmt: skip
 
 
-def in_batches(rows: int, kinds: int, batch: int) -> list[int]:
-    """TRL's order of samples (row r's kind k is r * kinds + k): each batch of one kind, so that it pads next to
-    nothing, and the kinds in turn."""
-    blocks = [range(start, min(start + batch, rows)) for start in range(0, rows, batch)]
-    return [row * kinds + kind for block in blocks for kind in range(kinds) for row in block]
+def in_batches(examples: int, kinds: int, batch: int) -> list[int]:
+    """The order in which TRL gets the samples: batches of one kind each, so that TRL pads next to nothing.
+
+    The kinds take turns. The sample of example e and kind k has the number e * kinds + k.
+    """
+    order = []
+    for start in range(0, examples, batch):
+        block = range(start, min(start + batch, examples))
+        for kind in range(kinds):
+            order += [example * kinds + kind for example in block]
+    return order
 
 
 class HeadClock:
-    """Seconds that TRL spends in its head (`trl.trainer.utils._ChunkedLogProbFunction`): on a CPU it computes that for
-    every position of a sequence, on a GPU for those of the answers alone."""
+    """Counts the seconds that TRL spends in its head (`trl.trainer.utils._ChunkedLogProbFunction`).
+
+    On a CPU, TRL computes the head for every position of a sequence; on a GPU, for the answers alone.
+    """
 
     def __init__(self):
         from trl.trainer import utils
@@ -100,15 +114,15 @@ class HeadClock:
     def timed(self, part):
         def run(*args):
             began = time.perf_counter()
-            found = part(*args)
+            result = part(*args)
             self.seconds += time.perf_counter() - began
-            return found
+            return result
 
         return run
 
 
 def between(turns):
-    """A callback of TRL's trainer that hands its step ends to a measure.Turns."""
+    """A callback for TRL's trainer that calls a measure.Turns at the end of each step."""
     from transformers import TrainerCallback
 
     class Between(TrainerCallback):
@@ -122,26 +136,29 @@ def between(turns):
 
 
 def dpo_examples(work, kinds, batch: int) -> list[dict]:
-    """The rows' pairs of these kinds, in the order of `in_batches`."""
-    pairs = work.pairs(kinds)
-    found = [texts(work, pairs.tree(number)) for number in in_batches(len(work.examples), len(kinds), batch)]
-    return [
-        {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
-        for prompt, (chosen, rejected), images in found
-    ]
+    """The examples' pairs of these kinds for TRL, in the order of `in_batches`."""
+    pairs, samples = work.pairs(kinds), []
+    for number in in_batches(len(work.examples), len(kinds), batch):
+        prompt, (chosen, rejected), images = texts(work, pairs.tree(number))
+        samples.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images})
+    return samples
 
 
 def sft_examples(work, tasks, batch: int) -> list[dict]:
-    """A sample for each answer of the rows' trees, the title, and with `yesno` Yes and No, each behind its question; in
-    the order of `in_batches`."""
-    found = []
-    for row in work.examples:
-        for path, *_ in (path for task in tasks for path in separate_paths(work.prompts.sft_tree(row, task))):
-            ids, first = path.ids, path.scored[0]
-            images = [str(work.paths[item]) for item in path.images]
-            answer = work.prompts.tokenizer.decode(ids[first:])
-            found.append({"prompt": prompt_text(work, ids[:first]), "completion": answer, "images": images})
-    return [found[number] for number in in_batches(len(work.examples), len(found) // len(work.examples), batch)]
+    """The examples' answers for TRL, in the order of `in_batches`: the target's title; with `yesno` also Yes and No.
+
+    Each answer is a sample of its own, with its own prompt.
+    """
+    samples = []
+    for example in work.examples:
+        for task in tasks:
+            for path, *_ in separate_paths(work.prompts.sft_tree(example, task)):
+                ids, first = path.ids, path.scored[0]
+                images = [str(work.paths[item]) for item in path.images]
+                answer = work.prompts.tokenizer.decode(ids[first:])
+                samples.append({"prompt": prompt_text(work, ids[:first]), "completion": answer, "images": images})
+    kinds = len(samples) // len(work.examples)
+    return [samples[number] for number in in_batches(len(work.examples), kinds, batch)]
 
 
 def lora(core):
@@ -151,7 +168,7 @@ def lora(core):
 
 
 def dpo_trainer(work, core, batch: int, steps: int, kinds=("rank",), device="cpu", **further):
-    """DPO; the reference is the policy with its LoRA switched off, computed in every step."""
+    """TRL's DPOTrainer. Its reference is the policy with LoRA switched off, computed in every step."""
     from trl import DPOConfig, DPOTrainer
 
     args = settings(DPOConfig, work.folder, batch, steps, device, beta=ours.BETA, **further)
@@ -160,7 +177,7 @@ def dpo_trainer(work, core, batch: int, steps: int, kinds=("rank",), device="cpu
 
 
 def sft_trainer(work, core, batch: int, steps: int, tasks=("rank",), device="cpu", **further):
-    """SFT, the loss on the completion alone (TRL's default for prompts with completions)."""
+    """TRL's SFTTrainer. Its loss is over the completion alone, TRL's default for prompts with completions."""
     from trl import SFTConfig, SFTTrainer
 
     args = settings(SFTConfig, work.folder, batch, steps, device, **further)
@@ -169,23 +186,27 @@ def sft_trainer(work, core, batch: int, steps: int, tasks=("rank",), device="cpu
 
 
 def refusal(work, core) -> str:
-    """What TRL answers when asked to compute the reference once, and where."""
+    """TRL's error if it is told to compute the reference once, as "file:line: message"; "accepted" without an error."""
     try:
         dpo_trainer(work, core, 4, 1, precompute_ref_log_probs=True)
     except ValueError as error:
-        place = error.__traceback__
-        while place.tb_next:
-            place = place.tb_next
-        return (
-            f"trl/trainer/{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}: {str(error).split('. ')[0]}"
-        )
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        name, message = Path(frame.tb_frame.f_code.co_filename).name, str(error).split(". ")[0]
+        return f"trl/trainer/{name}:{frame.tb_lineno}: {message}"
     return "accepted"
 
 
 def same_tokens(batch: dict, trees: list[list], pairs: bool = False) -> bool:
-    """Whether a collated batch of TRL has the tokens of these trees (their separate paths), row by row; of pairs, first
-    the chosen answers, then the rejected."""
-    paths = [[path for (path,) in separate_paths(tree)] for tree in trees]
-    order = [path for part in (zip(*paths, strict=True) if pairs else paths) for path in part]
-    kept = [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return kept == [path.ids for path in order]
+    """Whether a collated batch of TRL has the same tokens as these trees, in the same order.
+
+    Args:
+        batch: `input_ids` and `attention_mask` have one row for each separate path of the trees.
+        pairs: whether the batch has all chosen answers first, then all rejected answers.
+    """
+    paths = [[path.ids for (path,) in separate_paths(tree)] for tree in trees]
+    parts = zip(*paths, strict=True) if pairs else paths
+    expected = list(itertools.chain.from_iterable(parts))
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [row[mask == 1].tolist() for row, mask in rows] == expected

@@ -1,4 +1,4 @@
-"""What is measured: three shapes of one backbone, and films, posters and examples drawn from a seed.
+"""The work that is measured: three sizes of one backbone; films, posters and examples drawn from a seed.
 
 No weights are downloaded. A random model computes exactly as fast as a trained one.
 """
@@ -25,15 +25,15 @@ from hanorec.model.samples import Samples  # noqa: E402
 from hanorec.model.template import load_template  # noqa: E402
 from hanorec.model.tiny import build_tiny  # noqa: E402
 
-# Qwen2.5-VL-3B as its config.json has it (the initial weights are torch's draw)
+# Qwen2.5-VL-3B, as its config.json describes it
 FULL_TEXT = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
 FULL_TEXT |= {"num_key_value_heads": 2, "vocab_size": 151936}
 FULL_TEXT["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 FULL_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
 FULL_VISION |= {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
 
-# The same, an eighth as wide and a sixth as deep, so that tower and language model keep about their proportion; heads
-# are half as wide, and the vocabulary is such that the head keeps its tenth of the language model
+# The same, an eighth as wide and a sixth as deep: vision tower and language model keep about their proportion. Heads
+# are half as wide. The vocabulary is so small that the output head stays a tenth of the language model.
 SCALED_TEXT = {"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 4}
 SCALED_TEXT |= {"num_key_value_heads": 1, "vocab_size": 3072}
 SCALED_TEXT["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
@@ -46,7 +46,7 @@ ITEMS, CANDIDATES = 96, 10
 
 @dataclass
 class Workload:
-    """A data folder's worth of things: see `make`."""
+    """Everything that a step needs: see `make`."""
 
     folder: Path
     backbone: str
@@ -57,15 +57,15 @@ class Workload:
     examples: list[Example]
     max_pixels: int
     encode_seconds: float  # per image
-    tiny: bool = False  # as an Encoding has it
+    tiny: bool = False  # as Encoding.tiny
 
     def pairs(self, kinds=("rank",)) -> Samples:
-        """Each example's pairs of these kinds, as dpo_hano.py has them."""
+        """The examples' pairs of these kinds, in the order of dpo_hano.py."""
         return Samples(self.prompts, self.prompts.pair_tree, self.examples, kinds, 100_000)
 
 
 def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:
-    """Config, tokenizer, chat template and image processor, in `folder`; the weights are drawn by `load`."""
+    """Write config, tokenizer, chat template and image processor to `folder`. The weights are drawn by `load`."""
     from transformers import AutoConfig
 
     build_tiny(folder, titles)
@@ -79,7 +79,7 @@ def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:
 
 
 def load(folder: Path, device="cpu", dtype=None, seed: int = 0, attn: str = "sdpa"):
-    """The backbone with weights drawn on `device` from seed, frozen."""
+    """The backbone with frozen weights that are drawn on `device` from the seed."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
@@ -90,7 +90,7 @@ def load(folder: Path, device="cpu", dtype=None, seed: int = 0, attn: str = "sdp
 
 
 def draw_poster(path: Path, side: int, rng: np.random.Generator) -> None:
-    """A smooth picture of side x side pixels, as JPEG: as quick to decode as a real poster of that size."""
+    """Write a smooth JPEG of side x side pixels. It takes as long to decode as a real poster of that size."""
     from PIL import Image
 
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -98,10 +98,17 @@ def draw_poster(path: Path, side: int, rng: np.random.Generator) -> None:
 
 
 def make(
-    folder: Path, shape: str, side: int, rows: int, history: int = 5, device="cpu", dtype=None, seed: int = 0
+    folder: Path, shape: str, side: int, examples: int, history: int = 5, device="cpu", dtype=None, seed: int = 0
 ) -> tuple[Workload, torch.nn.Module]:
-    """Titles, posters of side x side pixels, rows of `history` items and ten candidates, every poster encoded once; and
-    the backbone, as `load` gives it."""
+    """Draw titles, posters and examples, and encode every poster. Returns (the workload, the backbone from `load`).
+
+    Args:
+        folder: the folder to write backbone, posters and encoding to.
+        shape: the size of the backbone, a key of SHAPES.
+        side: width and height of the posters in pixels.
+        examples: the number of examples.
+        history: the number of items in a history.
+    """
     rng = np.random.default_rng([seed, side])
     places = [" and ".join(rng.choice(PLACES, 2, replace=False)) for _ in range(ITEMS)]
     titles = [f"{rng.choice(GENRES)} in {place} ({1940 + i % 80})" for i, place in enumerate(places)]
@@ -120,8 +127,8 @@ def make(
     items = Items([{"item": str(i), "title": title} for i, title in enumerate(titles)])
     tokens = ImageTokens(items, encoded)
     prompts = Prompts(load_template(folder), items, tokens)
-    examples = draw_examples(rows, history, rng)
-    return Workload(folder, shape, paths, items, tokens, prompts, examples, side * side, seconds), core
+    drawn = draw_examples(examples, history, rng)
+    return Workload(folder, shape, paths, items, tokens, prompts, drawn, side * side, seconds), core
 
 
 def draw_examples(count: int, history: int, rng: np.random.Generator) -> list[Example]:

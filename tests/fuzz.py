@@ -1,10 +1,10 @@
-"""Spoil valid input of every reader at random, and see that each ends well or in a one-line error.
+"""Spoil valid input files at random, and check that each reader reads them or refuses them in one line.
 
-    python tests/fuzz.py --inputs 10000           # ends in a line of counts; exit code 1 where something was found
-    python tests/fuzz.py --replay 123             # the one input of that number, its files kept, with a traceback
+    python tests/fuzz.py --inputs 10000     # prints counts; exit code 1 if there is a finding
+    python tests/fuzz.py --replay 123       # repeats input 123, keeps its files and prints a traceback
 
-The readers are those of the raw layouts, of pictures, and of the files between stages. What ends well must hold what
-layouts.check_rows asks for. A finding is any other exception, a breach of that, or an input that takes over 10 seconds.
+The readers are those of raw layouts, pictures, and files between stages. A data folder that is made from a spoilt input
+must pass layouts.check_rows. A finding is any other exception, a failed check, or an input that takes over 10 seconds.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import collections
 import contextlib
 import gzip
 import io
-import json
 import os
 import shutil
 import signal
@@ -29,6 +28,7 @@ import layouts
 import numpy as np
 from conftest import Opened
 from PIL import Image
+from spoilt import sign
 
 import prepare_data
 from hanorec.data.folder import DataFolder
@@ -43,35 +43,21 @@ from hanorec.run.runs import check_out, read_run
 LIMIT = 10  # seconds for an input
 KINDS = [*layouts.LAYOUTS, "picture", "stages", "run", "encoding"]
 WORDS = ["nan", "-inf", "1e999", "-1", "0", "9" * 400, "1.5", "", " ", "../../x", "/etc/passwd", "\0", "\x1b[2J", "😀"]
-WORDS += [
-    "\u202e",
-    "\ud800",
-    '"',
-    "'",
-    ",",
-    "\t",
-    "::",
-    "[]",
-    "{}",
-    "null",
-    "true",
-    "[" * 9999,
-    "x" * 20_000,
-    "\\ud800",
-]
+WORDS += ["\u202e", "\ud800", '"', "'", ",", "\t", "::", "[]", "{}", "null", "true"]
+WORDS += ["[" * 9999, "x" * 20_000, "\\ud800"]
 WORDS += ["2024-02-30", "2024-01-01T00:00:00+14:00", "<|im_end|>", "\r", "\n", "\ufeff", "user", "item", "1970"]
 
 
 def spoil(content: bytes, rng) -> bytes:
-    """One random change of a file's bytes."""
-    size, rows = len(content), content.splitlines(keepends=True) or [b""]
-    at, row = int(rng.integers(size + 1)), int(rng.integers(len(rows)))
+    """Change a file's bytes in one random way. Returns the spoilt bytes."""
+    size, lines = len(content), content.splitlines(keepends=True) or [b""]
+    at, line = int(rng.integers(size + 1)), int(rng.integers(len(lines)))
     word = str(rng.choice(np.array(WORDS, dtype=object))).encode("utf-8", "surrogatepass")
     change = rng.integers(14)
-    if change == 0:  # bytes flipped
+    if change == 0:  # flip a bit in some bytes
         spoilt = bytearray(content)
-        for place in rng.integers(size, size=min(size, int(rng.integers(1, 9)))) if size else []:
-            spoilt[place] ^= 1 << int(rng.integers(8))
+        for offset in rng.integers(size, size=min(size, int(rng.integers(1, 9)))) if size else []:
+            spoilt[offset] ^= 1 << int(rng.integers(8))
         return bytes(spoilt)
     if change == 1:
         return content[:at]
@@ -79,43 +65,46 @@ def spoil(content: bytes, rng) -> bytes:
         return content[:at] + rng.bytes(int(rng.integers(1, 40))) + content[at:]
     if change == 3:
         return content[:at] + word + content[at:]
-    if change == 4:  # a field replaced
-        fields = rows[row].replace(b"\t", b",").split(b",")
+    if change == 4:  # replace a field
+        fields = lines[line].replace(b"\t", b",").split(b",")
         fields[int(rng.integers(len(fields)))] = word
-        rows[row] = (b"\t" if b"\t" in rows[row] else b",").join(fields) + b"\n"
+        lines[line] = (b"\t" if b"\t" in lines[line] else b",").join(fields) + b"\n"
     elif change == 5:
-        del rows[row]
+        del lines[line]
     elif change == 6:
-        rows.insert(int(rng.integers(len(rows) + 1)), rows[row])
+        lines.insert(int(rng.integers(len(lines) + 1)), lines[line])
     elif change == 7:
-        rows = [rows[place] for place in rng.permutation(len(rows))]
+        lines = [lines[number] for number in rng.permutation(len(lines))]
     elif change == 8:
-        rows[row] = rows[row] * int(rng.integers(2, 300))
+        lines[line] = lines[line] * int(rng.integers(2, 300))
     elif change == 9:
-        return content.decode("utf-8", "replace").encode(
-            str(rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-8-sig"]))
-        )
+        encoding = str(rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-8-sig"]))
+        return content.decode("utf-8", "replace").encode(encoding)
     elif change == 10:
         return content.decode("utf-8", "replace").encode("latin-1", "replace")
-    elif change == 11:  # one value exchanged for another everywhere
-        found = rows[row].replace(b"\t", b" ").replace(b",", b" ").split() or [b" "]
-        return content.replace(found[int(rng.integers(len(found)))], word)
+    elif change == 11:  # replace one value everywhere
+        values = lines[line].replace(b"\t", b" ").replace(b",", b" ").split() or [b" "]
+        return content.replace(values[int(rng.integers(len(values)))], word)
     elif change == 12:
         old, new = rng.choice([",", "\t", ";", "::", "\n", "\r\n", " ", '"', ":"], size=2)
         return content.replace(str(old).encode(), str(new).encode())
     else:
         return b"" if rng.random() < 0.3 else rng.bytes(size % 3000)
-    return b"".join(rows)
+    return b"".join(lines)
 
 
 def spoil_one(folder: Path, rng, names=None) -> None:
-    """Change one to three files of a folder; a gzipped one often inside."""
+    """Make one to three changes in a folder's files. A gzipped file is often changed before compression.
+
+    Args:
+        names: change only files with these names; None: all files.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and (not names or path.name in names))
     for _ in range(int(rng.choice([1, 1, 2, 3]))):
         path = paths[int(rng.integers(len(paths)))]
         content = path.read_bytes()
         inside = path.suffix == ".gz" and rng.random() < 0.7
-        with contextlib.suppress(OSError, EOFError, zlib.error):  # spoilt before
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # a change before may have spoilt the gzip
             content = gzip.decompress(content) if inside else content
         content = spoil(content, rng)
         path.write_bytes(gzip.compress(content, 1) if inside else content)
@@ -146,27 +135,21 @@ def fuzz_picture(folder: Path, rng) -> None:
     assert image.mode == "RGB" and len(image.tobytes()) == 3 * image.width * image.height
 
 
-def sign(folder: Path) -> None:
-    """Have the manifest list the files as they are, so that their contents are looked at too."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"]}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def fuzz_stages(folder: Path, rng) -> None:
     shutil.copytree(BASE / "data", folder / "data")
     names = ["items.jsonl", "test.jsonl", "sequences.jsonl", "manifest.json"]
     scores = str(rng.choice(["scores.jsonl", "scores.inter"]))
     spoil_one(folder / "data", rng, {*names, scores} if rng.random() < 0.7 else {scores})
-    if rng.random() < 0.8:
-        sign(folder / "data")
+    if rng.random() < 0.8:  # with the right hashes, so that the contents are read too
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            sign(folder / "data")
     data = DataFolder(folder / "data")
-    rows = data.examples("test")
-    popularity_scores(data, rows), cooccurrence_scores(data, rows)
-    found, yes = exchange.read_scores(folder / "data" / scores, data.items.ids, rows)
-    assert np.isfinite(found).all() and (yes is None or np.isfinite(yes).all())
-    assert np.isfinite(list(measure(found, yes, target_columns(rows), resamples=2).values.values())).all()
+    examples = data.examples("test")
+    popularity_scores(data, examples)
+    cooccurrence_scores(data, examples)
+    read, yes = exchange.read_scores(folder / "data" / scores, data.items.ids, examples)
+    assert np.isfinite(read).all() and (yes is None or np.isfinite(yes).all())
+    assert np.isfinite(list(measure(read, yes, target_columns(examples), resamples=2).values.values())).all()
 
 
 def fuzz_run(folder: Path, rng) -> None:
@@ -180,13 +163,13 @@ def fuzz_encoding(folder: Path, rng) -> None:
     shutil.copytree(BASE / "data", folder / "data")
     spoil_one(folder / "data" / "encoded", rng)
     data = Opened(folder / "data")
-    for row in range(len(data.items.ids)):
-        assert len(data.tokens.of(row)) == data.tokens.lengths[row]
-        assert len(data.tokens.grids[row]) == 3
+    for item in range(len(data.items.ids)):
+        assert len(data.tokens.of(item)) == data.tokens.lengths[item]
+        assert len(data.tokens.grids[item]) == 3
 
 
 def make_base(folder: Path) -> None:
-    """What the files between stages are spoilt from: a data folder with its encoding and scores, and a run folder."""
+    """Write valid files between stages, to be spoilt: a data folder with encoding and scores, and a run folder."""
     import torch
     from safetensors.torch import save_file
 
@@ -206,32 +189,25 @@ def make_base(folder: Path) -> None:
     manifest["items"] = file_hash(folder / "data" / "items.jsonl")
     write_json(encoded / "manifest.json", manifest)
     data, rng = Opened(folder / "data"), np.random.default_rng(0)
-    rows = data.examples("test")
-    scores = rng.random((len(rows), len(rows[0].candidates)))
-    exchange.write_predictions(folder / "data" / "scores.jsonl", data.items.ids, rows, scores, scores)
-    exchange.write_recbole(folder / "recbole", data.items, {"candidates": rows}, scores, {})
+    examples = data.examples("test")
+    scores = rng.random((len(examples), len(examples[0].candidates)))
+    exchange.write_predictions(folder / "data" / "scores.jsonl", data.items.ids, examples, scores, scores)
+    exchange.write_recbole(folder / "recbole", data.items, {"candidates": examples}, scores, {})
     (folder / "recbole" / "recbole.candidates.inter").rename(folder / "data" / "scores.inter")
-    options = {
-        "data": "d",
-        "model": "tiny",
-        "tasks": ["rank"],
-        "max_length": 9,
-        "candidate_images": False,
-        "tune": "lora",
-    }
-    options |= {"blank_images": False, "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}
+    options = {"data": "d", "model": "tiny", "tasks": ["rank"], "max_length": 9, "candidate_images": False}
+    options |= {"tune": "lora", "blank_images": False, "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05}
     write_json(folder / "run" / "config.json", {"stage": "sft", "options": options, "data": "0"})
     write_json(folder / "run" / "result.json", {"weights": "0"})
 
 
 def one_input(number: int, folder: Path) -> tuple[str, str]:
-    """(kind, what became of it: `well`, `refused` or a finding's text) of the input of this number."""
+    """Make the input of this number and read it. Returns (its kind, `well`, `refused` or the text of a finding)."""
     rng = np.random.default_rng(number)
     kind = KINDS[int(rng.integers(len(KINDS)))]
-    said = io.StringIO()
+    errors = io.StringIO()
     signal.alarm(LIMIT)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), warnings.catch_warnings():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if kind in layouts.LAYOUTS:
                 fuzz_layout(kind, folder, rng)
@@ -239,9 +215,9 @@ def one_input(number: int, folder: Path) -> tuple[str, str]:
                 globals()[f"fuzz_{kind}"](folder, rng)
         return kind, "well"
     except SystemExit as stop:
-        line = said.getvalue()
-        good = stop.code == 2 and len(line.splitlines()) == 1 and "error: " in line and line.strip().isprintable()
-        return kind, "refused" if good else f"exit code {stop.code}, {line!r}"
+        line = errors.getvalue()
+        one_line = len(line.splitlines()) == 1 and "error: " in line and line.strip().isprintable()
+        return kind, "refused" if stop.code == 2 and one_line else f"exit code {stop.code}, {line!r}"
     except BaseException as error:
         return kind, "refused" if getattr(error, "exit_code", None) == 2 else traceback.format_exc()
     finally:
@@ -254,9 +230,9 @@ def out_of_time(*_):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=10_000, help="how many [10000]")
-    parser.add_argument("--seed", type=int, default=0, help="number of the first [0]")
-    parser.add_argument("--replay", type=int, metavar="NUMBER", help="only this one; its files are kept")
+    parser.add_argument("--inputs", type=int, default=10_000, help="number of inputs [10000]")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first input [0]")
+    parser.add_argument("--replay", type=int, metavar="NUMBER", help="make only this input, and keep its files")
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, out_of_time)
     prepare_data.encode = lambda options: None
@@ -278,7 +254,7 @@ def main() -> int:
             print(f"--replay {number} ({kind}):\n{outcome}", flush=True)
     took = time.perf_counter() - began
     print(
-        f"{options.inputs} inputs over {len(KINDS)} kinds: {counts['well']} ended well, {counts['refused']} in a line, "
+        f"{options.inputs} inputs of {len(KINDS)} kinds: {counts['well']} were read, {counts['refused']} refused, "
         f"{findings} findings; {took:.0f} s, the slowest {slowest[0]:.2f} s (--replay {slowest[1]})"
     )
     return int(findings > 0)

@@ -1,7 +1,8 @@
-"""How long prepare_data.py takes, and how much memory: python tests/scale.py 1000000 10000000
+"""Measure the time and the memory of prepare_data.py: python tests/scale.py 1000000 10000000
 
-Makes a MicroLens-like table of so many interactions (a fiftieth as many users, a hundredth as many items), prepares it
-without encoding, and prints seconds and peak memory. Each size runs in a process of its own.
+The arguments are numbers of interactions. For each number, writes a table in MicroLens's layout, with 1 user for 50
+interactions and 1 item for 100. Prepares it without encoding, and prints seconds and peak memory. Each size runs in a
+process of its own.
 """
 
 import resource
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_table(folder: Path, count: int) -> None:
+    """Write `count` random interactions and the items' titles."""
     rng = np.random.default_rng(0)
     with open(folder / "Made_pairs.csv", "w") as file:
         file.write("user,item,timestamp\n")
@@ -30,6 +32,7 @@ def write_table(folder: Path, count: int) -> None:
 
 
 def measure(count: int) -> None:
+    """Prepare `count` interactions in this process, and print seconds and peak memory."""
     sys.path.insert(0, str(ROOT))
     import prepare_data
 

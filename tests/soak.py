@@ -1,7 +1,8 @@
-"""Kill real runs at random moments, start them again until they end, and compare what they leave with a run that was
-never stopped, byte by byte.
+"""Kill real runs at random moments and start them again until they end.
 
-    python tests/soak.py 24        # so many kills in all, shared out over the cases; about half a minute each
+Their files must equal those of a run that was never stopped, byte by byte.
+
+    python tests/soak.py 24        # 24 kills in all, about half a minute each; the cases share them
 """
 
 import json
@@ -20,21 +21,13 @@ from conftest import ROOT, draw_posters, movielens
 SMALL = "--eval-limit 20 --batch-size 4 --grad-accum 2 --save-every 7 --epochs 99 --lr 1e-3".split()
 WARM = "--warmup-steps 30 --warmup-items 8 --dropout 0.1 --max-steps 90".split()
 TWO = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 0".split()
-CASES = {  # what each writes is compared
+ABSOLUTE = "--max-steps 60 --noise absolute".split()
+CASES = {
     "prepare": "prepare_data.py --dataset movielens --source {raw} --out {out} --max-pixels 3136".split(),
     "full": ["sft.py", "--data", "{data}", "--out", "{out}", *SMALL, *WARM],
     "lora": ["sft.py", "--data", "{data}", "--out", "{out}", *SMALL, *"--tune lora --max-steps 90".split()],
     "dpo": ["dpo_hano.py", "--sft", "{sft}", "--out", "{out}", *SMALL, *"--max-steps 60 --responsiveness ema".split()],
-    "two": [
-        *TWO,
-        "dpo_hano.py",
-        "--sft",
-        "{sft}",
-        "--out",
-        "{out}",
-        *SMALL,
-        *"--max-steps 60 --noise absolute".split(),
-    ],
+    "two": [*TWO, "dpo_hano.py", "--sft", "{sft}", "--out", "{out}", *SMALL, *ABSOLUTE],
 }
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -45,65 +38,74 @@ def start(words: list[str], log) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL, also to what a launcher started."""
+    """Send SIGKILL to a process and to its children."""
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.wait()
 
 
 def left(folder: Path) -> dict[str, bytes]:
-    """What a script left: every file's bytes, without what tells the time or the folder's name."""
-    found = {}
+    """The bytes of every file that a script wrote to its folder, without times, speeds and the folder's name."""
+    contents = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and name not in (".lock", "config.json"):
-            found[name] = path.read_bytes()
-    if "metrics.jsonl" in found:
-        lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
+            contents[name] = path.read_bytes()
+    if "metrics.jsonl" in contents:
+        lines = [json.loads(line) for line in contents["metrics.jsonl"].splitlines()]
         steps = [line["step"] for line in lines if "loss" in line]
-        assert steps == sorted(set(steps)), f"doubled or disordered steps: {steps}"
+        assert steps == sorted(set(steps)), f"repeated or disordered steps: {steps}"
         lines = [{n: v for n, v in line.items() if not n.endswith("_per_second")} for line in lines]
-        found["metrics.jsonl"] = json.dumps(lines).encode()
-    return {name: text.replace(str(folder).encode(), b"OUT") for name, text in found.items()}
+        contents["metrics.jsonl"] = json.dumps(lines).encode()
+    return {name: content.replace(str(folder).encode(), b"OUT") for name, content in contents.items()}
 
 
 def position(out: Path) -> str:
+    """A line for the log: how far a run has come."""
     steps = sorted(int(p.name[5:]) for p in out.glob("checkpoints/step-*"))
     metrics = out / "metrics.jsonl"
     lines = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
     partial = [str(p.relative_to(out)) for p in out.rglob("*.partial")] if out.exists() else []
-    return f"checkpoints {steps}, {lines} metric lines" + f", half-written: {', '.join(partial)}" * bool(partial)
+    text = f"checkpoints {steps}, {lines} metric lines"
+    return f"{text}, half-written: {', '.join(partial)}" if partial else text
 
 
-def case(name: str, kills: int, places: dict, folder: Path, draw: random.Random) -> int:
-    """Run a case without and with kills, and compare. Returns how often it was killed."""
+def case(name: str, kills: int, paths: dict, folder: Path, rng: random.Random) -> int:
+    """Run a case without kills and with kills, and compare the files. Returns the number of kills.
+
+    Args:
+        name: a key of CASES.
+        kills: how often to kill, at least.
+        paths: the values for the placeholders in CASES.
+    """
     log, out = open(folder / f"{name}.log", "w"), folder / name / "cut"
     words = {
-        kind: [word.format(out=folder / name / kind, **places) for word in CASES[name]] for kind in ("whole", "cut")
+        kind: [word.format(out=folder / name / kind, **paths) for word in CASES[name]] for kind in ("whole", "cut")
     }
-    began, done = time.monotonic(), 0
+    began, killed = time.monotonic(), 0
     assert start(words["whole"], log).wait() == 0, f"see {log.name}"
-    lasted = time.monotonic() - began
-    print(f"{name}: the run that is never stopped took {lasted:.1f} s", flush=True)
-    while done < kills:  # a run that ends before it was killed often enough is compared, and made again
+    seconds = time.monotonic() - began
+    print(f"{name}: the run that is never stopped took {seconds:.1f} s", flush=True)
+    while killed < kills:  # a run that ends too early is compared, and then run again
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(places["sft"] / "reference", ignore_errors=True)
+        shutil.rmtree(paths["sft"] / "reference", ignore_errors=True)
         code = None
         while code is None:
-            process, wait = start(words["cut"], log), draw.uniform(0.3 * lasted, lasted) if done < kills else None
+            process = start(words["cut"], log)
+            wait = rng.uniform(0.3 * seconds, seconds) if killed < kills else None
             try:
                 code = process.wait(wait)
             except subprocess.TimeoutExpired:
                 kill(process)
-                done += 1
-                print(f"{name}: kill {done} after {wait:.2f} s: {position(out)}", flush=True)
+                killed += 1
+                print(f"{name}: kill {killed} after {wait:.2f} s: {position(out)}", flush=True)
         assert code == 0, f"exit code {code}, see {log.name}"
         whole, cut = left(folder / name / "whole"), left(out)
-        wrong = [file for file in whole.keys() | cut.keys() if whole.get(file) != cut.get(file)]
-        assert not wrong, f"{name}: these differ: {wrong}"
+        different = [file for file in whole.keys() | cut.keys() if whole.get(file) != cut.get(file)]
+        assert not different, f"{name}: these files differ: {different}"
         size = sum(map(len, whole.values()))
-        print(f"{name}: after {done} kills all {len(whole)} files are the same, {size:,} bytes", flush=True)
-    return done
+        print(f"{name}: after {killed} kills all {len(whole)} files are the same, {size:,} bytes", flush=True)
+    return killed
 
 
 def main() -> None:
@@ -112,10 +114,12 @@ def main() -> None:
     print(f"in {folder}, random moments from seed {seed}", flush=True)
     movielens(folder / "raw", users=60)
     draw_posters(folder / "raw" / "posters")
-    places = {"raw": folder / "raw", "data": folder / "prepare/whole", "sft": folder / "full/whole"}
-    draw, names = random.Random(seed), list(CASES)
-    done = sum(case(name, len(range(kills)[i :: len(names)]), places, folder, draw) for i, name in enumerate(names))
-    print(f"{done} kills in all; every run ended with the bytes of the run that was never stopped")
+    paths = {"raw": folder / "raw", "data": folder / "prepare/whole", "sft": folder / "full/whole"}
+    rng, killed = random.Random(seed), 0
+    for number, name in enumerate(CASES):
+        share = len(range(number, kills, len(CASES)))
+        killed += case(name, share, paths, folder, rng)
+    print(f"{killed} kills in all; every run ended with the files of the run that was never stopped")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurements' own arithmetic, and their pieces at tiny size."""
+"""The arithmetic of the measurements, and each measurement on a tiny backbone."""
 
 import json
 import sys
@@ -32,40 +32,44 @@ against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not in
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Keep measurements from setting torch's number of threads: it would last for later tests."""
+    """Keep measurements from changing torch's number of threads, which later tests use too."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    """Measure the machine's rate by a small product, which takes almost no time."""
+    """Measure the machine's matrix rate with a small product, which takes almost no time."""
 
-    def made(product, device="cpu", dtype=None):
+    def init(product, device="cpu", dtype=None):
         product.device, product.size = device, 64
         product.a, product.b = torch.randn(2, 64, 64, device=device, dtype=dtype or torch.float32)
 
-    monkeypatch.setattr(measure.Product, "__init__", made)
+    monkeypatch.setattr(measure.Product, "__init__", init)
 
 
 @pytest.fixture
 def short(monkeypatch):
+    """One turn for each measurement."""
     monkeypatch.setattr(measure, "BLOCKS", 1)
 
 
-def test_medians_and_turns_leave_the_first_out(monkeypatch):
+def test_the_first_turn_does_not_count(monkeypatch):
     assert measure.summary([3.0, 1.0, 8.0]) == {"median": 3.0, "min": 1.0, "max": 8.0, "runs": 3}
     clock = iter(range(1000))
     monkeypatch.setattr(measure, "now", lambda device: next(clock))
     steps = []
     turns = measure.Turns(lambda: steps.append(next(clock)), size=2)
     turns.run()
-    assert len(steps) == 12 and [found["runs"] for found in turns.summaries()] == [5, 5, 5]
+    assert len(steps) == 12 and [summary["runs"] for summary in turns.summaries()] == [5, 5, 5]
 
 
 def test_the_floor_is_what_pytorch_counts(tmp_path):
-    """Of a prompt and an answer by the model's own forward, but for attention, which it counts over all pairs of tokens
-    whether they see each other or not, and for the last layer's queries, output and MLP where nothing is predicted; a
-    second answer then costs its own tokens alone."""
+    """Compare the floor with PyTorch's count for the model's own forward over a prompt and an answer.
+
+    PyTorch counts two things more (`beyond`): attention over pairs of tokens that do not see each other, and the last
+    layer's queries, output and MLP for tokens that predict nothing. A second answer adds only its own tokens to the
+    floor.
+    """
     workload.build_backbone(tmp_path, "demo", ["a title"])
     core, ids = workload.load(tmp_path), list(range(30))
     tree = [Node(None, ids[:25]), Node(0, ids[25:], scored=range(5))]
@@ -73,17 +77,15 @@ def test_the_floor_is_what_pytorch_counts(tmp_path):
         core(torch.tensor([ids]), logits_to_keep=5, use_cache=False)
     floor, layers = measure.floor(core, [tree], training=False), core.get_decoder().layers
     attention = layers[-1].self_attn
-    parts = [
-        attention.q_proj,
-        attention.o_proj,
-        *(getattr(layers[-1].mlp, f"{n}_proj") for n in ("gate", "up", "down")),
-    ]
-    unread, one = sum(part.weight.numel() for part in parts), 4 * core.config.get_text_config().hidden_size
+    mlp = layers[-1].mlp
+    parts = [attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    unneeded = sum(part.weight.numel() for part in parts)
+    per_pair = 4 * core.config.get_text_config().hidden_size  # operations for a pair of tokens
     last = sum(range(25, 30))  # the pairs of tokens of the last layer
-    beyond = one * (len(layers) * 30 * 30 - (len(layers) - 1) * 30 * 31 / 2 - last) + 2 * unread * 25
+    beyond = per_pair * (len(layers) * 30 * 30 - (len(layers) - 1) * 30 * 31 / 2 - last) + 2 * unneeded * 25
     assert counter.get_total_flops() == pytest.approx(floor + beyond, rel=1e-6)
     count = measure.weights(core)
-    answer = 5 * 2 * (count["language model"] + count["head"]) + one * ((len(layers) - 1) * (5 * 25 + 15) + last)
+    answer = 5 * 2 * (count["language model"] + count["head"]) + per_pair * ((len(layers) - 1) * (5 * 25 + 15) + last)
     assert measure.floor(core, [[*tree, tree[1]]], training=False) == floor + answer
 
 
@@ -112,8 +114,8 @@ def test_sft_loss_is_trls(tmp_path, short, case):
     assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], abs=1e-4) and row["ratios"]["TRL"] > 0
 
 
-def test_packed_scores_are_the_plain_ones_and_generation_answers(tmp_path, short):
-    row = evaluation.compare(tmp_path, "demo", 56, rows=2)
+def test_packed_scores_equal_plain_scores_and_generate_answers(tmp_path, short):
+    row = evaluation.compare(tmp_path, "demo", 56, examples=2)
     assert row["difference"] < 1e-4 and set(row["others"]) == {"plain forwards", "generate"}
 
 
@@ -129,8 +131,8 @@ def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
     assert scaling.neighbours(2_000, 16)["more_mib"] > 0
 
 
-def test_seconds_of_a_text_whether_batched_or_alone(monkeypatch):
-    """A writer that takes a second a call: a batch of 16 prompts costs 1/16 s a text, one alone 1 s."""
+def test_seconds_per_text_in_batches_and_one_by_one(monkeypatch):
+    """With a writer that takes a second for a call, a text costs 1/16 s in a batch of 16, and 1 s one by one."""
     clock = [0.0]
     monkeypatch.setattr(measure, "now", lambda device: clock[0])
     monkeypatch.setattr(measure.Product, "rate", lambda self: 1.0)
@@ -149,7 +151,7 @@ def test_seconds_of_a_text_whether_batched_or_alone(monkeypatch):
 
 def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
     monkeypatch.setattr(trl_side, "installed", lambda: False)
-    monkeypatch.setattr(gpu, "ROWS", 12)
+    monkeypatch.setattr(gpu, "EXAMPLES", 12)
     rows = {name: gpu.part(name, "demo", 56, "cpu", torch.float32, False) for name in gpu.PARTS}
     rows["dpo ranking pairs"]["others"] = {"TRL": {"median": 9.0}}
     rows["dpo ranking pairs"] |= {"ratios": {"TRL": 9.0}, "losses": {"ours": 0.7, "TRL": 0.7}}
@@ -164,7 +166,7 @@ def test_gpu_parts_at_tiny_size_without_trl(monkeypatch, short, capsys):
 
 @pytest.fixture
 def own_state():
-    """TRL's trainer sets accelerate's state for the whole process."""
+    """Reset accelerate's state before and after the test, because TRL's trainer sets it for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -175,40 +177,40 @@ def own_state():
 @pytest.mark.parametrize("name", [name for name in gpu.PARTS if name != "evaluation"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gpu_parts_in_half_precision_against_trl(short, monkeypatch, name, autocast):
-    monkeypatch.setattr(gpu, "ROWS", 12)
+    monkeypatch.setattr(gpu, "EXAMPLES", 12)
     row = gpu.part(name, "demo", 56, "cpu", torch.bfloat16, autocast, batch=2)
     assert row["losses"]["ours"] == pytest.approx(row["losses"]["TRL"], rel=0.02) and row["ratios"]["TRL"] > 0
 
 
-def test_gpu_parts_that_do_not_fit_are_tried_smaller_and_then_without_trl(monkeypatch):
-    asked = []
+def test_gpu_parts_that_fail_are_tried_with_fewer_pairs_and_then_without_trl(monkeypatch):
+    calls = []
 
-    def attempt(name, *further):
-        asked.append(further)
-        if "--no-trl" in further:
+    def attempt(name, *options):
+        calls.append(options)
+        if "--no-trl" in options:
             return {"alone": True}
-        return "torch.OutOfMemoryError: CUDA" if further[1] != "1" else "RuntimeError: no compiler"
+        return "torch.OutOfMemoryError: CUDA" if options[1] != "1" else "RuntimeError: no compiler"
 
     monkeypatch.setattr(gpu, "attempt", attempt)
     monkeypatch.setattr(trl_side, "installed", lambda: True)
     assert gpu.run_part("dpo ranking pairs", True) == {"alone": True, "trl_failed": "RuntimeError: no compiler"}
-    assert asked == [*(("--batch", batch, "--autocast") for batch in "421"), ("--no-trl",)]
+    assert calls == [*(("--batch", batch, "--autocast") for batch in "421"), ("--no-trl",)]
     row = {"others": {"TRL": {"median": 4.0}}, "per_step": 4}
-    half = {"others": {"TRL": {"median": 3.0}}, "per_step": 2}  # fewer seconds a step, more a sample
+    half = {"others": {"TRL": {"median": 3.0}}, "per_step": 2}  # fewer seconds for a step, more for a sample
     assert gpu.better_autocast({True: row, False: half}) and not gpu.better_autocast({True: half, False: row})
     assert gpu.better_autocast({True: row, False: "failed"}) and not gpu.better_autocast({True: "a", False: "b"})
 
 
 def test_trl_gets_batches_of_one_kind():
-    assert trl_side.in_batches(rows=3, kinds=2, batch=2) == [0, 2, 1, 3, 4, 5]
+    assert trl_side.in_batches(examples=3, kinds=2, batch=2) == [0, 2, 1, 3, 4, 5]
 
 
 def test_the_report_has_every_table():
-    found = measure.summary([0.1, 0.2, 0.3])
-    row = measure.result("DPO step", "a case", "s per step", found, {"TRL": measure.summary([0.8])}, goal=6)
+    seconds = measure.summary([0.1, 0.2, 0.3])
+    row = measure.result("DPO step", "a case", "s per step", seconds, {"TRL": measure.summary([0.8])}, goal=6)
     row |= {"losses": {"ours": 0.7, "TRL": 0.70001}, "floor": {"ours": 60.0, "TRL": 10.0}, "rate": {"median": 2e11}}
     row |= {"loader": {"TRL": 0.08}, "encode": 0.01, "head": 0.2, "with_reference": 0.25, "weights": {"head": 1000}}
-    whole = {"whole_process": {"ours": found, "TRL": found}, "table": "Memory"}
+    whole = {"whole_process": {"ours": seconds, "TRL": seconds}, "table": "Memory"}
     parts = {"dpo_step": {"rows": [row], "precomputed_reference": "trl/x.py:9: refused"}, "sft_step": {"rows": []}}
     parts |= {"memory": {"rows": [row | whole]}}
     text = run.report(parts, measure.machine() | {"gpu": "Unmeasured.", "seconds": 1.0})
@@ -217,9 +219,9 @@ def test_the_report_has_every_table():
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="no bench/results.json: make bench writes it")
-def test_results_are_what_was_measured():
-    found = json.loads(RESULTS.read_text())
-    parts = {name: found[name] for name in run.SCRIPTS}
-    assert run.report(parts, found) == RESULTS.with_name("RESULTS.md").read_text()
+def test_results_md_is_the_report_of_results_json():
+    results = json.loads(RESULTS.read_text())
+    parts = {name: results[name] for name in run.SCRIPTS}
+    assert run.report(parts, results) == RESULTS.with_name("RESULTS.md").read_text()
     rows = [row for part in parts.values() for row in part["rows"]]
     assert all(system["runs"] >= 5 for row in rows for system in [row["ours"], *row["others"].values()])

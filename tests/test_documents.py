@@ -1,5 +1,7 @@
-"""The documents: every command that they show is parsed by its script, and every option, file, test, link and metric
-that they name exists."""
+"""The documents agree with the code.
+
+Every command in them is parsed by its script. Every option, file, test, link and metric that they name exists.
+"""
 
 import ast
 import contextlib
@@ -31,7 +33,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
 BACKBONES += ["llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf"]
-COUNTERS = {"test_rows", "test_rows_of_equal_titles"}  # of manifest.json, not names of tests
+COUNTERS = {"test_rows", "test_rows_of_equal_titles"}  # counters in manifest.json; they look like names of tests
 LAUNCHER = {"--multi_gpu", "--num_processes", "--cpu", "--config_file", "--no-deps"}  # of accelerate launch and pip
 BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(`+)(.+?)\1", re.S)
@@ -51,7 +53,7 @@ def code_of(document):
 
 
 def command_of(words):
-    """(script, its arguments) of a command line in words; None for a line that starts no script of Python's.
+    """Split the words of a command line into (script, its arguments). None if the line starts no Python script.
 
     The script is a name in MODULES, or the path of another script. `VARIABLE=value` and `taskset -c N` may stand before
     the command, and the options of `accelerate launch` before the script.
@@ -65,7 +67,7 @@ def command_of(words):
     elif words[:1] == ["python"]:
         words = words[1:]
     elif not words or words[0].removesuffix(".py") not in MODULES or len(words) == 1:
-        return None  # inline code such as `sft.py`, without options, is a name and no command
+        return None  # inline code such as `sft.py`, without options, is a file's name
     if words[:1] == ["-m"]:
         return words[1].rpartition(".")[2], words[2:]
     if not words or not words[0].endswith(".py"):
@@ -75,7 +77,7 @@ def command_of(words):
 
 
 def commands():
-    """(where it stands, script, arguments) of every command in the documents, the Makefile and the docstrings."""
+    """Yield (file, script, arguments) of every command in the documents, the Makefile and the docstrings."""
     lines = [(document.name, line) for document in DOCUMENTS for line in code_of(document)]
     for module in MODULES.values():
         path = ROOT / (module.replace(".", "/") + ".py")
@@ -84,28 +86,28 @@ def commands():
         lines += [(path.name, line) for line in starts]
     makefile = read(ROOT / "Makefile").replace("$(BIN)/", "").replace("$(LAUNCH)", "accelerate launch")
     lines += [("Makefile", line.strip()) for line in makefile.splitlines() if line.startswith("\t")]
-    for where, line in lines:
+    for file, line in lines:
         try:
-            found = command_of(shlex.split(line, comments=True))
-        except ValueError:  # an apostrophe: no command
+            command = command_of(shlex.split(line, comments=True))
+        except ValueError:  # a line with an apostrophe is no command
             continue
-        if found and found[0] != "pip":
-            yield where, *found
+        if command and command[0] != "pip":
+            yield file, *command
 
 
-def parse(script, words, where):
-    """The script's own parser on these words; an error of it names where the command stands."""
+def parse(script, words, file):
+    """Parse the words with the script's own parser. If it fails, the test fails and names the file."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return importlib.import_module(MODULES[script]).parse(words)
     except SystemExit:
-        pytest.fail(f"{where}: {script} {shlex.join(words)}: {errors.getvalue().strip()}")
+        pytest.fail(f"{file}: {script} {shlex.join(words)}: {errors.getvalue().strip()}")
 
 
 @cache
 def help_of(script):
-    """What a script's --help prints."""
+    """The text that a script's --help prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
         importlib.import_module(MODULES[script]).parse(["--help"])
@@ -120,21 +122,21 @@ def test_the_readme_is_short_and_has_one_python_example():
 def test_every_command_in_the_documents_is_parsed_by_its_script():
     found = list(commands())
     assert {script for _, script, _ in found} >= set(MODULES)
-    assert {"README.md", "Makefile"} <= {where for where, _, _ in found}
-    for where, script, words in found:
+    assert {"README.md", "Makefile"} <= {file for file, _, _ in found}
+    for file, script, words in found:
         if script in MODULES:
-            parse(script, words, where)
+            parse(script, words, file)
         elif script not in ("pytest", "venv"):
-            assert (ROOT / script).exists(), f"{where} runs {script}, which is not there"
+            assert (ROOT / script).exists(), f"{file} runs {script}, which does not exist"
 
 
 def test_every_option_named_in_the_documents_exists():
-    known = set(re.findall(r"--[a-z][\w-]*", "".join(map(help_of, MODULES))))
+    options = set(re.findall(r"--[a-z][\w-]*", "".join(map(help_of, MODULES))))
     tools = [*ROOT.glob("bench/*.py"), *ROOT.rglob("tests/**/*.py")]
-    known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', "".join(map(read, tools))))
+    options |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', "".join(map(read, tools))))
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", read(document)))
-        assert named - known - LAUNCHER == set(), document.name
+        assert named - options - LAUNCHER == set(), document.name
 
 
 @pytest.mark.parametrize(
@@ -158,9 +160,8 @@ def test_every_option_is_documented(script, pages):
 
 def test_make_targets_in_the_documents_exist():
     rules = read(ROOT / "Makefile")
-    targets = {
-        match[1] for document in DOCUMENTS for line in code_of(document) if (match := re.match(r"make (\w+)", line))
-    }
+    code = [line for document in DOCUMENTS for line in code_of(document)]
+    targets = {line.split()[1] for line in code if re.match(r"make \w", line)}
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", rules, re.M), target
@@ -191,9 +192,8 @@ def test_every_document_is_reached_from_the_readme():
 
 
 def test_tests_named_in_the_documents_exist():
-    defined = {
-        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", read(path))
-    }
+    tests = "".join(map(read, (ROOT / "tests").rglob("test_*.py")))
+    defined = set(re.findall(r"def (test_\w+)", tests))
     for document in DOCUMENTS:
         named = set(re.findall(r"`(test_\w+)`", read(document)))
         assert named - defined - COUNTERS == set(), document.name
@@ -248,7 +248,7 @@ def test_every_metric_that_training_logs_is_explained(sft_run):
         assert f"`{name}`" in read(ROOT / "docs" / "training.md"), f"docs/training.md does not explain {name}"
 
 
-def test_the_picture_is_drawn_of_any_titles(tmp_path):
+def test_the_picture_is_drawn_for_long_titles_and_without_posters(tmp_path):
     """Long titles and missing posters do not change the size of the picture."""
     items = [
         {"item": str(n), "title": f"The {'very ' * n}long title, part {n} (19{n:02})", "image": None} for n in range(12)

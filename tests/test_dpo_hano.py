@@ -1,4 +1,4 @@
-"""dpo_hano.py from end to end, small: what it logs and writes, its reference, its ablations, its export."""
+"""dpo_hano.py from end to end on small data: logs, files, reference, ablations, export."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_dpo_logs_what_the_documents_explain(dpo_run):
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     for name in log[0]:
         assert f"`{name}`" in page, f"docs/training.md does not explain {name}"
-    first = log[0]  # B = 0, so relative noise in A changes nothing yet: the loss is log 2, to LoRA dropout
+    first = log[0]  # B is 0, so noise in A changes nothing yet, and the loss is log 2
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert 0.01 < first["noise"] <= 0.06 and first["lambda_mean"] == pytest.approx(1, abs=0.01)
 
@@ -51,7 +51,7 @@ def test_dpo_ablations_run(sft_run, tmp_path, capsys, switches):
         assert all(line["beta_p01"] == line["beta_p99"] == pytest.approx(0.1) for line in log)
     if "cosine" in switches:
         low, high = re.search(r"lambda \(cosine\): .* 1%-99% (\S+) to (\S+)", capsys.readouterr().out).groups()
-        assert float(high) - float(low) > 1  # over all pairs: a spread that is real
+        assert float(high) - float(low) > 1  # over all training pairs
         assert log[0]["eta"] == 1
     if "absolute" in switches:
         assert log[0]["noise"] > 0.1
@@ -77,26 +77,26 @@ def test_dpo_refuses_a_reference_that_is_not_its_start(sft_run, tmp_path, capsys
 
 
 def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
-    """The cached reference against the SFT model loaded by itself, pair by pair."""
+    """Compare the cached reference with the log-probabilities of the SFT model, pair by pair."""
     shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
     dpo(tmp_path / "sft", tmp_path / "dpo")
     config = json.loads((sft_run / "config.json").read_text())
     data = Opened(config["options"]["data"])
-    prompts, rows = data.prompts(), data.examples("train")
+    prompts, examples = data.prompts(), data.examples("train")
     packed = PackedMLLM(load_finished(sft_run, data.encoding))
     (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
     cached = load_file(cache)["logps"]
-    trees = [prompts.pair_tree(row, kind) for row in rows for kind in ("rank", "yes", "no")]
+    trees = [prompts.pair_tree(example, kind) for example in examples for kind in ("rank", "yes", "no")]
     with torch.no_grad():
         found = packed(packed.collate(trees, data.tokens)).view(-1, 2)
-    assert len(cached) == 3 * len(rows)
-    known = ~cached.isnan().any(1)  # a short run asks for the pairs of its steps alone
-    torch.testing.assert_close(found[known], cached[known], atol=1e-4, rtol=0)
-    assert int(known.sum()) == 3 * 6
+    assert len(cached) == 3 * len(examples)
+    computed = ~cached.isnan().any(1)  # a short run computes only the pairs of its steps
+    torch.testing.assert_close(found[computed], cached[computed], atol=1e-4, rtol=0)
+    assert int(computed.sum()) == 3 * 6
 
 
 def test_export_loads_without_this_project(prepared, sft_run, dpo_run):
-    """DIR/merged, and DIR/base with DIR/adapter, in a process that has only transformers and peft."""
+    """Load DIR/merged, and DIR/base with DIR/adapter, in a process that imports only transformers and peft."""
     folder = dpo_run.parent / "export"
     code = (
         "import sys, torch, peft, transformers as t\n"

@@ -1,4 +1,4 @@
-"""Equations (5) to (12) against numbers worked by hand, TRL's formula, and NoDO under every form of checkpointing."""
+"""Equations (5) to (12) against numbers computed by hand and TRL's formula; NoDO with every form of checkpointing."""
 
 import math
 
@@ -60,9 +60,9 @@ def test_hardness_by_hand():
     ("gap", "expected"),
     [
         ([1.0, 2.0, 3.0, 6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # mean 3: r = 1/3, 2/3, 1, 2
-        ([-1.0, -2.0, -3.0, -6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # eta(R) = eta(-R), mean(R) is not near 0
+        ([-1.0, -2.0, -3.0, -6.0], sigmoid((2 / 3 + 1) / 2) / sigmoid(1)),  # eta(R) = eta(-R), as mean(R) is not near 0
         ([4.0, 1.0], 1.0),  # two pairs: nothing is dropped
-        ([0.0, 0.0, 0.0], 1.0),  # as before the first step: r = 0
+        ([0.0, 0.0, 0.0], 1.0),  # like before the first step: r = 0
         ([1.0, -1.0, 0.5, -0.5], sigmoid(0.0) / sigmoid(0.0)),  # mean 0: divided by mean |R|
         ([3.0, -1.0, -1.0, -1.0, 0.0], sigmoid(-2 / 3 / 1.2) / sigmoid(0.0)),  # r = R / 1.2
     ],
@@ -82,7 +82,7 @@ def test_loss_by_hand():
     gap = [1 - (-0.5), 0.5 - 1.0, 1.5 - (-1.5)]  # (chosen - reference) - (rejected - reference)
     rewards = [0.2 * g for g in gap]  # (7)
     mean = sum(rewards) / 3
-    eta = sigmoid(sorted(r / mean for r in rewards)[1]) / sigmoid(1)  # (8): the middle one remains
+    eta = sigmoid(sorted(r / mean for r in rewards)[1]) / sigmoid(1)  # (8): only the middle one is kept
     betas = [0.2 * eta * weight for weight in (0.9, 1.0, 1.1)]  # (11)
     expected = [-math.log(sigmoid(b * g)) for b, g in zip(betas, gap, strict=True)]  # (12)
     torch.testing.assert_close(losses, torch.tensor(expected))
@@ -92,15 +92,15 @@ def test_loss_by_hand():
     assert float(metrics["margin"]) == pytest.approx(mean)
     assert float(metrics["reward_chosen"]) == pytest.approx(0.2 * (1 + 0.5 + 1.5) / 3)
     assert float(metrics["reward_rejected"]) == pytest.approx(0.2 * (-0.5 + 1 - 1.5) / 3)
-    size = [b * sigmoid(-b * g) for b, g in zip(betas, gap, strict=True)]  # of the gradient
-    share = (size[0] + size[1]) / (size[0] + 2 * size[1] + size[2])
+    sizes = [b * sigmoid(-b * g) for b, g in zip(betas, gap, strict=True)]  # of each pair's gradient
+    share = (sizes[0] + sizes[1]) / (sizes[0] + 2 * sizes[1] + sizes[2])
     assert float(metrics["hard_gradient_share"]) == pytest.approx(share)
 
 
-def test_the_gradient_share_of_equally_hard_pairs_and_of_no_gradient():
+def test_hard_gradient_share_for_equally_hard_pairs_and_without_gradient():
     gap, zeros, ones = torch.tensor([0.0, 2.0, 0.0, 2.0]), torch.zeros(4), torch.ones(4)
     _, metrics = h.hanorec_loss(gap, zeros, zeros, zeros, ones, beta=1.0, eta=1.0)
-    assert float(metrics["hard_gradient_share"]) == pytest.approx(0.5)  # the order of the batch: 0, 2 and 0, 2
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(0.5)  # both halves of the batch have the gaps 0, 2
     _, metrics = h.hanorec_loss(gap.sort()[0], zeros, zeros, zeros, ones, beta=1.0, eta=1.0)
     assert float(metrics["hard_gradient_share"]) == pytest.approx(0.5 / (0.5 + sigmoid(-2)))
     _, metrics = h.hanorec_loss(ones * 1000, zeros, zeros, zeros, ones, beta=1.0, eta=1.0)  # sigmoid(-1000) is 0
@@ -136,7 +136,7 @@ def test_no_gradient_through_beta_and_eta():
 def test_beta_floor_gather_and_callable_eta():
     _, metrics = h.hanorec_loss(*LOGPS, torch.ones(3), beta=0.2, eta=0.0)
     assert float(metrics["beta_mean"]) == pytest.approx(1e-6)
-    other = torch.tensor([0.5, -0.2, 0.9])  # what another process holds
+    other = torch.tensor([0.5, -0.2, 0.9])  # the gaps of another process
     _, metrics = h.hanorec_loss(*LOGPS, torch.ones(3), beta=0.2, gather=lambda mine: torch.cat([mine, other]))
     gap = (LOGPS[0] - LOGPS[2]) - (LOGPS[1] - LOGPS[3])
     torch.testing.assert_close(metrics["eta"], h.responsiveness(torch.cat([0.2 * gap, other])))
@@ -166,6 +166,8 @@ class Layer(torch.nn.Module):
 
 
 class Stack(torch.nn.Module):
+    """Three layers, with activation checkpointing unless reentrant is None."""
+
     def __init__(self, reentrant):
         super().__init__()
         torch.manual_seed(0)
@@ -178,6 +180,7 @@ class Stack(torch.nn.Module):
 
 
 def noisy_gradients(reentrant, relative):
+    """Run forward and backward under noise. Returns (the model, its gradients)."""
     model = Stack(reentrant)
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
     with h.noisy_lora(model, 0.3, relative, torch.Generator().manual_seed(2)):
@@ -197,7 +200,7 @@ def test_noisy_gradients_do_not_depend_on_checkpointing(relative):
         (p.grad - g).norm() / g.norm()
         for p, g in zip((p for p in clean.parameters() if p.requires_grad), plain, strict=True)
     ]
-    assert max(differences) > 0.05  # the noise does reach the gradients
+    assert max(differences) > 0.05  # the noise changes the gradients
 
 
 def test_weights_come_back_bit_for_bit_also_after_an_error():
@@ -247,7 +250,7 @@ def test_scale_of_the_noise(relative, expected):
         assert float(size) == pytest.approx(expected, rel=0.02)
 
 
-def test_noise_repeats_with_its_generator_and_sigma_zero_is_none():
+def test_noise_repeats_with_its_generator_and_sigma_zero_adds_none():
     def draw(seed):
         model = Stack(None)
         with h.noisy_lora(model, 0.3, generator=torch.Generator().manual_seed(seed)):
@@ -261,7 +264,7 @@ def test_noise_repeats_with_its_generator_and_sigma_zero_is_none():
         assert float(size) == 0 and all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-def test_noise_refuses_models_without_whole_trainable_lora():
+def test_noise_refuses_models_without_trainable_lora_and_badly_sharded_ones():
     with pytest.raises(ValueError, match="no trainable LoRA"), h.noisy_lora(torch.nn.Linear(2, 2), 0.1):
         pass
     frozen = Stack(None).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and refused: what they leave, and that they end as if nothing had happened."""
+"""Runs that are killed or stopped continue and end like a run that was never stopped; wrong options are refused."""
 
 import json
 import os
@@ -20,6 +20,7 @@ STEPS = "--batch-size 4 --grad-accum 2 --eval-limit 4 --save-every 3 --lr 1e-3".
 
 
 def logged(out):
+    """The number of lines in a run's metrics.jsonl."""
     return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
 
 
@@ -53,8 +54,8 @@ def test_dpo_killed_and_its_moving_average(sft_run, tmp_path):
     assert [line["step"] for line in training(cut / "metrics.jsonl")] == list(range(1, 16))
 
 
-def test_a_data_folder_that_was_not_finished_is_not_taken_and_is_made_again(prepared, capsys):
-    out = prepared.parent / "again"  # beside the raw files, as the other is: the paths in both are the same
+def test_an_unfinished_data_folder_is_refused_and_prepared_again(prepared, capsys):
+    out = prepared.parent / "again"  # beside the raw files like `prepared`, so that both manifests name the same paths
     argv = ["--dataset", "movielens", "--source", prepared.parent / "raw", "--max-pixels", 3136]
     process = start("prepare_data.py", *argv, "--out", out, log=f"{out}.log")
     wait_for(lambda: (out / "encoded").exists() and os.listdir(out / "encoded"), process)
@@ -68,25 +69,25 @@ def test_a_data_folder_that_was_not_finished_is_not_taken_and_is_made_again(prep
 
 @pytest.fixture
 def unfinished(prepared, tmp_path, monkeypatch, capsys):
-    """An SFT run that was told to stop after step 4 of 8: (its options, its folder, what it said)."""
+    """An SFT run that SIGTERM has stopped after step 4 of 8. Returns (its options, its folder, its output)."""
     argv = ["--data", str(prepared), "--out", str(tmp_path / "sft"), *STEPS, "--max-steps", "8", "--warmup-steps", "0"]
 
-    def told(*args):
-        if args[4].last_epoch == 3:  # schedule: three steps are done
+    def step_with_signal(*args):
+        if args[4].last_epoch == 3:  # args[4] is the schedule: three steps are done
             os.kill(os.getpid(), signal.SIGTERM)
         return supervised_step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "supervised_step", told)
+        patch.setattr(sft, "supervised_step", step_with_signal)
         with pytest.raises(SystemExit) as stop:
             sft.main(argv)
     assert stop.value.code == 128 + signal.SIGTERM
     return argv, tmp_path / "sft", capsys.readouterr().out
 
 
-def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(unfinished, tmp_path, capsys):
-    argv, out, said = unfinished
-    assert "stopped; step 4 is saved. To continue: python " in said
+def test_a_stopped_run_saves_a_checkpoint_and_prints_the_command_to_continue(unfinished, tmp_path, capsys):
+    argv, out, printed = unfinished
+    assert "stopped; step 4 is saved. To continue: python " in printed
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-3", "step-4"]
     sft.main(argv)
     assert "continues after step 4" in capsys.readouterr().out
@@ -95,7 +96,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(unfinished, tmp_
     assert left(out) == left(tmp_path / "whole") and not (out / "checkpoints").exists()
 
 
-def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys):
+def test_a_run_is_not_continued_with_other_options_or_data(unfinished, sft_run, tmp_path, capsys):
     argv, out, _ = unfinished
     before = left(out)
     for option, value in {"--seed": 7, "--batch-size": 2, "--lr": 0.01, "--max-steps": 9, "--dropout": 0.3}.items():
@@ -112,13 +113,11 @@ def test_what_a_run_is_not_continued_with(unfinished, sft_run, tmp_path, capsys)
     assert left(out) == before
     state = out / "checkpoints" / "step-4" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
-    assert f"delete {state.parent}: then the run continues from the checkpoint before it" in refused(
-        capsys, sft.main, *argv
-    )
+    error = refused(capsys, sft.main, *argv)
+    assert f"delete {state.parent}: then the run continues from the checkpoint before it" in error
     delete(state.parent)
-    sft.main(
-        [*argv, "--save-every", "100", "--keep", "1", "--gradient-checkpointing"]
-    )  # none of them changes the result
+    # None of these options changes the result
+    sft.main([*argv, "--save-every", "100", "--keep", "1", "--gradient-checkpointing"])
     assert "continues after step 3" in capsys.readouterr().out
-    sft.main([*argv, "--resume", "never", "--seed", "7"])  # it is finished: trained again
+    sft.main([*argv, "--resume", "never", "--seed", "7"])  # a finished run is trained again
     assert json.loads((out / "config.json").read_text())["options"]["seed"] == 7

@@ -1,4 +1,4 @@
-"""sft.py from end to end, small: what it learns, writes and refuses; backbones of other families through all stages."""
+"""sft.py from end to end on small data: training, files, refusals. Backbones of other families in all stages."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def test_sft_leaves_the_vision_tower_alone(prepared, sft_run):
 def test_sft_lora_trains_adapters_of_the_language_model_alone(prepared, tmp_path, capsys):
     argv = "--tune lora --max-steps 2 --batch-size 4 --eval-limit 4 --gradient-checkpointing --tasks yesno".split()
     sft.main(["--data", str(prepared), "--out", str(tmp_path / "sft"), *argv])
-    assert "warm-up" not in capsys.readouterr().out  # it has none, and says nothing of it
+    assert "warm-up" not in capsys.readouterr().out  # a run without warm-up does not mention one
     weights = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert weights and all(".language_model.layers." in name for name in weights)
     layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert any(name.endswith("lora_B.weight") and value.abs().max() > 0 for name, value in weights.items())
-    results = evaluate.main(["--run", str(tmp_path / "sft"), "--limit", "6"])  # ranked by Yes/No, its only task
+    results = evaluate.main(["--run", str(tmp_path / "sft"), "--limit", "6"])  # ranks by Yes/No, its only task
     assert set(results[str(tmp_path / "sft")].values) == set(metrics.METRICS)
 
 
@@ -56,9 +56,9 @@ def test_sft_warm_up_and_blank_images(prepared, tmp_path):
     log = training(tmp_path / "sft" / "metrics.jsonl")
     assert log[0]["warmup"] == 1 and log[-1]["warmup"] == 0 and log[-1]["step"] == 5
     data = Opened(prepared, blank_images=True)
-    with_image = [row for row in range(len(data.items.ids)) if data.tokens.lengths[row]]
-    assert len({data.tokens.of(row).sum().item() for row in with_image}) == 1
-    assert len(with_image) < len(data.items.ids)  # an item without an image stays without
+    with_image = [item for item in range(len(data.items.ids)) if data.tokens.lengths[item]]
+    assert len({data.tokens.of(item).sum().item() for item in with_image}) == 1
+    assert len(with_image) < len(data.items.ids)  # items without an image do not get the neutral one
 
 
 def test_the_same_seed_gives_the_same_run(prepared, tmp_path):
@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_run(prepared, tmp_path):
 
 
 def test_plain_scoring_gives_the_packed_numbers(prepared, sft_run, tmp_path):
-    """A whole evaluation, a warm-up step, an SFT step and DPO steps, with and without --no-pack."""
+    """Compare an evaluation, a warm-up step, an SFT step and a DPO step with and without --no-pack."""
     evaluate.main(["--run", str(sft_run)])
     packed = lines(sft_run / "predictions.jsonl")
     evaluate.main(["--run", str(sft_run), "--no-pack"])
@@ -79,22 +79,22 @@ def test_plain_scoring_gives_the_packed_numbers(prepared, sft_run, tmp_path):
         for key in ("scores", "yes_scores"):
             np.testing.assert_allclose(one[key], other[key], atol=1e-4)
 
-    logs = {}
-    for switch in ([], ["--no-pack"]):
-        out = tmp_path / f"sft{len(switch)}"
+    logs = []
+    for name, switch in (("packed", []), ("plain", ["--no-pack"])):
+        out = tmp_path / f"sft_{name}"
         argv = ["--data", prepared, "--out", out, "--max-steps", 1, "--batch-size", 4, "--eval-limit", 2, *switch]
         argv += ["--warmup-steps", 1, "--warmup-batch-size", 2, "--dropout", 0]
         sft.main([str(word) for word in argv])
-        run = dpo(out, tmp_path / f"dpo{len(switch)}", "--sigma", 0, "--lora-dropout", 0, "--max-steps", 1)
+        run = dpo(out, tmp_path / f"dpo_{name}", "--sigma", 0, "--lora-dropout", 0, "--max-steps", 1)
         assert bool(json.loads((run / "config.json").read_text())["options"]["no_pack"]) == bool(switch)
-        logs[len(switch)] = [line for path in (out, run) for line in training(path / "metrics.jsonl")]
-    for one, other in zip(logs[0], logs[1], strict=True):
+        logs.append(training(out / "metrics.jsonl") + training(run / "metrics.jsonl"))
+    for one, other in zip(*logs, strict=True):
         for key in ("loss", "grad_norm"):
             assert one[key] == pytest.approx(other[key], abs=1e-4)
 
 
 def test_images_encoded_live_give_the_stored_numbers(prepared, sft_run, tmp_path, capsys):
-    """A folder prepared without image tokens, and one with them that are left unread."""
+    """Compare stored image tokens with live images, in a data folder with image tokens and in one without."""
     data = tmp_path / "raw" / "data"
     shutil.copytree(prepared.parent / "raw", tmp_path / "raw")
     source = ["--dataset", "movielens", "--source", tmp_path / "raw", "--max-pixels", 3136]
@@ -103,8 +103,8 @@ def test_images_encoded_live_give_the_stored_numbers(prepared, sft_run, tmp_path
     assert (folder / "image_tokens.safetensors").stat().st_size < 1000
     argv = "--max-steps 2 --batch-size 4 --eval-limit 2 --warmup-steps 0 --dropout 0".split()
     logs = []
-    for given, switch in ((prepared, []), (prepared, ["--images", "live"]), (data, [])):
-        sft.main(["--data", str(given), "--out", str(tmp_path / f"sft{len(logs)}"), *argv, *switch])
+    for data_folder, switch in ((prepared, []), (prepared, ["--images", "live"]), (data, [])):
+        sft.main(["--data", str(data_folder), "--out", str(tmp_path / f"sft{len(logs)}"), *argv, *switch])
         logs.append(training(tmp_path / f"sft{len(logs)}" / "metrics.jsonl"))
     for stored, *live in zip(*logs, strict=True):
         for line in live:
@@ -121,7 +121,7 @@ def test_images_encoded_live_give_the_stored_numbers(prepared, sft_run, tmp_path
 
 
 def encoded_for(family, prepared, folder):
-    """A copy of the data folder, encoded for a tiny backbone of the family alone."""
+    """Copy the data folder to `folder` and encode it for a tiny backbone of this family. Returns the copy."""
     titles = [line["title"] for line in lines(prepared / "items.jsonl")]
     tiny_backbones.build_backbone(family, folder / "backbone", titles)
     shutil.copytree(prepared, folder / "data", ignore=shutil.ignore_patterns("encoded", "tiny", ".lock"))
@@ -143,7 +143,7 @@ def test_another_family_from_end_to_end(family, prepared, tmp_path):
 
 
 def test_a_backbone_that_cannot_be_packed_is_refused_and_runs_without(prepared, tmp_path, capsys):
-    """PaliGemma's prompt attends in both directions, which no tree of ours does."""
+    """PaliGemma's prompt attends in both directions. A packed prompt attends causally."""
     data = encoded_for("paligemma", prepared, tmp_path)
     argv = ["--data", str(data), "--out", str(tmp_path / "sft"), *SMALL]
     message = refused(capsys, sft.main, *argv)
@@ -154,11 +154,10 @@ def test_a_backbone_that_cannot_be_packed_is_refused_and_runs_without(prepared, 
     assert len(lines(tmp_path / "sft" / "first4_predictions.jsonl")) == 4
 
 
-def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys):
+def test_training_refuses_wrong_options_and_folders(prepared, sft_run, tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
-    assert "manifest.json does not exist; prepare the data with prepare_data.py" in refused(
-        capsys, sft.main, "--data", tmp_path, *out
-    )
+    error = refused(capsys, sft.main, "--data", tmp_path, *out)
+    assert "manifest.json does not exist; prepare the data with prepare_data.py" in error
     error = refused(capsys, sft.main, "--data", prepared, "--model", "Qwen/Qwen2-VL-2B-Instruct", *out)
     assert "encoded for tiny, not for Qwen/Qwen2-VL-2B-Instruct; run prepare_data.py" in error
     stale = tmp_path / "stale"
@@ -168,9 +167,8 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     assert "not what manifest.json lists; prepare the data" in refused(capsys, sft.main, "--data", stale, *out)
     error = refused(capsys, sft.main, "--data", prepared, *out, "--batch-size", 100000)
     assert "do not fill a step" in error
-    assert "tokens with one history item; train with a larger --max-length" in refused(
-        capsys, sft.main, "--data", prepared, *out, "--max-length", 20, "--batch-size", 4
-    )
+    error = refused(capsys, sft.main, "--data", prepared, *out, "--max-length", 20, "--batch-size", 4)
+    assert "tokens with one history item; train with a larger --max-length" in error
     assert not (tmp_path / "out").exists()
     out = ["--out", tmp_path / "dpo"]
     assert "config.json does not exist; give a run folder" in refused(capsys, dpo_hano.main, "--sft", tmp_path, *out)
@@ -180,7 +178,8 @@ def test_training_refuses_what_does_not_fit(prepared, sft_run, tmp_path, capsys)
     (tmp_path / "thesis" / "chapter.tex").touch()
     error = refused(capsys, sft.main, "--data", prepared, "--batch-size", 4, "--out", tmp_path / "thesis")
     assert "is no run folder" in error and "chapter.tex" in os.listdir(tmp_path / "thesis")
-    error = refused(capsys, dpo_hano.main, "--sft", sft_run, "--max-steps", 1, "--out", sft_run)  # would destroy it
+    # dpo_hano.py must not overwrite the SFT run
+    error = refused(capsys, dpo_hano.main, "--sft", sft_run, "--max-steps", 1, "--out", sft_run)
     assert "is no run folder of dpo_hano.py" in error and (sft_run / "model").exists()
     error = refused(capsys, sft.main, "--data", prepared, "--out", tmp_path / "new", "--report-to", "nonsense")
     assert "accelerate has no such tracker" in error

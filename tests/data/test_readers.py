@@ -28,10 +28,10 @@ def sequence(user):
 def interactions():
     """(user, item, time, rating), out of order and with a repeated item."""
     rows = [(user, item, 1000 + step, 4) for user in USERS for step, item in enumerate(sequence(user))]
-    return sorted([*rows, (USERS[0], sequence(USERS[0])[0], 2000, 5)], key=lambda row: hash_free(row))
+    return sorted([*rows, (USERS[0], sequence(USERS[0])[0], 2000, 5)], key=lambda row: shuffle_key(row))
 
 
-def hash_free(row):
+def shuffle_key(row):
     return (row[2] * 7919) % 31, row
 
 

@@ -1,4 +1,4 @@
-"""Launched with two processes: each has another batch, and both must end with the average of the two gradients."""
+"""Launched in two processes. Each process has its own batch; both must end with the average of the two gradients."""
 
 import sys
 from pathlib import Path
@@ -14,8 +14,8 @@ from hanorec.model.packing import PackedMLLM
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes
 data = Opened(Path(sys.argv[1]))
-prompts, rows = data.prompts(), data.examples("train", 8)
-batches = [[prompts.sft_tree(row, "rank") for row in rows[start : start + 4]] for start in (0, 4)]
+prompts, examples = data.prompts(), data.examples("train", 8)
+batches = [[prompts.sft_tree(example, "rank") for example in examples[start : start + 4]] for start in (0, 4)]
 
 
 def fresh():
@@ -35,7 +35,7 @@ for batch in batches:
 packed = fresh()
 model = accelerator.prepare(packed)
 found = gradients(packed, model(packed.collate(batches[accelerator.process_index], data.tokens)))
-assert max(float((a - b).abs().max()) for a, b in zip(*expected, strict=True)) > 1e-3  # the two do differ
+assert max(float((a - b).abs().max()) for a, b in zip(*expected, strict=True)) > 1e-3  # the two gradients differ
 for one, first, second in zip(found, *expected, strict=True):
     torch.testing.assert_close(one, (first + second) / 2)
 (Path(sys.argv[2]) / str(accelerator.process_index)).touch()

@@ -1,6 +1,5 @@
 """A text generator that loads no model, and mllm_srec.summarize with it."""
 
-import json
 from types import SimpleNamespace
 
 from hanorec.model.template import load_template
@@ -30,7 +29,7 @@ class Echo:
 
 
 def write(data, name, writer, monkeypatch, *options):
-    """Run mllm_srec.summarize with this writer (None: Echo). Returns the summaries folder of this name."""
+    """Run mllm_srec.summarize with this writer (None: Echo). Returns the folder that it wrote."""
     writer = writer or Echo()
     identity = {"by": getattr(writer, "name", type(writer).__name__)}
     monkeypatch.setattr(summarize, "load_writer", lambda *_: (writer, identity))
@@ -38,12 +37,8 @@ def write(data, name, writer, monkeypatch, *options):
     return data / "summaries" / name
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def texts_of(loaded):
-    """Return UserTexts with texts by Echo that are written to no file."""
+    """UserTexts with texts by Echo. No file is written."""
     writer, options = Echo(), SimpleNamespace(window=3, step=3, before=0)
     accelerator = SimpleNamespace(process_index=0, num_processes=1)
     items, written = loaded.items, []

@@ -1,5 +1,8 @@
-"""Scripts in processes of their own, forked from one that has loaded the libraries: loading takes longer than what they
-do here. Tests of the launcher start true ones."""
+"""Run scripts in processes of their own.
+
+The processes are forked from one that has loaded the libraries, because loading takes longer than the scripts. Tests of
+the launcher start ordinary processes.
+"""
 
 import multiprocessing
 import os
@@ -16,7 +19,7 @@ SERVER.set_forkserver_preload(["torch", "accelerate", "peft", "transformers.mode
 
 
 def run(argv, log, environment):
-    """Become `python argv`, with its output in the file `log`."""
+    """Run `python argv` in this process. Its output goes to the file `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -31,7 +34,12 @@ def run(argv, log, environment):
 
 
 def start(*argv, log, **environment):
-    """`python argv` as a multiprocessing.Process."""
+    """Start `python argv`. Returns a multiprocessing.Process.
+
+    Args:
+        log: the file for the output.
+        environment: environment variables.
+    """
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     process = SERVER.Process(target=run, args=([str(word) for word in argv], str(log), environment))
     process.start()
@@ -39,6 +47,7 @@ def start(*argv, log, **environment):
 
 
 def wait_for(condition, process):
+    """Wait until condition() is true. Fails if the process ends before."""
     while not condition():
         assert process.is_alive(), process
         time.sleep(0.0005)
@@ -49,20 +58,28 @@ def kill(process):
     process.join()
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def rank_variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment variables by which torch.distributed finds the other processes."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()}
+
+
 def launch(processes, *argv, folder):
-    """`python argv` in so many processes that know of each other; their logs in `folder`. Each must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": free.getsockname()[1]}
-    started = []
+    """Run `python argv` in several distributed processes, with logs in `folder`. Each must end with exit code 0."""
+    port, started = free_port(), []
     for rank in range(processes):
-        own = place | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-        own = {name: str(value) for name, value in own.items()}
-        started.append(start(*argv, log=Path(folder) / f"{rank}.log", **own))
+        started.append(start(*argv, log=Path(folder) / f"{rank}.log", **rank_variables(rank, processes, port)))
     for rank, process in enumerate(started):
         process.join(300)
-        said = (Path(folder) / f"{rank}.log").read_text()
+        output = (Path(folder) / f"{rank}.log").read_text()
         if process.exitcode != 0:
             for each in started:
                 each.kill()
-        assert process.exitcode == 0, said[-3000:]
+        assert process.exitcode == 0, output[-3000:]

@@ -1,4 +1,4 @@
-"""A small dataset written in every layout that prepare_data.py reads; also the material that tests/fuzz.py spoils."""
+"""Write a small dataset in every layout that prepare_data.py reads. tests/fuzz.py spoils these files."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ LENGTH = 8  # interactions of a user
 
 
 def interactions():
-    """(user, item, time, rating), users one after another, in order of time."""
+    """(user, item, time, rating) of every interaction, user after user, in order of time."""
     return [
         (user, ITEMS[(5 * number + 2 * step) % 24], 1000 + step, step % 5 + 1)
         for number, user in enumerate(USERS)
@@ -23,6 +23,8 @@ def interactions():
 
 
 def table(header, rows, delimiter=",", quote=True):
+    """The bytes of a table. header: the names of the columns, or None."""
+
     def field(value):
         text = str(value)
         return '"' + text.replace('"', '""') + '"' if quote and (delimiter in text or '"' in text) else text
@@ -32,17 +34,19 @@ def table(header, rows, delimiter=",", quote=True):
 
 
 def sequences(rows, users):
+    """The bytes of a table with one line for each user: the user and the items in order."""
     return "".join(f"{user}\t{' '.join(row[1] for row in rows if row[0] == user)}\n" for user in users).encode()
 
 
 def draw(folder, ending=".jpg"):
+    """Write a picture of each item but the first."""
     folder.mkdir(parents=True)
     for number, item in enumerate(ITEMS[1:]):
         Image.new("RGB", (30, 30), (10 * number, 99, 0)).save(folder / f"{item}{ending}")
 
 
 def write(layout, folder, images=False):
-    """Write the dataset to `folder`; the options of prepare_data.py that read it."""
+    """Write the dataset to `folder` in this layout. Returns the options with which prepare_data.py reads it."""
     rows, name = interactions(), layout.split("-")[0]
     folder.mkdir(parents=True, exist_ok=True)
     titles, by_rating = list(TITLES.items()), [(u, i, r, t) for u, i, t, r in rows]
@@ -95,8 +99,8 @@ def write(layout, folder, images=False):
         draw(folder / pictures)
     if layout not in ("csv", "tsv", "parquet"):
         return ["--dataset", name, "--source", str(folder)]
-    found = ["--interactions", str(folder / f"log.{layout}"), "--items", str(folder / f"items.{layout}")]
-    return ["--dataset", "csv", *found, *(["--images", str(folder / pictures)] if images else [])]
+    tables = ["--interactions", str(folder / f"log.{layout}"), "--items", str(folder / f"items.{layout}")]
+    return ["--dataset", "csv", *tables, *(["--images", str(folder / pictures)] if images else [])]
 
 
 def lines(path):
@@ -104,12 +108,14 @@ def lines(path):
 
 
 def check_rows(out):
-    """What must hold of every data folder, whatever it was made of."""
+    """Check the properties that every data folder must have."""
     titles = {item["item"]: item["title"] for item in lines(out / "items.jsonl")}
     assert all(title and title == " ".join(title.split()) for title in titles.values())
     assert not any("\0" in text for item in titles.items() for text in item)
-    for row in [row for name in ("train", "val", "test") for row in lines(out / f"{name}.jsonl")]:
-        names = [titles[item] for item in row["candidates"]]
-        assert len(set(names)) == len(names) > 1 and row["target"] in row["candidates"]
-        assert row["history"] and row["target"] not in row["history"] and row["rejected"] != row["target"]
-        assert not set(row["history"]) & (set(row["candidates"]) - {row["target"]})
+    examples = lines(out / "train.jsonl") + lines(out / "val.jsonl") + lines(out / "test.jsonl")
+    for example in examples:
+        history, target, candidates = example["history"], example["target"], example["candidates"]
+        names = [titles[item] for item in candidates]
+        assert len(set(names)) == len(names) > 1 and target in candidates
+        assert history and target not in history and example["rejected"] != target
+        assert not set(history) & (set(candidates) - {target})

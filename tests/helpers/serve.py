@@ -1,8 +1,8 @@
-"""`transformers serve` for a tiny backbone, on a port of this machine:
+"""Run `transformers serve` with a tiny backbone on a port of this machine:
 
     python tests/helpers/serve.py FOLDER PORT PIXELS
 
-The one stand-in is for the processor's video part, which needs torchvision (see tiny_backbones.build_processor).
+The processor's video part needs torchvision; an empty object replaces it (see tiny_backbones.build_processor).
 """
 
 import sys
@@ -20,8 +20,8 @@ def load_processor(folder, **_):
     images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     images.size = {"shortest_edge": int(sys.argv[3]), "longest_edge": int(sys.argv[3])}
     video = SimpleNamespace(model_input_names=[], unused_input_names=[])
-    made = processing_qwen2_5_vl.Qwen2_5_VLProcessor
-    return made(images, tokenizer, video, chat_template=tokenizer.chat_template)
+    processor_class = processing_qwen2_5_vl.Qwen2_5_VLProcessor
+    return processor_class(images, tokenizer, video, chat_template=tokenizer.chat_template)
 
 
 if __name__ == "__main__":

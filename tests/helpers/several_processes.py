@@ -1,9 +1,11 @@
-"""Both stages and an evaluation by 1, 2 and 4 processes, 4 samples to a micro-batch over all of them, and by 2 among
-which torch's fully_shard has shared the weights out. Processes are forked, so that the libraries are loaded once."""
+"""Run both stages and an evaluation with 1, 2 and 4 processes, and with 2 processes and sharded weights.
+
+A micro-batch has 4 samples in all, shared by the processes. Weights are sharded by torch's fully_shard. The processes
+are forked, so that the libraries are loaded once.
+"""
 
 import os
 import shutil
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import peft  # noqa: F401
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 from accelerate import Accelerator
+from forked import free_port, rank_variables
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -23,7 +26,7 @@ data, start, out = (Path(word) for word in sys.argv[1:])
 
 
 def prepare(accelerator, model, optimizer):
-    """Stands in for accelerate's FSDP2, which it does not run on CPUs: the same sharding, by torch itself."""
+    """Replace Accelerator.prepare: shard the weights with torch itself, because accelerate runs no FSDP2 on CPUs."""
     names = {p: name for name, p in model.named_parameters()}
     for layer in model.core.get_decoder().layers:
         fully_shard(layer)
@@ -43,6 +46,7 @@ def clip_grad_norm(*args, clip=Accelerator.clip_grad_norm_):
 
 
 def train(folder: Path, world: int) -> None:
+    """Train both stages, DPO with and without noise, and evaluate, as one of `world` processes."""
     common = f"--batch-size {4 // world} --grad-accum 2 --max-steps 20 --epochs 99 --eval-limit 11 --lr 1e-3".split()
     common += ["--lora-dropout", "0"]
     full = ["--out", str(folder / "sft"), *"--warmup-steps 0 --dropout 0 --max-length 170".split()]
@@ -53,10 +57,9 @@ def train(folder: Path, world: int) -> None:
 
 
 def process(rank: int, world: int, port: int, folder: Path, sharded: bool) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= rank_variables(rank, world, port)
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # one thread in a single process too: more round otherwise
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # one thread everywhere: more threads round differently
     if sharded:
         Accelerator.prepare, Accelerator.get_state_dict = prepare, get_state_dict
         Accelerator.clip_grad_norm_ = clip_grad_norm
@@ -64,12 +67,9 @@ def process(rank: int, world: int, port: int, folder: Path, sharded: bool) -> No
 
 
 for world, sharded in ((1, False), (2, False), (4, False), (2, True)):
-    folder = out / (f"{world}" + "_sharded" * sharded)
+    folder = out / (f"{world}_sharded" if sharded else f"{world}")
     shutil.copytree(start, folder / "start", ignore=shutil.ignore_patterns("reference"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    port, children = free_port(), []
     for rank in range(world):
         if not (child := os.fork()):
             try:

@@ -1,4 +1,4 @@
-"""Launched with two processes: NoDO and checkpoints on weights that torch's fully_shard has shared out."""
+"""Launched in two processes: NoDO and checkpoints with weights that are sharded by torch's fully_shard."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def fresh(sharded: bool):
 
 
 def take_step(number: int, model, optimizer, schedule, relative: bool):
-    """Returns the gradients, and the size of the noise; the batch is the same on both processes."""
+    """Take a step on a batch that is the same on both processes. Returns the gradients and the size of the noise."""
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(number))
     with noisy_lora(model, 0.3, relative, torch.Generator().manual_seed(number)) as size:
         model(x).square().mean().backward()
@@ -43,6 +43,7 @@ def take_step(number: int, model, optimizer, schedule, relative: bool):
 
 
 def whole(tensor):
+    """A copy of a tensor, gathered from all processes if it is sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
@@ -53,32 +54,32 @@ def weights(model):
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes
 for relative in (True, False):
-    alone, shared = fresh(sharded=False), fresh(sharded=True)
-    assert hasattr(shared[0].lora_A.weight, "device_mesh")
+    plain, sharded = fresh(sharded=False), fresh(sharded=True)
+    assert hasattr(sharded[0].lora_A.weight, "device_mesh")
     for number in range(3):
-        expected = take_step(number, *alone, relative)
-        torch.testing.assert_close(take_step(number, *shared, relative), expected)
+        expected = take_step(number, *plain, relative)
+        torch.testing.assert_close(take_step(number, *sharded, relative), expected)
         assert 0.2 < float(expected[-1]) < 0.4 or not relative
-    torch.testing.assert_close(weights(shared[0]), weights(alone[0]))
+    torch.testing.assert_close(weights(sharded[0]), weights(plain[0]))
 
-before = weights(shared[0])
-with noisy_lora(shared[0], 0.3, True, torch.Generator().manual_seed(9)):
-    changed = weights(shared[0])
-assert all(torch.equal(a, b) for a, b in zip(before, weights(shared[0]), strict=True))  # bit for bit
+before = weights(sharded[0])
+with noisy_lora(sharded[0], 0.3, True, torch.Generator().manual_seed(9)):
+    changed = weights(sharded[0])
+assert all(torch.equal(a, b) for a, b in zip(before, weights(sharded[0]), strict=True))  # bit for bit
 assert [torch.equal(a, b) for a, b in zip(before, changed, strict=True)] == [True, False, False]
 
 out = Path(sys.argv[1])
-checkpoints.save(out, 3, *shared[:2], {"schedule": shared[2]}, 2, accelerator)
-continued, elsewhere = fresh(sharded=True), fresh(sharded=False)
-for model, optimizer, schedule in (continued, elsewhere):
+checkpoints.save(out, 3, *sharded[:2], {"schedule": sharded[2]}, 2, accelerator)
+continued, continued_plain = fresh(sharded=True), fresh(sharded=False)
+for model, optimizer, schedule in (continued, continued_plain):
     folder = checkpoints.newest(out)
     assert checkpoints.load(folder, model, optimizer, {"schedule": schedule}, accelerator) == 3
-expected = take_step(3, *shared, True)
+expected = take_step(3, *sharded, True)
 for one, other in zip(take_step(3, *continued, True), expected, strict=True):
     assert torch.equal(one, other)  # bit for bit
-assert all(torch.equal(a, b) for a, b in zip(weights(continued[0]), weights(shared[0]), strict=True))
-torch.testing.assert_close(take_step(3, *elsewhere, True), expected)
-torch.testing.assert_close(weights(elsewhere[0]), weights(shared[0]))
+assert all(torch.equal(a, b) for a, b in zip(weights(continued[0]), weights(sharded[0]), strict=True))
+torch.testing.assert_close(take_step(3, *continued_plain, True), expected)
+torch.testing.assert_close(weights(continued_plain[0]), weights(sharded[0]))
 (out / str(accelerator.process_index)).touch()
 accelerator.wait_for_everyone()
-os._exit(0)  # now and then gloo's threads abort in an ordinary end
+os._exit(0)  # in an ordinary exit gloo's threads sometimes abort

@@ -1,4 +1,4 @@
-"""Spoilt files, and the one line on stderr and exit code 2 that a script must end in where it is given them."""
+"""Spoil files, and check that a script refuses them with one line on stderr and exit code 2."""
 
 import json
 import re
@@ -14,16 +14,18 @@ LOG = ["user", "item", "timestamp", "rating"]
 
 
 def refused(capsys, main, *argv):
-    """The one line that main(argv) ends in; progress bars aside, stderr holds nothing else."""
+    """Run main(argv), which must end with exit code 2 and one line on stderr, progress bars aside. Returns the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in argv])
-    err = capsys.readouterr().err.replace("\x1b[A", "\n")  # of stacked bars
-    said = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-    said = [re.sub(r"^.*?(?=\w+\.py: error: )", "", line) for line in said if "error: " in line or "%|" not in line]
-    assert stop.value.code == 2 and len(said) == 1, said
-    assert all(c.isprintable() for c in said[0]) and len(said[0]) < 1200
-    return said[0]
+    err = capsys.readouterr().err.replace("\x1b[A", "\n")  # between progress bars that stand one above the other
+    printed = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
+    printed = [line for line in printed if "error: " in line or "%|" not in line]
+    # An error may stand behind a progress bar on the same line
+    printed = [re.sub(r"^.*?(?=\w+\.py: error: )", "", line, count=1) for line in printed]
+    assert stop.value.code == 2 and len(printed) == 1, printed
+    assert printed[0].isprintable() and len(printed[0]) < 1200
+    return printed[0]
 
 
 def half(content):
@@ -36,12 +38,16 @@ def sign(folder):
     manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for path in folder.glob("encoded/*/manifest.json"):
-        known = json.loads(path.read_text()) | {"items": manifest["files"]["items.jsonl"]}
-        path.write_text(json.dumps(known))
+        encoding_manifest = json.loads(path.read_text()) | {"items": manifest["files"]["items.jsonl"]}
+        path.write_text(json.dumps(encoding_manifest))
 
 
 def changed(name, change):
-    """An edit of the first row of a JSON Lines file, or of a JSON file, whose hash is brought up to date."""
+    """A function that edits a JSON file, or the first line of a JSON Lines file, and updates the file's hash.
+
+    Args:
+        change: gets the JSON object and changes it, or returns a new one.
+    """
 
     def edit(folder):
         path = folder / name
@@ -49,9 +55,9 @@ def changed(name, change):
             value = json.loads(path.read_text())
             path.write_text(json.dumps(change(value) or value))
             return
-        rows = lines(path)
-        rows[0] = change(rows[0]) or rows[0]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = lines(path)
+        values[0] = change(values[0]) or values[0]
+        path.write_text("".join(json.dumps(value) + "\n" for value in values))
         sign(folder)
 
     return edit
@@ -62,6 +68,7 @@ SPOILT |= {"a list": lambda _: b"[]\n", "nested": lambda _: b"[" * 100_000}
 
 
 def spoil(path, how):
+    """Spoil a file in one of the ways in SPOILT."""
     if how == "missing":
         path.unlink()
     else:
@@ -69,4 +76,5 @@ def spoil(path, how):
 
 
 def set_(**values):
-    return lambda row: row | values
+    """A change that sets these fields."""
+    return lambda fields: fields | values

@@ -1,4 +1,4 @@
-"""Tiny untrained backbones of the families, each from its own config class, with its own image processor."""
+"""A tiny untrained backbone of each family, from its own config class, with its own image processor."""
 
 import importlib
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from hanorec.run.files import UserError
 
 TITLES = ["Toy Story", "Toy Story 2", "Heat", "<|im_end|> <|image_pad|> <image>", "Amélie 😀", "Up"]
 CHATML_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-TOKENS = {  # the image token, what the chat template writes for an image, further tokens of the family
+TOKENS = {  # (image token, the text for an image in the chat template, more tokens of the family)
     "gemma3": ("<image_soft_token>", "<start_of_image>", ["<end_of_image>"]),
     "idefics3": ("<image>", "<image>", ["<fake_token_around_image>", "<global-img>"]),
     "internvl": ("<IMG_CONTEXT>", "<IMG_CONTEXT>\n", ["<img>", "</img>"]),
@@ -37,7 +37,7 @@ FAMILIES += ["idefics3", "smolvlm", "internvl", "gemma3"]
 
 
 def build_tokenizer(family: str, folder, titles):
-    """A small tokenizer with the family's tokens and a ChatML template that writes its placeholder, in `folder`."""
+    """Write a small tokenizer to `folder`, with the family's tokens and its placeholder in a ChatML template."""
     build_tiny(folder, titles, width=64)
     tokenizer = load_tokenizer(folder)
     if family in TOKENS:
@@ -101,9 +101,10 @@ def build_config(family: str, tokenizer):
             boi_token_index=ids("<start_of_image>"),
             eoi_token_index=ids("<end_of_image>"),
         )
-    made = {"idefics3": transformers.Idefics3Config, "smolvlm": transformers.SmolVLMConfig}[family]
+    config_class = {"idefics3": transformers.Idefics3Config, "smolvlm": transformers.SmolVLMConfig}[family]
     vision = VISION | {"image_size": 56, "patch_size": 14}
-    return made(text_config={"model_type": "llama", **text}, vision_config=vision, image_token_id=token, scale_factor=2)
+    text = {"model_type": "llama", **text}
+    return config_class(text_config=text, vision_config=vision, image_token_id=token, scale_factor=2)
 
 
 def qwen_config(family: str, text: dict, ids):
@@ -122,24 +123,24 @@ def qwen_config(family: str, text: dict, ids):
 
 
 def build_image_processor(family: str):
-    """The family's image processor without torchvision, its sizes fit for the tiny vision tower."""
+    """The family's image processor without torchvision. Its sizes fit the tiny vision tower."""
     names = {"llava_next_window": "llava_next", "internvl": "got_ocr2", "paligemma": "siglip"}
     name = names.get(family, "qwen2_vl" if family.startswith("qwen") else family)
     module = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
-    made = next(value for key, value in vars(module).items() if key.endswith("ImageProcessorPil"))
+    make = next(value for key, value in vars(module).items() if key.endswith("ImageProcessorPil"))
     if family.startswith("llava_next"):
         pinpoints = [[56, 112], [112, 112]]
-        return made(size={"shortest_edge": 56}, crop_size=TILE, image_grid_pinpoints=pinpoints)
+        return make(size={"shortest_edge": 56}, crop_size=TILE, image_grid_pinpoints=pinpoints)
     if family == "llava_onevision":
-        return made(size=TILE, image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]])
+        return make(size=TILE, image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]])
     if family in ("idefics3", "smolvlm"):
-        return made(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    return made(size=TILE) if family in ("internvl", "gemma3", "paligemma") else made()
+        return make(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    return make(size=TILE) if family in ("internvl", "gemma3", "paligemma") else make()
 
 
 def processor_inputs(family: str, processor, images: list) -> dict:
-    """What the family's whole processor hands the model for these images of one prompt."""
-    if family == "llava_onevision":  # a lone image would be cut into tiles; it stands with a second one, taken away
+    """The model's inputs for the images of one prompt, from the family's image processor."""
+    if family == "llava_onevision":  # a single image would be cut into tiles, so one is added and removed again
         inputs = processor(images=[[*images, images[0]]], return_tensors="pt")
         inputs = {name: value[: len(images)] for name, value in inputs.items()}
         return inputs | {"batch_num_images": torch.tensor([len(images) + 1])}
@@ -149,7 +150,7 @@ def processor_inputs(family: str, processor, images: list) -> dict:
 
 
 def build_processor(family: str, folder, image_processor, monkeypatch):
-    """The family's whole processor. Those for videos too get a stand-in for the video part, which needs torchvision."""
+    """The family's processor. If it has a video part, which needs torchvision, an empty object replaces that part."""
     name = family.replace("_window", "")
     module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
     tokenizer = load_tokenizer(folder)
@@ -173,19 +174,20 @@ def build_processor(family: str, folder, image_processor, monkeypatch):
         monkeypatch.setattr(module.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
         options["video_processor"] = SimpleNamespace(model_input_names=[], unused_input_names=[])
     if family == "smolvlm":
-        monkeypatch.setattr(module, "num2words", str)  # spells out the number of a video's frames
-    made = next(v for k, v in vars(module).items() if k.lower().replace("_", "") == name.replace("_", "") + "processor")
-    return made(image_processor=image_processor, tokenizer=tokenizer, **options)
+        monkeypatch.setattr(module, "num2words", str)  # it would spell out the number of frames of a video
+    wanted = name.replace("_", "") + "processor"
+    processor_class = next(v for k, v in vars(module).items() if k.lower().replace("_", "") == wanted)
+    return processor_class(image_processor=image_processor, tokenizer=tokenizer, **options)
 
 
 def build_backbone(family: str, folder, titles) -> None:
-    """Write a tiny backbone of the family to `folder`, loadable like any pretrained one."""
+    """Write a tiny backbone of the family to `folder`. It loads like a pretrained one."""
     tokenizer = build_tokenizer(family, folder, titles)
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(
         build_config(family, tokenizer), attn_implementation="sdpa"
     )
-    with torch.no_grad():  # larger weights than a fresh model's, so that a wrong mask or position shows
+    with torch.no_grad():  # larger weights than those of a fresh model make a wrong mask or position visible
         for name, parameter in model.named_parameters():
             if "mm_input_projection" in name or "position_embed" in name:  # zeros in a fresh model
                 parameter.normal_(std=0.1)
@@ -197,7 +199,7 @@ def build_backbone(family: str, folder, titles) -> None:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def backbone(request, tmp_path_factory):
-    """family, folder, packed model, prompts, image tokens, image processor and PIL images, of several sizes."""
+    """A tiny backbone of each family, with its prompts, image tokens, image processor, and images of several sizes."""
     folder = tmp_path_factory.mktemp(request.param)
     build_backbone(request.param, folder, TITLES)
     model = load_model(folder)

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 (the fixture `backbone` is imported)
-"""Greedy generation from stored image tokens, against the model's own generation from pixels, for every family."""
+"""Greedy generation from stored image tokens equals the model's own generation from pixels, for every family."""
 
 import copy
 
@@ -17,10 +17,11 @@ from hanorec.model.trees import Node
 from hanorec.run.files import UserError
 from mllm_srec import writers
 
-ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # the items of each prompt; some have an image, some none
+ITEMS = [[0], [1, 2], [4], [3], [0, 5, 1]]  # the items of each prompt; item 3 has no image
 
 
 def prompt_of(backbone, items) -> Node:
+    """A prompt with these items and their images."""
     prompts = backbone.prompts
     node = Node(None, [*prompts.template.head, *prompts.text("Describe these, and say what is alike in them:\n")])
     for item in items:
@@ -30,7 +31,7 @@ def prompt_of(backbone, items) -> Node:
 
 
 def own_inputs(backbone, node, ids) -> dict:
-    """Return the arguments of the model's own forward, with pixels.
+    """The arguments of the model's own forward, with pixels.
 
     Args:
         ids: [1, T], the tokens of the prompt and those after it.
@@ -38,7 +39,7 @@ def own_inputs(backbone, node, ids) -> dict:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     kinds = (ids == backbone.packed.core.config.image_token_id).int()
     if node.images:
-        images = [backbone.images[row] for row in node.images]
+        images = [backbone.images[item] for item in node.images]
         inputs |= tiny_backbones.processor_inputs(backbone.family, backbone.processor, images)
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = kinds
@@ -49,7 +50,10 @@ def own_inputs(backbone, node, ids) -> dict:
 
 @pytest.fixture
 def write(backbone, monkeypatch):
-    """A function that returns a Local with given stop tokens. Its model has settings that would change every text."""
+    """A function that makes a writers.Local with given stop tokens.
+
+    The model has generation settings that would change every text if Local used them.
+    """
     core = backbone.packed.core
     settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "max_length": 3, "eos_token_id": 7}
     monkeypatch.setattr(core, "generation_config", GenerationConfig(**settings, suppress_tokens=list(range(200))))
@@ -72,7 +76,7 @@ def test_stop_tokens_come_from_the_template_and_the_model(backbone, write):
 
 
 def test_a_batch_equals_the_models_own_generation(backbone, write):
-    """Also if texts end after different numbers of tokens."""
+    """The texts are equal even if they end after different numbers of tokens."""
     core, nodes, expected = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS], []
     for node in nodes:
         inputs = own_inputs(backbone, node, torch.tensor([node.ids]))
@@ -87,7 +91,7 @@ def test_a_batch_equals_the_models_own_generation(backbone, write):
 
 
 def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch):
-    """Otherwise its tokens would be taken for those of the next picture."""
+    """Without this error, some of its tokens would be used for the next picture."""
     node, tokens = prompt_of(backbone, [0, 4]), backbone.tokens
     first, last = (tokens.lengths[item] for item in node.images)
     monkeypatch.setattr(type(tokens), "live", property(lambda self: True, lambda self, value: None), raising=False)
@@ -101,7 +105,10 @@ def test_a_live_picture_of_another_size_is_refused(backbone, write, monkeypatch)
 
 
 def test_every_step_equals_the_models_own_forward(backbone, write):
-    """Compare the logits after each of some given tokens. Some rows end early. (An untrained model repeats tokens.)"""
+    """Compare the logits after each of some given tokens. Two texts end early.
+
+    The tokens are given because an untrained model would repeat a few tokens.
+    """
     core, nodes = backbone.packed.core, [prompt_of(backbone, items) for items in ITEMS]
     if backbone.family in tiny_backbones.WINDOWS:
         assert min(len(node.ids) for node in nodes) > tiny_backbones.WINDOWS[backbone.family]
@@ -132,5 +139,5 @@ def test_live_pictures_give_the_texts_of_the_stored_ones(backbone, write):
     stored, live = write(12), write(12)
     live.tokens = copy.copy(backbone.tokens)
     live.tokens.live = (backbone.folder, backbone.processor)
-    live.tokens.paths = [f"{row}.png" for row in range(len(backbone.images))]
+    live.tokens.paths = [f"{item}.png" for item in range(len(backbone.images))]
     assert live.generate(nodes) == stored.generate(nodes)

@@ -1,9 +1,8 @@
-"""Texts from a server: `transformers serve`, where it is installed, and a server with scripted answers."""
+"""Texts from a server: `transformers serve`, if it is installed, and a server with scripted answers."""
 
 import http.server
 import json
 import shutil
-import socket
 import threading
 import time
 import urllib.request
@@ -11,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Opened
-from echo import lines
-from forked import kill
+from forked import free_port, kill
 from forked import start as start_forked
+from layouts import lines
 from PIL import Image
 from transformers.utils import import_utils
 
@@ -23,14 +22,8 @@ from mllm_srec import records, server, summarize, writers
 NAMES = ("items.jsonl", "preferences.jsonl")
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 def start(model, pixels: int, port: int):
-    """Start `transformers serve`. Returns its process when it answers."""
+    """Start `transformers serve`. Returns its process as soon as the server answers."""
     process = start_forked(ROOT / "tests" / "helpers" / "serve.py", model, port, pixels, log="/dev/null")
     for _ in range(300):
         try:
@@ -73,13 +66,14 @@ def test_transformers_serve_writes_the_same_and_may_die_half_way(prepared, data,
         summarize.main(argv)
     finally:
         kill(process)
-    assert batches[:2] == [16, 16] and sum(batches) == sum(len(lines(local / name)) for name in NAMES)  # none twice
+    texts = sum(len(lines(local / name)) for name in NAMES)
+    assert batches[:2] == [16, 16] and sum(batches) == texts  # no text is written twice
     for name in NAMES:
         assert lines(served / name) == lines(local / name)
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers with the next (status, body) of `script`, and with the last one again and again."""
+    """Answers with the next (status, body) of `script`. The last one is repeated."""
 
     script = []
     bodies = []  # of the requests
@@ -100,47 +94,48 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 
 
 def answer(text, reason="stop"):
+    """A scripted answer with this text."""
     return 200, {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
 
 
 @pytest.fixture
-def ask(prepared, monkeypatch):
+def replies_to(prepared, monkeypatch):
     """A function that gives prompts to a server.Server with scripted answers. It returns the replies."""
     monkeypatch.setattr(server, "LONGEST_PAUSE", 0.01)
     scripted = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     threading.Thread(target=scripted.serve_forever, args=(0.01,), daemon=True).start()
     options = SimpleNamespace(batch_size=4, parallel=1, retries=2, seed=7, max_tokens=9)
 
-    def ask(prompts, *script, parallel=1):
+    def replies_to(prompts, *script, parallel=1):
         Scripted.script, Scripted.bodies, options.parallel = list(script), [], parallel
         url = f"http://127.0.0.1:{scripted.server_port}/v1/"
         return server.Server(url, "m", Opened(prepared).encoding, options)(prompts)
 
-    yield ask
+    yield replies_to
     scripted.shutdown()
 
 
-def test_answers_that_are_no_texts(ask):
+def test_answers_that_are_not_usable_texts(replies_to):
     good = [answer("Fine.")]
     bad = [answer("cut", "length"), answer(None), answer("I'm sorry, I cannot."), answer("a <|im_end|>")]
     bad += [answer("cut", "content_filter"), (413, b"a large picture"), answer("half \ud83d"), (200, b"[" * 100_000)]
     bad += [answer(["x"]), (200, {"error": "?"}), (200, b"<html>"), (200, []), (200, {"choices": []})]
-    faults = [reply.fault for reply in ask([["?"]] * 14, *good, *bad, answer("unused"))]
+    faults = [reply.fault for reply in replies_to([["?"]] * 14, *good, *bad, answer("unused"))]
     assert faults == [None, "limit", "empty", "refused", "control", "limit", *["nonsense"] * 8]
 
 
-def test_a_busy_server_is_asked_again_and_an_absent_one_given_up(ask):
+def test_a_busy_server_gets_the_request_again_and_an_absent_one_ends_the_run(replies_to):
     busy = [(503, b"busy"), (429, b"slow down"), answer("Done.")]
-    assert ask([["?"]], *busy) == [writers.Reply("Done.")]
+    assert replies_to([["?"]], *busy) == [writers.Reply("Done.")]
     with pytest.raises(UserError, match=r"does not answer .503: busy.*run the same command again"):
-        ask([["?"]] * 9, (503, b"busy"), parallel=4)
+        replies_to([["?"]] * 9, (503, b"busy"), parallel=4)
     assert len(Scripted.bodies) <= 4 * 3  # the other requests stop too
     with pytest.raises(UserError, match=r"refuses a request .404: no such model"):
-        ask([["?"]], (404, b"no such model"))
+        replies_to([["?"]], (404, b"no such model"))
     assert len(Scripted.bodies) == 1
 
 
-def test_the_first_error_is_reported(ask, monkeypatch):
+def test_the_first_error_is_reported(replies_to, monkeypatch):
     """The first prompt pauses while the second is refused."""
     monkeypatch.setattr(server, "LONGEST_PAUSE", 60)
     busy, refused, first_came = (503, b"busy"), (401, b"no key"), threading.Event()
@@ -154,15 +149,15 @@ def test_the_first_error_is_reported(ask, monkeypatch):
 
     monkeypatch.setattr(Scripted, "respond", respond)
     with pytest.raises(UserError, match=r"refuses a request .401: no key"):
-        ask([["first"], ["second"]], parallel=2)
+        replies_to([["first"], ["second"]], parallel=2)
 
 
-def test_what_a_server_is_sent(ask, prepared):
-    """Greedy decoding, the picture as it is, and no control tokens that a title spells."""
+def test_the_request_that_a_server_gets(replies_to, prepared):
+    """It has greedy decoding, the picture, and no control token that a title spells."""
     data = Opened(prepared)
     with_image = next(item for item in range(9) if data.tokens.lengths[item])
     without_image = next(item for item in range(len(data.items)) if not data.tokens.lengths[item])
-    ask([["Heat <|im_end|>\n", with_image, " and ", without_image]], answer("Fine."))
+    replies_to([["Heat <|im_end|>\n", with_image, " and ", without_image]], answer("Fine."))
     (body,) = Scripted.bodies
     assert (body["temperature"], body["seed"], body["max_tokens"], body["model"]) == (0, 7, 9, "m")
     first, picture, last = body["messages"][0]["content"]

@@ -1,4 +1,4 @@
-"""The prompts of MLLM-SRec: which items and texts an example's prompt has, and what its steps depend on."""
+"""The prompts of MLLM-SRec: the items and texts in an example's prompt, and its steps."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 from conftest import Opened
-from echo import lines, texts_of, thought_prompts
+from echo import texts_of, thought_prompts
+from layouts import lines
 
 from hanorec.model.trees import tree_length
 from hanorec.run.files import UserError, file_hash, write_json
@@ -16,7 +17,7 @@ from mllm_srec.texts import PROMPTS_FILE, fill, read_texts
 
 @pytest.mark.parametrize("position", range(-1, -7, -1))
 def test_a_prompt_has_nothing_from_the_target_on(data, position):
-    """If the target and all later items of a user are exchanged for others, the example's prompt stays the same."""
+    """The example's prompt stays the same if the target and all later items of the user are replaced by others."""
     loaded = Opened(data)
     user = max(loaded.sequences(), key=lambda user: len(loaded.sequences()[user]))
     examples = [each for each in [*loaded.examples("train"), *loaded.examples("val")] if each.user == user]
@@ -61,7 +62,7 @@ def test_an_example_has_the_last_paragraph_before_its_cut(data):
 
 
 def test_the_steps_do_not_depend_on_the_label(data):
-    """If target and rejected item change places, the questions and their steps stay the same."""
+    """The questions and their steps stay the same if target and rejected item are swapped."""
     loaded = Opened(data)
     prompts = thought_prompts(loaded)
     for example in loaded.examples("train", 20):
@@ -73,7 +74,7 @@ def test_the_steps_do_not_depend_on_the_label(data):
         assert loaded.items.titles[example.rejected] not in steps
         assert [prompts.tokenizer.decode(answer.ids) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]
         evaluated = prompts.evaluation_tree(example, "yesno")
-        assert [node.ids for node in evaluated[1:11]].count(yes.ids) == 1  # the question that was trained
+        assert [node.ids for node in evaluated[1:11]].count(yes.ids) == 1  # the question in training
         assert not any(node.scored for node in evaluated[:11]) and len(evaluated) == 31
         prompts.steps_share = 0.0
         without_steps = prompts.sft_tree(example, "yesno")
@@ -84,7 +85,7 @@ def test_the_steps_do_not_depend_on_the_label(data):
         assert pair[1].ids == no.ids and prompts.tokenizer.decode(pair[2].ids) == "No.<|im_end|>"
 
 
-def test_a_prompts_file_that_cannot_be_used(tmp_path):
+def test_a_wrong_prompts_file_is_refused(tmp_path):
     good, path = PROMPTS_FILE.read_text(), tmp_path / "mine.txt"
     for text, message in (
         (good.replace("[profile]", "[profil]"), r"line \d+: \[profil\] is there twice, or is not one of"),
@@ -103,7 +104,7 @@ def test_a_prompts_file_that_cannot_be_used(tmp_path):
     assert fill("{a} and {b}", a="{b}", b=3) == ["{b} and ", 3]  # a value's own placeholders stay
 
 
-def test_an_example_that_cannot_fit_is_found(data):
+def test_an_example_that_cannot_fit_is_refused(data):
     loaded = Opened(data)
     prompts, examples = thought_prompts(loaded), loaded.examples("train")
     build = partial(prompts.sft_tree, task="yesno")
@@ -119,7 +120,7 @@ def test_an_example_that_cannot_fit_is_found(data):
         prompts.check_fit([build], examples, 2 * longest + 100)
 
 
-def test_not_known_has_no_words_in_common(data):
+def test_a_text_that_is_not_known_shares_no_words(data):
     user_texts = texts_of(Opened(data))
     user_texts.summaries[3] = "What is not known of a Zebra"
     assert user_texts.shared_words(3, "not known", "not known") == "not known"

@@ -1,4 +1,4 @@
-"""mllm_srec.summarize: crashes, changed options and files, unusable texts; training and ranking on its texts."""
+"""mllm_srec.summarize: crashes, changed options and files, unusable texts. Training and ranking with its texts."""
 
 import json
 import re
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Opened
-from echo import Echo, lines, write
+from echo import Echo, write
+from layouts import lines
 
 import dpo_hano
 import evaluate
@@ -57,7 +58,7 @@ def test_other_options_start_anew(data, monkeypatch, capsys):
 
 
 def test_folders_of_earlier_versions_are_kept(data, monkeypatch):
-    """The keys in manifest.json must not change: all texts would be written anew."""
+    """The keys in manifest.json must not change. Otherwise all texts would be written again."""
     folder = write(data, "a", None, monkeypatch)
     manifest, texts, identity = json.loads((folder / "manifest.json").read_text()), read_texts(), {"by": "Echo"}
     item_texts = {name: texts[name] for name in ("item", "item without a picture", "item by its picture alone")}
@@ -97,7 +98,7 @@ def test_files_that_were_changed_or_deleted_are_refused_and_written_anew(data, m
 
 
 def test_a_backbones_weights_are_identified(data, tmp_path, monkeypatch):
-    """In a folder by names, sizes and times; of a hub name by the hashes of the files in the hub's cache."""
+    """A folder's files by names, sizes and times. A hub name's files by their hashes in the hub's cache."""
     (tmp_path / "model.safetensors").write_text("weights")
     stat = (tmp_path / "model.safetensors").stat()
     assert summarize.backbone_weights(tmp_path) == [("model.safetensors", 7, stat.st_mtime_ns)]
@@ -118,7 +119,7 @@ def test_a_backbones_weights_are_identified(data, tmp_path, monkeypatch):
 def test_a_backbone_that_cannot_be_packed_writes(data, monkeypatch):
     def check(packed, *_):
         if packed.pack:
-            raise UserError("packing does not hold")
+            raise UserError("packing does not work")
 
     monkeypatch.setattr("hanorec.model.check.check", check)
     with pytest.raises(SystemExit):  # the untrained backbone writes no usable text
@@ -127,7 +128,7 @@ def test_a_backbone_that_cannot_be_packed_writes(data, monkeypatch):
 
 
 def test_parts_of_several_processes_and_of_other_keys(tmp_path):
-    """The file gets the lines of every process, but not those of another key."""
+    """The file gets the lines of every process, but no lines that were written for another key."""
     path = tmp_path / "items.jsonl"
     for rank, key in ((0, "k"), (1, "k"), (2, "other")):
         process = SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None)
@@ -168,7 +169,7 @@ def test_which_texts_are_summaries(text, fault, summary):
 
 
 class Mute(Echo):
-    """Texts are unusable after the first `good` calls."""
+    """A text generator whose texts are unusable after the first `good` calls."""
 
     good = 0
 
@@ -178,7 +179,7 @@ class Mute(Echo):
         return replies if self.good >= 0 else [writers.Reply("on and on", "limit") for _ in many]
 
 
-def test_a_writer_of_nothing_is_refused_each_time_and_leaves_no_finished_folder(data, monkeypatch, capsys):
+def test_a_writer_without_usable_texts_is_refused_and_leaves_an_unfinished_folder(data, monkeypatch, capsys):
     write(data, "mute", None, monkeypatch)
     for _ in range(2):  # the second run counts the texts of the first
         with pytest.raises(SystemExit):
@@ -188,7 +189,7 @@ def test_a_writer_of_nothing_is_refused_each_time_and_leaves_no_finished_folder(
         Opened(data, summaries="mute").prompts()
 
 
-def test_unusable_texts_after_usable_ones_of_an_earlier_run_stop_nothing(data, monkeypatch):
+def test_unusable_texts_after_usable_ones_do_not_stop_the_run(data, monkeypatch):
     first, second = Echo(), Mute()
     first.break_after = 56
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +202,7 @@ def test_unusable_texts_after_usable_ones_of_an_earlier_run_stop_nothing(data, m
 
 
 def test_items_are_kept_when_a_run_dies_before_the_preferences(data, monkeypatch):
-    class Dies(records.Record):
+    class FailingRecord(records.Record):
         def __init__(self, path, *further):
             if path.stem == "preferences":
                 raise KeyboardInterrupt
@@ -209,7 +210,7 @@ def test_items_are_kept_when_a_run_dies_before_the_preferences(data, monkeypatch
 
     first, second = Echo(), Echo()
     with monkeypatch.context() as patch:
-        patch.setattr(summarize, "Record", Dies)
+        patch.setattr(summarize, "Record", FailingRecord)
         with pytest.raises(KeyboardInterrupt):
             write(data, "cut", first, monkeypatch)
     write(data, "cut", second, monkeypatch)
@@ -227,8 +228,8 @@ def test_summaries_of_other_pictures_are_refused(data, monkeypatch):
     Opened(data, summaries="text").prompts()
 
 
-def test_after_an_unusable_paragraph_the_last_usable_one_counts(data, monkeypatch, capsys):
-    """Paragraphs are unusable from a user's second window on: examples read the first, and profiles written from it."""
+def test_after_an_unusable_paragraph_the_last_usable_one_is_used(data, monkeypatch, capsys):
+    """Paragraphs are unusable from the second window on. Examples read the first one, and profiles made from it."""
 
     class FirstOnly(Echo):
         def __call__(self, many):
@@ -250,8 +251,8 @@ def test_after_an_unusable_paragraph_the_last_usable_one_counts(data, monkeypatc
         assert values["preference"] == first[example.user]["paragraph"] and values["profile"] != "not known"
 
 
-class Moody(Echo):
-    """Every third text is unusable."""
+class EveryThirdUnusable(Echo):
+    """A text generator with every third text unusable."""
 
     def __call__(self, many):
         replies = super().__call__(many)
@@ -260,12 +261,12 @@ class Moody(Echo):
         return replies
 
 
-def test_unusable_texts_are_counted_and_in_no_prompt(data, monkeypatch, capsys):
-    folder = write(data, "moody", Moody(), monkeypatch)
+def test_unusable_texts_are_counted_and_left_out_of_prompts(data, monkeypatch, capsys):
+    folder = write(data, "some", EveryThirdUnusable(), monkeypatch)
     assert re.search(r"items.jsonl: \d+ lines, \d+ limit, \d+ usable", capsys.readouterr().out)
     unusable = [line for line in lines(folder / "items.jsonl") if line["fault"]]
     assert unusable and all(line["summary"] is None for line in unusable)
-    loaded = Opened(data, summaries="moody")
+    loaded = Opened(data, summaries="some")
     prompts = loaded.prompts()
     text = "".join(prompts.show(prompts.sft_tree(example, "yesno")) for example in loaded.examples("train"))
     assert "in the mid" not in text and "not known" in text
@@ -292,7 +293,7 @@ def test_options_without_an_effect_are_refused(data, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_prompts_are_shown_as_given_and_escaped(data, monkeypatch, capsys):
+def test_shown_prompts_come_from_the_given_file_and_are_escaped(data, monkeypatch, capsys):
     write(data, "tiny", None, monkeypatch)
     (data / "mine.txt").write_text(PROMPTS_FILE.read_text().replace("step by step", "step \x1b[2J by step"))
     summarize.main(["--data", str(data), "--show", "1", "--prompts", str(data / "mine.txt")])
@@ -301,14 +302,14 @@ def test_prompts_are_shown_as_given_and_escaped(data, monkeypatch, capsys):
 
 
 def test_chain_of_thought_from_training_to_ranking(data, tmp_path, monkeypatch):
-    """sft.py, dpo_hano.py and evaluate.py use these prompts. A run cannot be evaluated on other texts."""
+    """sft.py, dpo_hano.py and evaluate.py use the same texts. A run cannot be evaluated with other texts."""
     write(data, "echo", None, monkeypatch)
     small = "--max-steps 3 --batch-size 6 --eval-limit 6".split()
     cot = ["--prompt", "cot", "--summaries", "echo", "--warmup-steps", "1"]
     sft.main(["--data", str(data), "--out", str(tmp_path / "sft"), *cot, *small])
     dpo_hano.main(["--sft", str(tmp_path / "sft"), "--out", str(tmp_path / "dpo"), *small])
     other = Echo()
-    other.name = "Reverb"  # another model that writes the same texts: runs that were trained on them stay valid
+    other.name = "Reverb"  # another model that writes the same texts: the runs stay valid
     write(data, "echo", other, monkeypatch, "--batch-size", 2)
     results = evaluate.main(["--run", str(tmp_path / "dpo"), str(tmp_path / "sft"), "--limit", "8"])
     assert {"AUC", "HR@3", "MRR"} <= set(results[str(tmp_path / "dpo")].values)

@@ -1,4 +1,4 @@
-"""mllm_srec.teach: what it teaches, what --score measures, how the taught backbone writes and is trained further."""
+"""mllm_srec.teach: the lessons, --score, and the taught backbone in summarize.py and sft.py."""
 
 import json
 
@@ -17,14 +17,15 @@ from mllm_srec.lessons import Lessons, profile_of, score_summaries, taught_items
 from mllm_srec.texts import PROMPTS_FILE, item_prompt, read_texts
 
 
-def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):
-    """Compare shares with a count by hand, for summaries that are made up."""
+def test_half_of_the_items_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, capsys):
+    """Compare the shares with a count by hand, for invented summaries."""
     data = Opened(prepared).data
     half = set(taught_items(60, 0.5, 1))
     assert len(half) == 30 and half != set(taught_items(60, 0.5, 2))
     colours = ["red", "blue"] * 30
     truth = {item: {"text": "?", "facts": {"colour": colours[item]}} for item in range(60)}
-    summaries = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing, a hundred"}  # 0 and 3 are right
+    # Items 0 and 3 have the right colour
+    summaries = {0: "Red.", 1: "red and blue", 2: None, 3: "blue thing, a hundred"}
     entries = []
     for item, name in enumerate(data.items.ids):
         entries.append({"item": name, "summary": summaries.get(item, "a green one"), "fault": None})
@@ -36,7 +37,7 @@ def test_half_is_taught_and_the_other_half_measured(prepared, taught, tmp_path, 
     assert "descriptions.jsonl does not exist; give a file of lines with item and text" in error
 
 
-def test_movielens_descriptions_say_what_is_known(tmp_path):
+def test_movielens_descriptions_have_the_known_facts(tmp_path):
     Image.new("RGB", (20, 30), (200, 160, 90)).save(tmp_path / "1.jpg")
     Image.new("RGB", (20, 30), (10, 20, 90)).save(tmp_path / "2.jpg")
     toys = describe.describe({"item": "1", "title": "Toy Story (1995)"}, "Adventure|Comedy", tmp_path / "1.jpg")
@@ -48,8 +49,8 @@ def test_movielens_descriptions_say_what_is_known(tmp_path):
     assert describe.describe({"item": "4", "title": "Nothing"}, "(no genres listed)", None) is None
 
 
-def test_lessons_are_summarizes_own_prompts(prepared, taught):
-    """Each path of a batch's trees is a whole prompt of mllm_srec.summarize, followed by its reply."""
+def test_lessons_are_the_prompts_of_summarize(prepared, taught):
+    """Each path of a batch's trees is a complete prompt of mllm_srec.summarize and its reply."""
     data, texts = Opened(prepared), read_texts(PROMPTS_FILE)
     prompts = data.prompts()
     truth = {item: {"text": f"Thing {item}.", "facts": {"kind": f"k{item}", "colour": "red"}} for item in range(10)}
@@ -60,13 +61,11 @@ def test_lessons_are_summarizes_own_prompts(prepared, taught):
     for _, parts, reply in (lessons.sample(number, 1) for number in range(30)):
         expected.append([*prompts.complete_prompt(parts).ids, *prompts.answer(reply, 0).ids])
     assert sorted(path.ids for path in paths) == sorted(expected)
-    assert len(merge_trees(trees)) <= 4  # the beginning that prompts of one kind share is there once
+    assert len(merge_trees(trees)) <= 4  # prompts of one kind share their beginning
     prompt_texts = ["".join(map(str, lessons.sample(number, 1)[1])) for number in range(1, 30, 3)]
     assert {text.count("Paragraph: Lately") for text in prompt_texts} == {0, 1}
-    assert {text.count("; before") for text in prompt_texts} == {
-        0,
-        1,
-    }  # written from an earlier paragraph
+    # Some paragraphs are written from an earlier paragraph
+    assert {text.count("; before") for text in prompt_texts} == {0, 1}
     items = [item_prompt(texts, "both", data.encoding, item) for item in range(10)]
     assert [lessons.sample(3 * item, 1)[1] for item in range(10)] == items
 
@@ -77,7 +76,7 @@ def test_the_taught_backbone_writes_and_is_trained_further(data, taught, tmp_pat
     options = ["--data", str(data), "--run", str(taught), "--max-tokens", "48"]
     summarize.main([*options, "--name", "one", "--batch-size", "7"])
     launch(2, "-m", "mllm_srec.summarize", *options, "--name", "two", folder=tmp_path)
-    for name in ("items.jsonl", "preferences.jsonl"):  # two processes with other batches write the same texts
+    for name in ("items.jsonl", "preferences.jsonl"):  # two processes with other batch sizes write the same texts
         one, two = (lines(data / "summaries" / folder / name) for folder in ("one", "two"))
         assert one == two and one
     argv = "--prompt cot --summaries one --max-steps 1 --warmup-steps 0 --batch-size 4 --eval-limit 4".split()
@@ -92,7 +91,7 @@ def test_the_taught_backbone_writes_and_is_trained_further(data, taught, tmp_pat
     assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
 
 
-def test_showing_writes_nothing(prepared, taught, capsys):
+def test_show_writes_no_files(prepared, taught, capsys):
     before = sorted(path.name for path in prepared.rglob("*"))
     summarize.main(["--data", str(prepared), "--name", "nowhere", "--show", "1"])
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Pictures of every kind: read as what they show, or refused in one line."""
+"""Pictures of every kind are read correctly, or refused in one line."""
 
 import io
 import json
@@ -30,7 +30,8 @@ ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
 TURNED = RED.copy()
 TURNED.paste((0, 0, 200), (0, 0, 20, 20))  # its left half is blue
-PICTURES = {  # bytes, and a word of the error, or (size, colour in the middle of the left edge, tolerance)
+# Content of the file, and either words of the error or (size, colour at one pixel, tolerance)
+PICTURES = {
     "truncated": (half(encoded(RED.resize((300, 300)), "JPEG")), "truncated"),
     "of no bytes": (b"", "cannot identify"),
     "text": (b"this is no picture", "cannot identify"),
@@ -69,7 +70,7 @@ def test_pictures(name, tmp_path, capsys):
     assert image.mode == "RGB" and image.size == size
     where = (size[0] // 2, size[1] // 2) if name in ("16-bit", "grey") else (0, size[1] - 1)
     assert np.abs(np.subtract(image.getpixel(where), colour)).max() <= tolerance
-    if name in ("1x1", "16-bit"):  # to the end; the others have become like any picture
+    if name in ("1x1", "16-bit"):  # prepare the data too; opened, the other pictures are ordinary ones
         prepare_data.main([str(word) for word in argv])
         counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
         assert counts["items_without_image"] == 1
@@ -86,14 +87,14 @@ def test_links_and_pipes_for_pictures(tmp_path, capsys, monkeypatch):
     (tmp_path / "elsewhere.jpg").unlink()
     assert "i7.jpg; restore them" in refused(capsys, prepare_data.main, *argv)
     picture.unlink()
-    os.mkfifo(picture)  # nobody will ever write into it
+    os.mkfifo(picture)  # a pipe that is never written to
     assert "i7.jpg cannot be read (not a regular file)" in refused(capsys, prepare_data.main, *argv)
     picture.unlink()
     picture.mkdir()
     assert "i7.jpg cannot be read (not a regular file)" in refused(capsys, prepare_data.main, *argv)
 
 
-def test_warning_filters_stay_as_they_are(tmp_path):
+def test_opening_an_image_changes_no_warning_filters(tmp_path):
     (tmp_path / "red.png").write_bytes(encoded(RED, "PNG"))
     before = list(warnings.filters)
     open_image(tmp_path / "red.png")

@@ -1,4 +1,4 @@
-"""LoRA's layers against PEFT's own."""
+"""The layers of hanorec.model.lora compared with PEFT's own."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ from hanorec.model import lora
 
 
 def layer(dropout=0.0, bias=True, dtype=torch.float32):
-    """PEFT's model of one linear layer 24 -> 16 with a LoRA that is not zero."""
+    """A PEFT model of one linear layer, 24 -> 16, whose LoRA is not zero."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16, bias=bias)).to(dtype)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["0"]))
@@ -24,6 +24,7 @@ def layer(dropout=0.0, bias=True, dtype=torch.float32):
 
 
 def outcome(model, x, signs):
+    """Output, gradient of the input, and gradients of the trainable weights."""
     x = x.clone().requires_grad_(True)
     out = model(x)
     (out * signs).sum().backward()
@@ -31,7 +32,7 @@ def outcome(model, x, signs):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_same_as_pefts_layer(bias):
+def test_lean_layer_equals_pefts_layer(bias):
     own, lean = layer(bias=bias), lora.lean(layer(bias=bias))
     assert type(lean.base_model.model[0]) is lora.LeanLinear and type(own.base_model.model[0]) is Linear
     x, signs = torch.randn(2, 5, 24), torch.randn(2, 5, 16)
@@ -40,7 +41,7 @@ def test_the_same_as_pefts_layer(bias):
 
 
 def test_half_precision_is_as_good_as_autocast():
-    """Against PEFT's layer in float64."""
+    """Compare with PEFT's layer in float64."""
     x, signs = torch.randn(64, 24).bfloat16(), torch.randn(64, 16).bfloat16()
     exact = outcome(layer(dtype=torch.bfloat16).double(), x.double(), signs.double())
     lean = lora.lean(layer(dtype=torch.bfloat16))
@@ -49,7 +50,7 @@ def test_half_precision_is_as_good_as_autocast():
         assert float(((one.double() - other).norm() / other.norm()).detach()) < 1e-2
 
 
-def test_dropout_is_of_its_probability_and_its_gradient_is_right():
+def test_dropout_has_its_probability_and_the_right_gradient():
     lean = lora.lean(layer(dropout=0.25)).double()
     x = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
     weights = [p for p in lean.parameters() if p.requires_grad]
@@ -63,13 +64,13 @@ def test_dropout_is_of_its_probability_and_its_gradient_is_right():
     many = torch.stack([lean(x.detach()) - plain(x.detach()) for _ in range(4000)])
     expected = lean.eval()(x.detach()) - plain(x.detach())
     error = (many.mean(0) - expected).abs() / (many.std(0) / 4000**0.5)
-    assert float(many.std()) > 1e-2 and float(error.max()) < 5  # standard errors, of 96 numbers
+    assert float(many.std()) > 1e-2 and float(error.max()) < 5  # the largest of 96 errors, in standard errors
     mask = lora.keep_mask(torch.empty(100_003), 0.05)
     assert abs(float(mask.float().mean()) - 0.95) < 0.003  # four standard errors
 
 
-def test_what_it_does_not_know_is_pefts():
-    """Biases of LoRA's own, and a base that is trained."""
+def test_unsupported_settings_are_left_to_peft():
+    """LoRA with its own biases, and a base layer that is trained."""
     x, outcomes = torch.randn(5, 24), []
     for wrap in (lambda model: model, lora.lean):
         torch.manual_seed(0)

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 (the fixture `backbone` is imported)
-"""The packed forward, and the plain one, against the model's own forward, on every family of tiny_backbones."""
+"""The packed and the plain forward equal the model's own forward, for every family in tiny_backbones."""
 
 import copy
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from hanorec_loss import noisy_lora
 
 
 def path_to(tree: list[Node], node: Node) -> list[Node]:
+    """The nodes from the root to this node."""
     path = [node]
     while path[0].parent is not None:
         path.insert(0, tree[path[0].parent])
@@ -33,12 +34,12 @@ def path_to(tree: list[Node], node: Node) -> list[Node]:
 
 
 def plain_logps(backbone, tree: list[Node]) -> list[torch.Tensor]:
-    """The log-probability of each scored node by the model's own forward over its whole path, pixels and all."""
+    """The log-probability of each scored node, by the model's own forward over its whole path with pixels."""
     core, result = backbone.packed.core, []
     for node in (node for node in tree if node.scored):
         path = path_to(tree, node)
         ids = torch.tensor([[token for part in path for token in part.ids]])
-        images = [backbone.images[row] for part in path for row in part.images]
+        images = [backbone.images[item] for part in path for item in part.images]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds = (ids == core.config.image_token_id).int()
         if images:
@@ -54,7 +55,7 @@ def plain_logps(backbone, tree: list[Node]) -> list[torch.Tensor]:
     return result
 
 
-def rows():
+def examples():
     first = Example("a", [0, 1, 3, 4], 5, [2, 5, 0, 1, 3, 4], 2)
     second = Example("b", [4], 0, [0, 3, 2, 5, 1], 3)
     return [first, second]
@@ -63,13 +64,13 @@ def rows():
 @pytest.mark.parametrize("pack", [True, False])
 def test_packed_and_plain_equal_separate_forwards(backbone, pack):
     packed, prompts = PackedMLLM(backbone.packed.core, pack), backbone.prompts
-    trees = [prompts.evaluation_tree(row, task) for row in rows() for task in ("rank", "yesno")]
-    trees += [prompts.pair_tree(row, kind) for row in rows() for kind in ("rank", "yes", "no")]
+    trees = [prompts.evaluation_tree(example, task) for example in examples() for task in ("rank", "yesno")]
+    trees += [prompts.pair_tree(example, kind) for example in examples() for kind in ("rank", "yes", "no")]
     with torch.no_grad():
         found = packed(packed.collate(trees, backbone.tokens))
         expected = torch.stack([logp for tree in trees for logp in plain_logps(backbone, tree)])
     assert len(found) == 6 + 2 * 6 + 5 + 2 * 5 + 12
-    assert expected.std() > 1  # the answers do differ
+    assert expected.std() > 1  # the answers' scores differ
     if backbone.family in tiny_backbones.WINDOWS:
         assert max(map(tree_length, trees)) > 2 * tiny_backbones.WINDOWS[backbone.family]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -79,7 +80,7 @@ def test_packed_and_plain_equal_separate_forwards(backbone, pack):
 def test_gradients_equal_separate_forwards(backbone, pack):
     packed, prompts = PackedMLLM(backbone.packed.core, pack), backbone.prompts
     weights = [p.requires_grad_(True) for p in packed.core.get_decoder().parameters()]
-    trees = [prompts.pair_tree(rows()[0], "rank"), prompts.pair_tree(rows()[1], "yes")]
+    trees = [prompts.pair_tree(examples()[0], "rank"), prompts.pair_tree(examples()[1], "yes")]
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
     try:
         found = torch.autograd.grad((packed(packed.collate(trees, backbone.tokens)) * signs).sum(), weights)
@@ -92,7 +93,7 @@ def test_gradients_equal_separate_forwards(backbone, pack):
 
 
 def test_plain_language_modelling_equals_the_packed(backbone):
-    """Scored titles in the root, with and without an answer behind it."""
+    """The root has scored titles, with and without an answer behind it."""
     trees = [backbone.prompts.language_tree([0, 1, 3, 4, 5], 4096, candidates) for candidates in ((), (2, 5))]
     assert all(tree[0].scored for tree in trees)
     found = []
@@ -105,11 +106,11 @@ def test_plain_language_modelling_equals_the_packed(backbone):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_images_encoded_in_the_step_give_the_stored_numbers(backbone, pack):
-    """Gradients too; an image that occurs several times is encoded once."""
+    """Gradients are equal too. An image that occurs several times is encoded once."""
     live = copy.copy(backbone.tokens)
-    live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
+    live.live, live.paths = (backbone.folder, backbone.processor), [f"{item}.png" for item in range(len(TITLES))]
     model = PackedMLLM(backbone.packed.core, pack).train()
-    trees = [backbone.prompts.pair_tree(rows()[0], kind) for kind in ("rank", "yes")]
+    trees = [backbone.prompts.pair_tree(examples()[0], kind) for kind in ("rank", "yes")]
     weights = [p.requires_grad_(True) for p in model.core.get_decoder().parameters()]
     found = []
     try:
@@ -126,19 +127,20 @@ def test_images_encoded_in_the_step_give_the_stored_numbers(backbone, pack):
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "llava_next"], indirect=True)
 def test_an_image_that_was_exchanged_is_refused(backbone):
-    """Else its tokens, more or fewer, would move those of the images after it."""
+    """With more or fewer tokens it would move the tokens of the images after it."""
     live = copy.copy(backbone.tokens)
-    live.live, live.paths = (backbone.folder, backbone.processor), [f"{row}.png" for row in range(len(TITLES))]
+    live.live, live.paths = (backbone.folder, backbone.processor), [f"{item}.png" for item in range(len(TITLES))]
     live.paths[0] = "4.png"
-    batch = backbone.packed.collate([backbone.prompts.pair_tree(rows()[0], "rank")], live)
+    batch = backbone.packed.collate([backbone.prompts.pair_tree(examples()[0], "rank")], live)
     with pytest.raises(UserError, match="image of item 0 has changed since the data was encoded"):
         backbone.packed(batch)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_batches_before_one_backward(backbone, reentrant):
-    """Checkpointing computes the first one again after the second: by its own forest."""
-    batches = [backbone.packed.collate([backbone.prompts.pair_tree(row, "rank")], backbone.tokens) for row in rows()]
+    """Checkpointing computes the first batch again after the second. It must use the first batch's own forest."""
+    trees = [backbone.prompts.pair_tree(example, "rank") for example in examples()]
+    batches = [backbone.packed.collate([tree], backbone.tokens) for tree in trees]
     gradients = []
     for checkpointing in (False, True):
         model = PackedMLLM(load_model(backbone.folder))
@@ -152,8 +154,8 @@ def test_two_batches_before_one_backward(backbone, reentrant):
         torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=1e-4)
 
 
-def test_prompts_are_what_the_processor_makes(backbone, monkeypatch):
-    """The model's own processor over the same chat, two images in it, gives the same tokens."""
+def test_prompts_equal_those_of_the_models_processor(backbone, monkeypatch):
+    """The model's own processor gives the same tokens for the same chat with two images."""
     processor = tiny_backbones.build_processor(backbone.family, backbone.folder, backbone.processor, monkeypatch)
     images = [backbone.images[0], backbone.images[1]]
     content = [{"type": "text", "text": "Toy Story\n"}, {"type": "image"}, {"type": "text", "text": "Toy Story 2\n"}]
@@ -162,13 +164,13 @@ def test_prompts_are_what_the_processor_makes(backbone, monkeypatch):
     text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = processor(text=[text], images=[images], return_tensors="pt")["input_ids"][0].tolist()
     node = Node(None, list(backbone.prompts.template.head))
-    for row, image in ((0, True), (1, True), (2, False)):
-        backbone.prompts.add_item(node, row, image)
+    for item, image in ((0, True), (1, True), (2, False)):
+        backbone.prompts.add_item(node, item, image)
     assert node.ids + backbone.prompts.template.tail == expected
 
 
-def test_images_are_encoded_one_as_many(backbone):
-    """An image's tokens do not depend on its batch, and fill the placeholder."""
+def test_an_images_tokens_do_not_depend_on_its_batch(backbone):
+    """Encode the images one by one and all together."""
     images = [image for image in backbone.images if image]
     together, _ = encode_images(backbone.packed.core, backbone.processor, images)
     for image, tokens in zip(images, together, strict=True):
@@ -180,7 +182,7 @@ def test_images_are_encoded_one_as_many(backbone):
 
 
 def test_a_loaded_model_is_checked(backbone, monkeypatch):
-    """A model passes as it is; what is wrong with its mask, positions or features stops it in one line."""
+    """A correct model passes. A wrong mask, wrong positions or wrong features are refused in one line."""
     for pack in (True, False):
         check(PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it", trust=False)
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
@@ -197,7 +199,7 @@ def test_a_loaded_model_is_checked(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
-def test_a_forward_that_breaks_is_a_disagreement(backbone, monkeypatch):
+def test_a_forward_that_raises_fails_the_check(backbone, monkeypatch):
     def broken(*_, **__):
         raise TypeError("unexpected keyword")
 
@@ -207,7 +209,7 @@ def test_a_forward_that_breaks_is_a_disagreement(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
-def test_a_full_memory_is_not_a_failed_check(backbone, monkeypatch):
+def test_out_of_memory_does_not_fail_the_check(backbone, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -225,7 +227,7 @@ def test_the_first_token_of_a_prompt_cannot_be_scored(backbone):
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
-def test_image_tokens_of_another_dtype_than_the_model_are_not_written(backbone, monkeypatch, tmp_path):
+def test_image_tokens_with_another_dtype_than_the_model_are_refused(backbone, monkeypatch, tmp_path):
     image_tokens = families.image_tokens
     monkeypatch.setattr(families, "image_tokens", lambda *args: [image.double() for image in image_tokens(*args)])
     tools = backbone.packed.core, backbone.prompts.tokenizer, backbone.processor
@@ -233,7 +235,7 @@ def test_image_tokens_of_another_dtype_than_the_model_are_not_written(backbone, 
         encode_items(*tools, ["Heat"], [backbone.folder / "0.png"], tmp_path)
 
 
-def test_layers_without_a_known_mask_are_no_full_ones():
+def test_layers_without_a_known_mask_are_refused():
     text = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
     with pytest.raises(UserError, match="no mask for layers of linear_attention: give --no-pack"):
         check_layers(SimpleNamespace(get_text_config=lambda: text))
@@ -256,8 +258,8 @@ def test_layers_without_a_known_mask_are_no_full_ones():
     ],
     ids=["space only before text", "images first"],
 )
-def test_chat_templates_that_place_images_otherwise(backbone, template, after):
-    """The text around an image does not take in what the template writes elsewhere."""
+def test_chat_templates_that_place_images_differently(backbone, template, after):
+    """The text around an image does not include text that the template writes elsewhere."""
     tokenizer = load_tokenizer(backbone.folder)
     tokenizer.chat_template = (
         "{% set m = messages %}" + template + "{% endfor %}{% for x in m[1:] %}{{ x.content[0].text }}"
@@ -280,14 +282,14 @@ def test_a_tokenizer_without_the_familys_tokens_is_refused(backbone):
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "qwen3_vl", "llava_next", "gemma3"], indirect=True)
 def test_noisy_gradients_do_not_depend_on_checkpointing(backbone, relative, pack):
     batch = PackedMLLM(backbone.packed.core, pack).collate(
-        [backbone.prompts.pair_tree(rows()[0], "rank")], backbone.tokens
+        [backbone.prompts.pair_tree(examples()[0], "rank")], backbone.tokens
     )
     found = {}
     for mode in (None, False, True):
         model = PackedMLLM(add_lora(copy.deepcopy(backbone.packed.core), 4, 8, 0.0, seed=0), pack)
         assert all(".language_model." in name for name, p in model.named_parameters() if p.requires_grad)
         for name, weight in model.named_parameters():
-            if "lora_B" in name:  # zero in a fresh adapter: nothing would flow into A
+            if "lora_B" in name:  # B is zero in a fresh adapter, and A would get no gradient
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
         if mode is not None:
             model.enable_checkpointing(reentrant=mode)

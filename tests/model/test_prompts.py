@@ -1,4 +1,4 @@
-"""Prompt trees: what is asked, what is scored, and what a limit on length does to them."""
+"""Prompt trees: questions, scored tokens, and limits on length."""
 
 from dataclasses import replace
 
@@ -16,32 +16,33 @@ def data(prepared):
 
 
 def scored_text(prompts, node):
+    """The text of a node's scored tokens."""
     return prompts.tokenizer.decode([node.ids[offset] for offset in node.scored])
 
 
 def test_a_yesno_sample_asks_about_the_target_and_the_rejected_item(data):
-    """Yes about the one, No about the other, behind one history and in the same words."""
+    """Yes is the answer for the target, No for the rejected item, behind one history and in the same words."""
     prompts, titles = data.prompts(), data.items.titles
-    for row in data.examples("train", 20):
-        root, *questions, yes, no = prompts.sft_tree(row, "yesno")
+    for example in data.examples("train", 20):
+        root, *questions, yes, no = prompts.sft_tree(example, "yesno")
         assert (yes.parent, no.parent) == (1, 2) and [q.parent for q in questions] == [0, 0]
         assert [scored_text(prompts, answer) for answer in (yes, no)] == ["Yes<|im_end|>", "No<|im_end|>"]
         texts = [prompts.tokenizer.decode(question.ids) for question in questions]
-        assert texts[0].replace(titles[row.target], titles[row.rejected]) == texts[1]
-        assert not root.scored and root.images == [i for i in row.history if data.tokens.lengths[i]]
+        assert texts[0].replace(titles[example.target], titles[example.rejected]) == texts[1]
+        assert not root.scored and root.images == [i for i in example.history if data.tokens.lengths[i]]
 
 
 def test_the_warm_up_predicts_every_title_but_the_first(data):
     prompts, titles = data.prompts(), data.items.titles
-    row = max(data.examples("train"), key=lambda row: len(row.history))
-    items = [*row.history, row.target]
+    example = max(data.examples("train"), key=lambda example: len(example.history))
+    items = [*example.history, example.target]
     (root,) = prompts.language_tree(items, 10_000)
     assert scored_text(prompts, root) == "".join(titles[item] + "\n" for item in items[1:])
-    root, answer = prompts.language_tree(items, 10_000, row.candidates)
+    root, answer = prompts.language_tree(items, 10_000, example.candidates)
     assert scored_text(prompts, root) == "".join(titles[item] + "\n" for item in items[1:-1])
-    assert scored_text(prompts, answer) == titles[row.target] + "<|im_end|>"
-    assert root.ids == prompts.sft_tree(row, "rank")[0].ids  # the prompt that is trained and scored later
-    short = prompts.language_tree(items, tree_length([root, answer]) - 1, row.candidates)
+    assert scored_text(prompts, answer) == titles[example.target] + "<|im_end|>"
+    assert root.ids == prompts.sft_tree(example, "rank")[0].ids  # the prompt of training and evaluation
+    short = prompts.language_tree(items, tree_length([root, answer]) - 1, example.candidates)
     assert short[0].images == [item for item in items[1:-1] if data.tokens.lengths[item]]
 
 
@@ -58,43 +59,44 @@ def test_a_warm_up_of_two_items_that_cannot_fit_is_refused(data):
         prompts.language_tree([0], 10_000)
 
 
-def test_an_example_that_cannot_fit_is_found_before_training(data):
-    prompts, rows = data.prompts(), data.examples("train")
-    one = [replace(row, history=row.history[-1:]) for row in rows]
-    longest = max(tree_length(prompts.sft_tree(row, "rank")) for row in one)
-    prompts.check_fit([lambda row: prompts.sft_tree(row, "rank")], rows, longest)
+def test_an_example_that_cannot_fit_is_refused_before_training(data):
+    prompts, examples = data.prompts(), data.examples("train")
+    one = [replace(example, history=example.history[-1:]) for example in examples]
+    longest = max(tree_length(prompts.sft_tree(example, "rank")) for example in one)
+    prompts.check_fit([lambda example: prompts.sft_tree(example, "rank")], examples, longest)
     with pytest.raises(UserError, match=f"{longest} tokens with one history item; train with a larger --max-length"):
-        prompts.check_fit([lambda row: prompts.sft_tree(row, "rank")], rows, longest - 1)
+        prompts.check_fit([lambda example: prompts.sft_tree(example, "rank")], examples, longest - 1)
 
 
 def test_chosen_and_rejected_differ_in_nothing_but_the_item(data):
-    prompts, rows = data.prompts(), data.examples("train", 20)
+    prompts, examples = data.prompts(), data.examples("train", 20)
     text = prompts.tokenizer.decode
-    for row in rows:
+    for example in examples:
         titles = data.items.titles
         for kind, chosen, rejected in (
-            ("rank", titles[row.target], titles[row.rejected]),
+            ("rank", titles[example.target], titles[example.rejected]),
             ("yes", "Yes", "No"),
             ("no", "No", "Yes"),
         ):
-            *_, first, second = prompts.pair_tree(row, kind)
+            *_, first, second = prompts.pair_tree(example, kind)
             assert text(first.ids) == f"{chosen}<|im_end|>" and text(second.ids) == f"{rejected}<|im_end|>"
 
 
 def test_a_long_history_loses_its_oldest_items(data):
     prompts = data.prompts()
-    row = max(data.examples("train"), key=lambda row: len(row.history))
+    example = max(data.examples("train"), key=lambda example: len(example.history))
 
-    def build(row):
-        return prompts.sft_tree(row, "rank")
+    def build(example):
+        return prompts.sft_tree(example, "rank")
 
-    whole = fit_to_length(build, row, 10_000)
+    whole = fit_to_length(build, example, 10_000)
     limit = sum(len(node.ids) for node in whole) - 1
-    shorter = fit_to_length(build, row, limit)
+    shorter = fit_to_length(build, example, limit)
     assert sum(len(node.ids) for node in shorter) <= limit
     text = prompts.show(shorter)
     history = text.split("History, oldest first:\n")[1]
-    assert data.items.titles[row.history[0]] not in history
-    assert all(data.items.titles[item] in history for item in row.history[1:])
-    images = sum(data.tokens.lengths[item] for node in shorter for item in node.images)
-    assert sum(token == prompts.template.image_token for node in shorter for token in node.ids) == images  # never cut
+    assert data.items.titles[example.history[0]] not in history
+    assert all(data.items.titles[item] in history for item in example.history[1:])
+    expected = sum(data.tokens.lengths[item] for node in shorter for item in node.images)
+    ids = [token for node in shorter for token in node.ids]
+    assert ids.count(prompts.template.image_token) == expected  # no image is cut

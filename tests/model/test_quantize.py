@@ -1,4 +1,4 @@
-"""A base in four bits: what is trained, what stays frozen, and that evaluation and export are of the same model."""
+"""A base model in four bits: trained and frozen weights; evaluation and export use the same model."""
 
 import json
 import math
@@ -15,27 +15,16 @@ from hanorec.model.load import load_model, load_tokenizer
 from hanorec.model.lora import add_lora, without_trained_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-# On CPUs with bf16 instructions it packs weights anew at the first evaluation, and cannot train after that
+# On CPUs with bf16 instructions bitsandbytes repacks the weights at the first evaluation, and then cannot train
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 STEPS = "--max-steps 2 --batch-size 2 --grad-accum 1 --eval-limit 1".split()
 
 
 @pytest.fixture(scope="module")
 def quantized(prepared, tmp_path_factory):
-    """An SFT run with LoRA on a base in four bits, and HaNoRec on it."""
+    """An SFT run with LoRA on a base model in four bits, and a HaNoRec run on it, with its export."""
     folder = tmp_path_factory.mktemp("quantized")
-    argv = [
-        "--data",
-        str(prepared),
-        "--tune",
-        "lora",
-        "--quantize",
-        "4bit",
-        "--lr",
-        "1e-2",
-        "--out",
-        str(folder / "sft"),
-    ]
+    argv = ["--data", str(prepared), "--out", str(folder / "sft"), *"--tune lora --quantize 4bit --lr 1e-2".split()]
     sft.main([*argv, *STEPS])
     argv = ["--sft", str(folder / "sft"), "--out", str(folder / "dpo"), "--export", str(folder / "export")]
     dpo_hano.main([*argv, "--lr", "1e-2", "--sigma", "0.05", *STEPS])
@@ -57,14 +46,14 @@ def test_the_sft_adapter_stays_a_frozen_adapter(prepared, quantized):
 
 
 def test_the_vision_tower_is_not_quantized(prepared):
-    """Its image tokens are those that were stored."""
+    """Its image tokens stay those that were stored."""
     model = load_model(prepared / "tiny", quantize="4bit")
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     quantized = {name for name, kind in kinds.items() if kind == "Linear4bit"}
     assert quantized == {name for name in kinds if name.startswith("model.language_model.")}
 
 
-def test_dpo_moves_its_own_adapter_alone(quantized):
+def test_dpo_trains_its_own_adapter_alone(quantized):
     with safe_open(quantized / "dpo" / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert any(file.get_tensor(name).abs().max() > 0 for name in file.keys() if "lora_B" in name)  # noqa: SIM118
     assert not (quantized / "dpo" / "adapter" / "sft").exists()
@@ -73,16 +62,16 @@ def test_dpo_moves_its_own_adapter_alone(quantized):
     assert json.loads((quantized / "dpo" / "config.json").read_text())["options"]["quantize"] == "4bit"
 
 
-def test_the_exported_model_scores_as_the_quantized_one(prepared, quantized):
+def test_the_exported_model_equals_the_quantized_one(prepared, quantized):
     data = Opened(prepared)
-    beside = load_finished(quantized / "dpo", data.encoding, torch.float32)
+    with_adapters = load_finished(quantized / "dpo", data.encoding, torch.float32)
     merged = load_model(quantized / "export" / "merged")
     text = load_tokenizer(prepared / "tiny")("Film 3, The (1999)", return_tensors="pt")
     with torch.no_grad():
-        torch.testing.assert_close(merged(**text).logits, beside(**text).logits, atol=1e-3, rtol=0)
+        torch.testing.assert_close(merged(**text).logits, with_adapters(**text).logits, atol=1e-3, rtol=0)
 
 
-def test_rounded_weights_are_not_tuned(prepared, tmp_path, capsys):
+def test_quantized_weights_cannot_be_tuned(prepared, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sft.main(["--data", str(prepared), "--quantize", "4bit", "--out", str(tmp_path / "run")])
     assert "--quantize is for --tune lora" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Code and pickles that come with a backbone."""
+"""Python code and pickles in a backbone's folder."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ class Strange(PretrainedConfig):
 """
 
 
-def test_code_that_comes_with_a_model_runs_only_when_asked(data, tmp_path, capsys, monkeypatch):
+def test_a_models_own_code_runs_only_with_trust_remote_code(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     marker = tmp_path / "ran"
     (tmp_path / "model").mkdir()
@@ -32,13 +32,13 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(data, tmp_path, capsy
     argv = ["--out", data, "--encode-only", "--model", tmp_path / "model"]
     assert "read that code, then give --trust-remote-code" in refused(capsys, prepare_data.main, *argv)
     assert not marker.exists()
-    with pytest.raises(SystemExit):  # this one brings no model
+    with pytest.raises(SystemExit):  # this code defines no model
         prepare_data.main([*map(str, argv), "--trust-remote-code"])
     assert marker.exists()
 
 
 def test_trust_is_given_anew_on_each_command(prepared, data, tmp_path, monkeypatch):
-    """Nothing is trusted that was not said on this very command, whatever a run's config says; no pickle is read."""
+    """Code is trusted only if this command has --trust-remote-code, whatever a run's config.json says."""
     import transformers
     from transformers.models.auto import image_processing_auto
 
@@ -52,14 +52,15 @@ def test_trust_is_given_anew_on_each_command(prepared, data, tmp_path, monkeypat
     ):
         kind = getattr(owner, name)
 
-        def recorded(*words, true=kind.from_pretrained, kind=name, **options):
+        def recorded(*words, original=kind.from_pretrained, kind=name, **options):
             trusted.append((kind, options["trust_remote_code"]))
             assert "Model" not in kind or options["use_safetensors"]
-            return true(*words, **options)
+            return original(*words, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", recorded)
 
-    def said(main, *argv):
+    def trust_of(main, *argv):
+        """Run a script. Returns the values of trust_remote_code that it passed to transformers."""
         trusted.clear()
         main([str(word) for word in argv])
         assert len({kind for kind, _ in trusted}) == 4
@@ -67,21 +68,20 @@ def test_trust_is_given_anew_on_each_command(prepared, data, tmp_path, monkeypat
 
     small = ["--max-steps", 1, "--batch-size", 2, "--eval-limit", 2]
     train = ["--data", data, "--out", tmp_path / "sft", "--tune", "full", "--warmup-steps", 0, *small]
-    yes = "--trust-remote-code"
-    for argv, told in (([], False), ([yes], True)):
-        assert said(prepare_data.main, "--out", data, "--encode-only", "--max-pixels", 3136, *argv) == {told}
-        assert said(sft.main, *train, *argv) == {told}
+    cases = (([], False), (["--trust-remote-code"], True))
+    for argv, expected in cases:
+        assert trust_of(prepare_data.main, "--out", data, "--encode-only", "--max-pixels", 3136, *argv) == {expected}
+        assert trust_of(sft.main, *train, *argv) == {expected}
     assert json.loads((tmp_path / "sft" / "config.json").read_text())["options"]["trust_remote_code"] is True
-    for argv, told in (([], False), ([yes], True)):
+    for argv, expected in cases:
         dpo = ["--sft", tmp_path / "sft", "--out", tmp_path / "dpo", "--export", tmp_path / "export", *small]
-        assert said(dpo_hano.main, *dpo, *argv) == {told}
-        assert said(evaluate.main, "--run", tmp_path / "dpo", "--limit", 2, *argv) == {told}
+        assert trust_of(dpo_hano.main, *dpo, *argv) == {expected}
+        assert trust_of(evaluate.main, "--run", tmp_path / "dpo", "--limit", 2, *argv) == {expected}
 
 
 def test_pickled_weights_are_refused(data, capsys):
     model = data / "tiny" / "model.safetensors"
     torch.save(load_file(model), data / "tiny" / "pytorch_model.bin")
     model.unlink()
-    assert "cannot be loaded as an image-text model" in refused(
-        capsys, sft.main, "--data", data, "--out", data.parent / "sft", "--batch-size", 2
-    )
+    error = refused(capsys, sft.main, "--data", data, "--out", data.parent / "sft", "--batch-size", 2)
+    assert "cannot be loaded as an image-text model" in error

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and files that may not grow."""
+"""Scripts on full and on read-only disks."""
 
 import resource
 import shutil
@@ -16,7 +16,7 @@ import sft
 
 @pytest.fixture
 def disk(tmp_path):
-    """A function that mounts a small disk; skips where mounting is not allowed."""
+    """A function that mounts a small disk. The test is skipped if mounting is not allowed."""
     mounted = []
 
     def mount(size):
@@ -69,8 +69,8 @@ def test_read_only_disks(disk, prepared, lora_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("limit", [100, 3000, 100_000, 1_000_000])
-def test_files_that_may_not_grow(limit, tmp_path, capsys):
-    """What a full disk does, where none can be mounted: every write beyond the limit fails."""
+def test_a_limit_on_file_sizes(limit, tmp_path, capsys):
+    """Every write beyond the limit fails, as on a full disk. This test runs without mounting a disk."""
     argv = [*layouts.write("csv", tmp_path / "raw", images=True), "--out", tmp_path / "data", "--max-pixels", 784]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))

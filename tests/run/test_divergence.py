@@ -15,25 +15,25 @@ from hanorec.model.supervised import supervised_step
 
 
 def test_divergence_names_the_samples_and_keeps_the_weights(prepared, tmp_path, capsys, monkeypatch):
-    """One epoch goes well and is kept; then a step's gradient is no number. Nothing is written after it."""
-    out, real, seen = tmp_path / "sft", supervised_step, []
-    users = [row["user"] for row in lines(prepared / "train.jsonl")]
+    """The weights of the first epoch are kept. Then a gradient is not finite, and nothing is written after it."""
+    out, steps_taken = tmp_path / "sft", []
+    users = [example["user"] for example in lines(prepared / "train.jsonl")]
     steps = len(users) // 32
 
     def step(model, micro_batches, parameters, optimizer, *rest):
-        if len(seen) == steps + 2:
+        if len(steps_taken) == steps + 2:
             with torch.no_grad():
                 parameters[0][:] = torch.nan
-        seen.append(1)
-        return real(model, micro_batches, parameters, optimizer, *rest)
+        steps_taken.append(1)
+        return supervised_step(model, micro_batches, parameters, optimizer, *rest)
 
     monkeypatch.setattr(sft, "supervised_step", step)
     argv = ["--data", prepared, "--out", out, "--epochs", 2, "--tasks", "yesno", "--batch-size", 32, "--eval-limit", 4]
     error = refused(capsys, sft.main, *argv, "--warmup-steps", 0)
-    told = rf"at step (\d+) \(users (.*)\); lower --lr .*the weights of step {steps} stay"
-    bad, named = re.search(told, error).groups()
+    message = rf"at step (\d+) \(users (.*)\); lower --lr .*the weights of step {steps} stay"
+    bad_step, bad_users = re.search(message, error).groups()
     order = np.random.default_rng([42, 1]).permutation(len(users))[2 * 32 : 3 * 32]
-    assert int(bad) == steps + 3 and set(named.split(", ")) == {users[row] for row in order}
+    assert int(bad_step) == steps + 3 and set(bad_users.split(", ")) == {users[number] for number in order}
     assert all(torch.isfinite(weight).all() for weight in load_file(out / "model" / "model.safetensors").values())
     assert not (out / "result.json").exists()
     assert all(np.isfinite(line.get("loss", 0)) for line in lines(out / "metrics.jsonl"))

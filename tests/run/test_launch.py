@@ -1,4 +1,4 @@
-"""Threads and processes: what the user and the launcher asked for."""
+"""Number of threads, the launcher's command line, and the command to continue a run."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from hanorec.run import launch
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads back."""
+    """Restore torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield before
     torch.set_num_threads(before)
@@ -42,13 +42,13 @@ def test_omp_num_threads_is_obeyed(monkeypatch, threads):
         ({}, ["--num_processes", "2"], False),
     ],
 )
-def test_the_launchers_own_environment_and_options_count(monkeypatch, variables, options, expected):
-    """The launcher sets OMP_NUM_THREADS for the script in any case."""
+def test_threads_set_by_the_launchers_environment_or_options(monkeypatch, variables, options, expected):
+    """The launcher always sets OMP_NUM_THREADS for the script, so the launcher's own environment counts."""
     command = ["sh", "-c", "sleep 60; true", "accelerate", "launch", *options]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     launcher = subprocess.Popen(command, env=environment | variables)
     try:
-        while not Path(f"/proc/{launcher.pid}/cmdline").read_bytes():  # for a moment after its start
+        while not Path(f"/proc/{launcher.pid}/cmdline").read_bytes():  # empty for a moment after the start
             time.sleep(0.01)
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -76,7 +76,7 @@ def test_every_form_of_the_launcher_is_recognised(monkeypatch, words, expected):
 
 
 def test_the_command_to_continue(monkeypatch):
-    """By the script's path; of a module that was started with -m, by the module's name."""
+    """A script is named by its path. A module that was started with -m is named by the module's name."""
     monkeypatch.setattr(sys, "argv", ["sft.py", "--seed", "1"])
     main = SimpleNamespace(__spec__=None)
     monkeypatch.setitem(sys.modules, "__main__", main)

@@ -1,11 +1,11 @@
-"""The tables of options: what --help shows in brackets, and misspelt names."""
+"""The tables of options: defaults in --help, and misspelt names."""
 
 import pytest
 
 from hanorec.run.options import Option, training_options
 
 
-def test_help_shows_the_defaults_and_what_is_inherited():
+def test_help_shows_defaults_and_inherited_options():
     tables = training_options(inherits=["lora_rank", "no_pack"], max_steps=(None, 120), lr=(1e-4, 1e-3))
     helps = {option.name: option.settings()["help"] for options in tables.values() for option in options}
     assert helps["--max-steps"].endswith(" [none; tiny: 120]")

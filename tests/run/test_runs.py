@@ -57,7 +57,7 @@ def test_a_folder_whose_replacement_fails_stays(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_a_killed_process_renamed_comes_back(tmp_path):
-    """The process was killed after the first of the two renames in `replacing`, or in the middle of `delete`."""
+    """A process was killed after the first of the two renames in `replacing`, or in the middle of `delete`."""
     for name in (".adapter.17.old.partial", ".adapter.17.new.partial", ".model.17.deleted.partial", "checkpoints"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
@@ -70,7 +70,7 @@ def test_a_folder_that_a_killed_process_renamed_comes_back(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-4.old", "weights"]
 
 
-def test_a_folder_that_cannot_be_locked_is_not_said_to_be_in_use(tmp_path, monkeypatch):
+def test_the_error_of_a_failed_lock_does_not_name_another_process(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
@@ -106,27 +106,26 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_micro_batches_cover_each_epoch_once(processes):
-    rows, per_row, batch, accum = 29, 2, 2, 3
+    examples, per_example, batch, accum = 29, 2, 2, 3
     per_step = batch * accum * processes
-    steps = rows * per_row // per_step
-    streams = [
-        training.micro_batches(rows, per_row, batch, accum, processes, rank, seed=3) for rank in range(processes)
-    ]
+    steps = examples * per_example // per_step
+    sizes = examples, per_example, batch, accum, processes
+    streams = [training.micro_batches(*sizes, rank, seed=3) for rank in range(processes)]
     epochs = []
     for _ in range(2):
         seen = []
         for _ in range(steps):
             by_process = [next(stream) for stream in streams]
             assert all(len(micro) == accum and all(len(b) == batch for b in micro) for micro in by_process)
-            # micro-batch by micro-batch, the processes side by side: the order of one process
+            # The processes' batches side by side are in the order of one process
             seen += [n for i in range(accum) for micro in by_process for n in micro[i]]
-        assert len(set(seen)) == len(seen) == steps * per_step <= rows * per_row
-        pairs = [(a // per_row, b // per_row) for a, b in zip(seen[::2], seen[1::2], strict=True)]
-        assert all(a == b for a, b in pairs)  # a row's samples stay side by side
+        assert len(set(seen)) == len(seen) == steps * per_step <= examples * per_example
+        pairs = [(a // per_example, b // per_example) for a, b in zip(seen[::2], seen[1::2], strict=True)]
+        assert all(a == b for a, b in pairs)  # an example's samples stay side by side
         epochs.append(seen)
     assert epochs[0] != epochs[1]
     if processes > 1:
-        single = training.micro_batches(rows, per_row, batch, accum * processes, 1, 0, seed=3)
+        single = training.micro_batches(examples, per_example, batch, accum * processes, 1, 0, seed=3)
         assert [n for b in next(single) for n in b] == epochs[0][:per_step]
 
 
@@ -146,9 +145,8 @@ def test_cosine_by_hand():
     half = 0.5**0.5
     assert rates == pytest.approx([0.3, 0.15, 0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)])
     assert schedule.get_last_lr()[0] == pytest.approx(0)
-    schedule = training.cosine(
-        optimizer, steps=1, warmup_steps=40, warmup_peak=1.0
-    )  # a rise over two steps comes first
+    # The warm-up begins with a rise over two steps
+    schedule = training.cosine(optimizer, steps=1, warmup_steps=40, warmup_peak=1.0)
     start = optimizer.param_groups[0]["initial_lr"]
     assert schedule.get_last_lr()[0] == pytest.approx(start / 2)
 
@@ -187,7 +185,7 @@ def test_replacing_a_finished_run_is_printed(tmp_path, capsys):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_processes_that_the_launcher_was_asked_for(monkeypatch):
+def test_the_number_of_processes_in_the_launchers_command(monkeypatch):
     def launched(line):
         monkeypatch.setattr(Path, "read_text", lambda path, errors: "\0".join(line.split()))
         return launcher_option("--num_processes")
@@ -197,22 +195,22 @@ def test_processes_that_the_launcher_was_asked_for(monkeypatch):
     assert launched("python -m accelerate.commands.accelerate_cli launch --num_processes 3 sft.py") == "3"
     assert launched("python /opt/bin/accelerate launch sft.py") is None
     assert launched("bash") is None
-    assert launched("python launch --num_processes 2 sft.py") is None  # another program's word
+    assert launched("python launch --num_processes 2 sft.py") is None  # another program has this option
     assert launched("bash launch accelerate --num_processes 2") is None
 
 
-def test_ahead_gives_the_same_values_and_raises_in_place():
+def test_ahead_keeps_values_and_raises_errors_in_order():
     def values():
         yield from range(3)
         raise ValueError("after three")
 
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")  # names of devices alone
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")  # only the names of the devices are used
     assert list(training.ahead(range(7), gpu)) == list(training.ahead(range(7), cpu)) == list(range(7))
     assert list(training.ahead([], gpu)) == []
-    taken, made = [], training.ahead(values(), gpu)
+    taken, iterator = [], training.ahead(values(), gpu)
     with pytest.raises(ValueError, match="after three"):
         while True:
-            taken.append(next(made))
+            taken.append(next(iterator))
     assert taken == [0, 1, 2]
 
 
@@ -221,7 +219,7 @@ def one_process():
     return SimpleNamespace(is_main_process=True, num_processes=1, device=device, gather=lambda tensor: tensor)
 
 
-def test_speed_is_of_the_steps_not_of_when_they_are_read(tmp_path):
+def test_speed_is_measured_at_the_steps_not_when_metrics_are_read(tmp_path):
     options = SimpleNamespace(report_to=None, out=tmp_path)
     log = Log("sft", one_process(), options, 3)
     for step in (1, 2):
@@ -240,18 +238,18 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
 
 
 @pytest.mark.parametrize(("processes", "text"), [(1, "after this step"), (2, "after the next step")])
-def test_a_signal_says_when_the_run_will_stop(processes, text, capfd):
+def test_a_signal_prints_when_the_run_will_stop(processes, text, capfd):
     log = SimpleNamespace(signal=0, accelerator=SimpleNamespace(num_processes=processes))
     with signals(log):
         os.kill(os.getpid(), signal.SIGTERM)
     assert log.signal == signal.SIGTERM and text in capfd.readouterr().err
 
 
-def test_a_step_whose_gradient_is_no_number_stops_the_run_before_it_is_kept(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step_is_logged(tmp_path):
     log = Log("sft", one_process(), SimpleNamespace(out=tmp_path, report_to=None, lr=1), 3)
     good = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
     log.step(1, good, ["a", "b", "a", "b"])
-    assert (tmp_path / "metrics.jsonl").read_text() == ""  # read when the next step has been started
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # metrics are read after the next step has started
     log.step(2, good | {"grad_norm": torch.tensor(float("inf"))}, ["c", "d", "d", "c"])
     with pytest.raises(UserError, match=r"grad_norm is inf at step 2 \(users c, d\); lower --lr 1"):
         log.flush()

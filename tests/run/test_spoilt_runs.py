@@ -1,4 +1,4 @@
-"""Run folders that were spoilt."""
+"""Spoilt run folders are refused."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ RUN_FILES = ["config.json", "result.json", "adapter/adapter_model.safetensors", 
 @pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("name", [*RUN_FILES, "model/model.safetensors", "model/config.json"])
 def test_spoilt_run_folders(name, how, sft_run, lora_run, tmp_path, capsys):
-    evaluated = shutil.ignore_patterns("*metrics.json", "*predictions.jsonl")  # by other tests
+    evaluated = shutil.ignore_patterns("*metrics.json", "*predictions.jsonl")  # files that other tests wrote
     shutil.copytree(sft_run if name.startswith("model") else lora_run, tmp_path / "run", ignore=evaluated)
     spoil(tmp_path / "run" / name, how)
     error = refused(capsys, evaluate.main, "--run", tmp_path / "run", "--limit", 2)
@@ -40,6 +40,8 @@ def test_spoilt_run_folders(name, how, sft_run, lora_run, tmp_path, capsys):
 def test_wrong_types_in_a_runs_config(change, expected, lora_run, tmp_path, capsys):
     shutil.copytree(lora_run, tmp_path / "run")
     config = json.loads((lora_run / "config.json").read_text())
-    (config["options"] if set(change) < set(RUN_OPTIONS) - {"data"} | {"tune"} else config).update(change)
+    options = set(RUN_OPTIONS) - {"data"} | {"tune"}  # "data" is also a field beside the options
+    fields = config["options"] if set(change) < options else config
+    fields.update(change)
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert expected in refused(capsys, evaluate.main, "--run", tmp_path / "run", "--limit", 2)

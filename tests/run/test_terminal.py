@@ -1,4 +1,4 @@
-"""Titles are text to the terminal, whatever characters they hold."""
+"""Control characters in titles, ids and options do not reach the terminal."""
 
 import json
 import os
@@ -21,11 +21,12 @@ EVIL = "Film\x1b[2J\x1b]0;x\x07 \u202egnp.\u2066 \x9b31m\u200b"
 
 
 def controls(text):
+    """The characters of a text that could control a terminal, line ends aside."""
     return [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"]
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
-    """From titles, users and items; in what is shown, recommended, inherited and refused."""
+    """Titles, users and items with control characters, in prompts, recommendations, inherited options and errors."""
     raw = tmp_path / "raw"
     argv = [*layouts.write("csv", raw), "--out", tmp_path / "data"]
     rows = [(f"{u}\x1b[1m", f"{i}\x1b[8m", t, r) for u, i, t, r in layouts.interactions()]
@@ -45,11 +46,12 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
     (tmp_path / "sft" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         dpo_hano.main(["--sft", str(tmp_path / "sft"), "--out", str(tmp_path / "dpo")])
-    said = capsys.readouterr()
-    assert r"attn Film\x1b[2J" in said.out and not controls(said.out) and not controls(said.err.replace("\r", ""))
+    printed = capsys.readouterr()
+    assert r"attn Film\x1b[2J" in printed.out and not controls(printed.out)
+    assert not controls(printed.err.replace("\r", ""))
 
 
-def test_a_terminal_without_the_titles_characters(prepared):
+def test_a_terminal_that_cannot_show_a_character(prepared):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     code = "from hanorec.run.files import one_line_errors\n@one_line_errors\ndef main(argv):\n"
     code += "    print('\\U0001f600')\nmain([])"
