@@ -17,7 +17,7 @@ from hanorec.model.lora import add_lora, without_trained_adapter
 bitsandbytes = pytest.importorskip("bitsandbytes")
 # On CPUs with bf16 instructions bitsandbytes repacks the weights at the first evaluation, and then cannot train
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-STEPS = "--max-steps 2 --batch-size 2 --grad-accum 1 --eval-limit 1".split()
+STEPS = "--max-steps 2 --batch-size 3 --grad-accum 1 --eval-limit 1".split()
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_trust_is_given_anew_on_each_command(prepared, data, tmp_path, monkeypat
         assert len({kind for kind, _ in trusted}) == 4
         return {trust for _, trust in trusted}
 
-    small = ["--max-steps", 1, "--batch-size", 2, "--eval-limit", 2]
+    small = ["--max-steps", 1, "--batch-size", 3, "--eval-limit", 2]
     train = ["--data", data, "--out", tmp_path / "sft", "--tune", "full", "--warmup-steps", 0, *small]
     cases = (([], False), (["--trust-remote-code"], True))
     for argv, expected in cases:

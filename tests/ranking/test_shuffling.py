@@ -47,16 +47,16 @@ def test_the_prompt_holds_the_other_items_image(prepared, images):
     trees = [opened.prompts().evaluation_tree(example, "rank") for opened in (data, plain)]
     items = trees[0][0].images
     assert items == trees[1][0].images  # the items are the same, in the same order
-    lengths = [plain.tokens.length(order[item]) for item in items]
+    lengths = [plain.tokens.lengths[order[item]] for item in items]
     model = PackedMLLM(load_model(data.source))
     batch = model.collate(trees[:1], data.tokens)
     assert batch.input_ids.tolist().count(model.core.config.image_token_id) == sum(lengths)
-    assert [grid.tolist() for grid in batch.grids] == [plain.tokens.grid(order[item]).tolist() for item in items]
+    assert [grid.tolist() for grid in batch.grids] == [plain.tokens.grids[order[item]].tolist() for item in items]
     if images == "stored":
         expected = [token.tolist() for item in items for token in plain.tokens.of(order[item])]
         assert batch.image_tokens.tolist() == expected
     else:
         assert batch.sizes == [(data.items.ids[order[item]], size) for item, size in zip(items, lengths, strict=True)]
-        live = Opened(prepared, images="live").tokens.pixels([order[item] for item in items])
+        live, _ = Opened(prepared, images="live").tokens.pixels([order[item] for item in items])
         assert (batch.pixels["pixel_values"] == live["pixel_values"]).all()
     assert (data.tokens.means() == plain.tokens.means()[order]).all()
