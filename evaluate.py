@@ -270,8 +270,10 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     results = {name: pool(row, options.seed) for name, row in rows.items()}
     for name, scores in ceiling_scores(data, options.split, examples).items():
         results[name] = measured(*scores, {})
-    baselines = trained_scores(data, options.split, examples) | baseline_scores(sequences, len(data.items), examples)
-    for name, scores in baselines.items():
+    trained = [measured(scores, None, {}) for scores in trained_scores(data, options.split, examples)]
+    if trained:
+        results["SASRec" if len(trained) == 1 else f"SASRec ({len(trained)} seeds)"] = pool(trained, options.seed)
+    for name, scores in baseline_scores(sequences, len(data.items), examples).items():
         results[name] = measured(scores, None, {})
     reference = reference_group(groups, options.compare) if options.compare else None
     compared = differences(rows, reference, options.seed) if reference else {}

@@ -130,7 +130,7 @@ from mllm_srec.texts import read_texts, without_words
 # Each split has its own stream of random numbers
 STREAMS = {"train": 0, "val": 1, "test": 2, "test_hard": 5, "test_popularity": 6, "test_99": 9}
 # What was made of the old data, and is deleted when the data are prepared again
-OF_OLD_DATA = ["encoded", "sasrec", *CEILING_FILES, *(f"{name}.jsonl" for name in FURTHER_TESTS)]
+OF_OLD_DATA = ["encoded", "sasrec", "sasrec-*", *CEILING_FILES, *(f"{name}.jsonl" for name in FURTHER_TESTS)]
 # The files of a data folder without manifest.json: an earlier command was interrupted
 DATA_FILES = {"images", "tiny", "summaries", "descriptions.jsonl", *OF_OLD_DATA, *(f"{name}.jsonl" for name in FILES)}
 # Options that do not change the data files
@@ -144,7 +144,7 @@ def check_out(out: Path, dataset: str) -> None:
         source = read_json(manifest, {}, "choose another --out").get("source")
         if source != dataset:
             raise UserError(f"{out} holds the data of {source}; choose another --out")
-    elif {path.name for path in out.iterdir() if not path.name.startswith(".")} - DATA_FILES:
+    elif {path.name.split("-")[0] for path in out.iterdir() if not path.name.startswith(".")} - DATA_FILES:
         raise UserError(f"{out} holds other files; choose another --out")
 
 
@@ -164,8 +164,8 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
             users = len(data.user_ids)
             raise UserError(f"no {name} examples from {users} users with the split {options.split}; add users")
     (out / "manifest.json").unlink(missing_ok=True)
-    for old in OF_OLD_DATA:
-        delete(out / old)
+    for old in [path for pattern in OF_OLD_DATA for path in out.glob(pattern)]:
+        delete(old)
     images = [os.path.relpath(path, out) if path else None for path in data.images]
     items = zip(data.item_ids, data.titles, images, strict=True)
     write_jsonl(out / "items.jsonl", ({"item": i, "title": t, "image": p} for i, t, p in items))

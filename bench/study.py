@@ -67,10 +67,15 @@ def training_command(study: str, arm: str, seed: int) -> list[str]:
     return [script, *given, "--out", run_folder(study, arm, seed), *words]
 
 
-def prepare_commands(study: str) -> list[list[str]]:
-    """Return the commands that prepare the data and train SASRec, without `python`."""
-    sasrec = ["-m", "hanorec.ranking.sasrec", "--data", f"data/{study}"]
-    return [["prepare_data.py", *STUDIES[study]["prepare"].split()], sasrec]
+def prepare_command(study: str) -> list[str]:
+    """Return the command that prepares the data, without `python`."""
+    return ["prepare_data.py", *STUDIES[study]["prepare"].split()]
+
+
+def sasrec_command(study: str, seed: int) -> list[str]:
+    """Return the command that trains SASRec, without `python`."""
+    folder = f"data/{study}"
+    return ["-m", "hanorec.ranking.sasrec", "--data", folder, "--out", f"{folder}/sasrec-{seed}", "--seed", str(seed)]
 
 
 def run(command: list[str], core: int, log: Path) -> None:
@@ -89,10 +94,12 @@ def train(study: str, seeds: list[int], cores: list[int]) -> None:
     """Prepare the data and train what is not finished. Arms that start from another arm's run come after it."""
     logs = ROOT / "runs" / study
     logs.mkdir(parents=True, exist_ok=True)
-    prepared = [ROOT / "data" / study / name for name in ("manifest.json", "sasrec/config.json")]
-    for command, result in zip(prepare_commands(study), prepared, strict=True):
-        if not result.exists():
-            run(command, cores[0], logs / "data.log")
+    data = ROOT / "data" / study
+    if not (data / "manifest.json").exists():
+        run(prepare_command(study), cores[0], logs / "data.log")
+    for seed in seeds:
+        if not (data / f"sasrec-{seed}" / "config.json").exists():
+            run(sasrec_command(study, seed), cores[0], logs / "sasrec.log")
     free = queue.SimpleQueue()
     for core in cores:
         free.put(core)
@@ -121,8 +128,8 @@ def measured(study: str, seeds: list[int], split: str) -> tuple[dict[str, Result
     found = evaluate.main(["--run", *everything, "--split", split, "--pool", "--compare", *folders["sft"]])
     images = evaluate.main(["--run", *folders["sft"], "--split", split, "--pool", "--shuffle-images"])
     group = {arm: f"runs/{study}/{arm}-* ({len(seeds)} seeds)" for arm in ARMS}
-    results = {name: found[name] for name in ("ceiling", "ceiling, titles", "SASRec") if name in found}
-    results |= {name: found[name] for name in ("co-occurrence", "popularity", "chance")}
+    beside = ("ceiling", "ceiling, titles", f"SASRec ({len(seeds)} seeds)", "co-occurrence", "popularity", "chance")
+    results = {name: found[name] for name in beside if name in found}
     results |= {ARMS[arm][0]: found[group[arm]] for arm in ARMS} | {SHUFFLED: images[group["sft"]]}
     minus = {ARMS[arm][0]: found[f"{group[arm]} minus {group['sft']}"] for arm in ARMS if arm != "sft"}
     return results, minus
@@ -143,7 +150,8 @@ def table(results: dict[str, Result], corner: str) -> str:
 
 def section(study: str, seeds: list[int]) -> str:
     """Evaluate the arms on every split, and return the study's section of docs/results.md."""
-    commands = [*prepare_commands(study), *(training_command(study, arm, seeds[0]) for arm in ARMS)]
+    commands = [prepare_command(study), sasrec_command(study, seeds[0])]
+    commands += [training_command(study, arm, seeds[0]) for arm in ARMS]
     folders = [run_folder(study, arm, seeds[0]) for arm in ARMS]
     commands.append(["evaluate.py", "--run", *folders, "--compare", folders[0]])
     texts = ["```", *(f"python {' '.join(command)}" for command in commands), "```", ""]

@@ -19,11 +19,16 @@ import measure
 import run
 import scaling
 import sft_step
+import study
 import summaries
 import trl_side
 import workload
 
+import dpo_hano
+import prepare_data
+import sft
 from hanorec.model.trees import Node
+from hanorec.ranking import sasrec
 from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"
@@ -225,3 +230,47 @@ def test_results_md_is_the_report_of_results_json():
     assert run.report(parts, results) == RESULTS.with_name("RESULTS.md").read_text()
     rows = [row for part in parts.values() for row in part["rows"]]
     assert all(system["runs"] >= 5 for row in rows for system in [row["ours"], *row["others"].values()])
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_command_of_a_study_is_one_of_its_script(name):
+    assert prepare_data.parse(study.prepare_command(name)[1:]).out == Path("data") / name
+    assert sasrec.parse(study.sasrec_command(name, 3)[2:]).seed == 3
+    for arm, (_, script, _, start) in study.ARMS.items():
+        command = study.training_command(name, arm, 3)
+        assert command[0] == script
+        options = {"sft.py": sft, "dpo_hano.py": dpo_hano}[script].parse(command[1:])
+        assert (str(options.out), options.seed) == (study.run_folder(name, arm, 3), 3)
+        if start:
+            assert str(options.sft) == study.run_folder(name, start, 3)
+
+
+def test_a_study_skips_what_is_finished_and_starts_arms_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    for finished in ("data/demo/manifest.json", "data/demo/sasrec-1/config.json", "runs/demo/sft-1/result.json"):
+        (tmp_path / finished).parent.mkdir(parents=True)
+        (tmp_path / finished).touch()
+    commands, cores = [], []
+
+    def run(command, core, log):
+        commands.append(command)
+        cores.append(core)
+
+    monkeypatch.setattr(study, "run", run)
+    study.train("demo", [1, 2], [0, 1])
+    outs = [command[command.index("--out") + 1] for command in commands]
+    assert sorted(outs[1:]) == sorted(
+        f"runs/demo/{arm}-{seed}" for arm in study.ARMS for seed in (1, 2) if (arm, seed) != ("sft", 1)
+    )
+    assert outs[0] == "data/demo/sasrec-2" and outs.index("runs/demo/sft-2") < outs.index("runs/demo/plain-2")
+    assert set(cores) <= {0, 1}
+
+
+def test_a_study_replaces_its_section_alone(tmp_path):
+    page = tmp_path / "results.md"
+    text = "before\n<!-- study a -->\nold\n<!-- end of study a -->\nafter\n"
+    page.write_text(text)
+    study.write_section(page, "a", "new\n")
+    assert page.read_text() == text.replace("old", "new")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        study.write_section(page, "b", "new\n")

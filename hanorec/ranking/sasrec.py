@@ -1,6 +1,7 @@
 """Train SASRec on a data folder and score the candidates. evaluate.py then shows it in every results table.
 
     python -m hanorec.ranking.sasrec --data data/ml-1m      # -> data/ml-1m/sasrec/
+    python -m hanorec.ranking.sasrec --data data/ml-1m --seed 2 --out data/ml-1m/sasrec-2   # a second seed
 
 SASRec (Kang and McAuley 2018, arXiv 1808.09781) predicts the next item from item ids alone, with causal self-attention
 over the user's whole sequence. Here the loss is the cross-entropy over all items at every position. The epoch with the
@@ -20,7 +21,7 @@ from hanorec.run.runs import check_out, json_options, versions
 OPTIONS = {
     "": [
         DATA,
-        Option("--out", Path, None, "folder to write; evaluate.py reads the default one", shown="<data>/sasrec"),
+        Option("--out", Path, None, "folder to write; evaluate.py reads <data>/sasrec*", shown="<data>/sasrec"),
     ],
     "model": [
         Option("--width", positive_int, 50, "size of an item's vector"),
@@ -237,21 +238,21 @@ def predictions_name(split: str) -> str:
     return "predictions.jsonl" if split == "test" else f"{split}_predictions.jsonl"
 
 
-def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Return {"SASRec": scores [R, C]} from <data>/sasrec; an empty dict if SASRec was not trained on this data.
+def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Return the scores [R, C] of each SASRec in <data>/sasrec* that was trained on this data.
 
     If the data folder was prepared again since, print the command that trains it again.
     """
-    folder = data.folder / "sasrec"
-    if not (folder / "config.json").exists():
-        return {}
-    command = f"python -m hanorec.ranking.sasrec --data {data.folder}"
-    config = read_json(folder / "config.json", CONFIG, f"train it again: {command}")
-    path = folder / predictions_name(split)
-    if config["files"] != data.manifest["files"] or not path.exists():
-        print(printable(f"{folder} was trained on other data and is left out; train it again: {command}"))
-        return {}
-    return {"SASRec": read_scores(path, data.items.ids, examples)[0]}
+    scores = []
+    for path in sorted(data.folder.glob("sasrec*/config.json")):
+        command = f"python -m hanorec.ranking.sasrec --data {data.folder} --out {path.parent}"
+        config = read_json(path, CONFIG, f"train it again: {command}")
+        predictions = path.with_name(predictions_name(split))
+        if config["files"] == data.manifest["files"] and predictions.exists():
+            scores.append(read_scores(predictions, data.items.ids, examples)[0])
+        else:
+            print(printable(f"{path.parent} was trained on other data and is left out; train it again: {command}"))
+    return scores
 
 
 @one_line_errors
