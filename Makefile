@@ -1,6 +1,6 @@
-# make demo: the four commands with their defaults, ending in the results table. make test: style and tests.
-# make fuzz: ten thousand spoilt inputs to every reader. make bench: this project against TRL, into bench/RESULTS.md.
-# All make .venv and install into it what they need.
+# make demo: the four commands with their defaults and the baseline SASRec, ending in the results table.
+# make test: style and tests. make fuzz: ten thousand spoilt inputs to every reader.
+# make bench: this project against TRL, into bench/RESULTS.md. All make .venv and install into it what they need.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,6 +14,7 @@ demo: .venv/installed
 	$(BIN)/python prepare_data.py --show 1
 	$(LAUNCH) sft.py
 	$(LAUNCH) dpo_hano.py --sigma 0.05
+	$(BIN)/python -m hanorec.ranking.sasrec
 	$(BIN)/python evaluate.py
 
 test: .venv/tests

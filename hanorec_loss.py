@@ -2,11 +2,11 @@
 """The method of HaNoRec on tensors: hardness, responsiveness, the dynamic beta, its DPO loss, and noisy LoRA weights.
 
 This file needs torch alone: copy it into your own project. The equation numbers are those of HaNoRec (SIGIR 2026,
-arXiv 2511.18740). Shapes: N items, d numbers in an item vector, K neighbours, B preference pairs. A pair is a prompt
-with a chosen and a rejected answer. The log-probability of an answer (logp) is the sum over its tokens, in nats.
+arXiv 2511.18740). Shapes: N items, d numbers in an item vector, k neighbours, B prompts with a chosen answer and one
+or K rejected answers. The log-probability of an answer (logp) is the sum over its tokens, in nats.
 
     vectors  = fuse_item_vectors(text, image)                                  # [N, d], once per training run
-    profiles = neighbor_profiles(vectors)                                      # [N, K]
+    profiles = neighbor_profiles(vectors)                                      # [N, k]
     distance = pair_distance(profiles, chosen_items, rejected_items)           # [pairs], all training pairs
     hardness = hardness_weight(distance, distance.mean())                      # [pairs], constant during training
 
@@ -14,7 +14,8 @@ with a chosen and a rejected answer. The log-probability of an answer (logp) is 
         losses, metrics = hanorec_loss(chosen, rejected, reference_chosen, reference_rejected, hardness[batch])
         losses.mean().backward()
 
-With hardness 1, eta 1 and sigma 0 the loss is exactly that of DPO (arXiv 2305.18290).
+With hardness 1, eta 1 and sigma 0 the loss is exactly that of DPO (arXiv 2305.18290), and with several rejected answers
+that of S-DPO (arXiv 2406.09215).
 """
 
 import contextlib
@@ -55,7 +56,7 @@ def neighbor_profiles(item_vectors: torch.Tensor, k: int = 10, temperature: floa
 def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return equation (5), the Euclidean distance D between the profiles of a pair's two items: [B].
 
-    profiles: [N, K]. chosen, rejected: [B], item indices. A softmax over sorted cosines is almost flat, so D hardly
+    profiles: [N, k]. chosen, rejected: [B], item indices. A softmax over sorted cosines is almost flat, so D hardly
     varies between pairs and lambda is nearly constant. `cosine_distance` varies more.
     """
     return (profiles[chosen].float() - profiles[rejected].float()).norm(dim=-1)
@@ -78,13 +79,6 @@ def hardness_weight(distance: torch.Tensor, mean_distance: float | torch.Tensor)
     """
     mean_distance = torch.as_tensor(mean_distance, dtype=torch.float32, device=distance.device)
     return (distance.detach().float().sigmoid() / mean_distance.sigmoid()).detach()
-
-
-def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-    """Return log pi(y) - log pi_ref(y), the two parentheses of equation (7): (chosen [B], rejected [B]), float32."""
-    chosen = policy_chosen_logps.float() - reference_chosen_logps.float().detach()
-    rejected = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
-    return chosen, rejected
 
 
 def responsiveness(reward_gap: torch.Tensor, rounding: float = 0.0) -> torch.Tensor:
@@ -125,41 +119,50 @@ def hanorec_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return equations (11, 12): the losses [B] of DPO with one beta per pair (average them), and `preference_metrics`.
 
-    A smaller beta' gives a pair more gradient only if log_ratio_gap exceeds 1.278 / beta' (12.8 nats at 0.1). See the
-    metric `hard_gradient_share` for the part of the gradient that the harder half of the pairs gets.
+    With K rejected answers a loss is softplus(logsumexp over k of -beta'_k * gap_k): S-DPO with a beta' of each pair. A
+    smaller beta' gives a pair more gradient only if log_ratio_gap exceeds 1.278 / beta' (12.8 nats at 0.1).
 
     Args:
-        policy_*_logps, reference_*_logps, hardness (lambda of equation (6)): [B].
+        policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K].
+        hardness: lambda of equation (6), [B] or [B, K].
         beta: beta0. beta_floor: the smallest beta'.
         eta: a number; or a function from the reward gaps R to eta; or None for `responsiveness`.
         gather: a function such as `accelerator.gather` that joins the R of all processes before eta is computed.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    shapes = {tuple(x.shape) for x in (*logps, hardness)}
-    if len(shapes) != 1 or policy_chosen_logps.dim() != 1:
-        raise ValueError(f"log-probabilities and hardness must all be [B], one number a pair; got {sorted(shapes)}")
-    chosen_log_ratio, rejected_log_ratio = log_ratios(*logps)
-    log_ratio_gap = chosen_log_ratio - rejected_log_ratio  # [B], the bracket of (7)
+    shapes = [tuple(tensor.shape) for tensor in (*logps, hardness)]
+    one, many = shapes[:2]  # [B], and [B] or [B, K]
+    if shapes[2:4] != [one, many] or shapes[4] not in (one, many) or len(one) != 1 or many[:1] != one or many[2:]:
+        raise ValueError(f"log-probabilities and hardness must be [B], of rejected answers [B] or [B, K]; got {shapes}")
+    chosen_log_ratio = policy_chosen_logps.float() - reference_chosen_logps.float().detach()
+    rejected_log_ratio = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
+    rejected_log_ratio = rejected_log_ratio.reshape(*one, -1)  # [B, K]
+    hardness = hardness.detach().float().reshape(*one, -1).expand_as(rejected_log_ratio)
+    log_ratio_gap = chosen_log_ratio[:, None] - rejected_log_ratio  # [B, K], the bracket of (7)
     eta = responsiveness if eta is None else eta
     if callable(eta):
-        reward_gap = beta * log_ratio_gap.detach()  # (7), R, [B]
+        reward_gap = beta * log_ratio_gap.detach().flatten()  # (7), R, [B * K]
         eta = eta(reward_gap if gather is None else gather(reward_gap))  # (8)
     eta = torch.as_tensor(eta, dtype=torch.float32, device=log_ratio_gap.device).detach()
-    hardness = hardness.detach().float()
-    dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B]
-    losses = -F.logsigmoid(dynamic_beta * log_ratio_gap)  # (12), [B]
+    dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B, K]
+    losses = -F.logsigmoid(-torch.logsumexp(-dynamic_beta * log_ratio_gap, dim=1))  # (12), [B]
     return losses, preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, beta, eta)
 
 
 @torch.no_grad()
 def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, beta: float, eta) -> dict:
-    """Return the metrics of a batch: scalars without gradient, by name. Log ratios, hardness, dynamic_beta: [B].
+    """Return the metrics of a batch: scalars without gradient, by name.
 
-    `hard_gradient_share`: the harder half is the first half of the pairs sorted by hardness; pairs of equal hardness
-    keep their order in the batch. The middle pair of an odd B is in both halves. If no pair has a gradient, it is 0.5.
+    `hard_gradient_share` is the part of the gradient of the harder half: of the first pairs, sorted by hardness. Pairs
+    of equal hardness keep their order. The middle pair of an odd number is in both halves. Without any gradient it is
+    0.5.
+
+    losses, chosen_log_ratio: [B]. rejected_log_ratio, hardness, dynamic_beta: [B, K].
     """
-    log_ratio_gap = chosen_log_ratio - rejected_log_ratio
-    gradient_size = dynamic_beta * (-dynamic_beta * log_ratio_gap).sigmoid()  # |d loss / d log_ratio_gap|, [B]
+    log_ratio_gap = (chosen_log_ratio[:, None] - rejected_log_ratio).flatten()
+    scores = -dynamic_beta * log_ratio_gap.view_as(dynamic_beta)
+    gradient_size = dynamic_beta * scores.logsumexp(1, keepdim=True).sigmoid() * scores.softmax(1)  # |d loss / d gap|
+    hardness, dynamic_beta, gradient_size = hardness.flatten(), dynamic_beta.flatten(), gradient_size.flatten()
     gradient_size = gradient_size[hardness.argsort(stable=True)]  # of the hardest pair first
     half = (len(hardness) + 1) // 2
     harder, easier = gradient_size[:half].sum(), gradient_size[-half:].sum()
