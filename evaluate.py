@@ -87,7 +87,7 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if not runs and not options.scores:
         raise UserError("no --run given and no runs/demo here; run sft.py first")
     configs = {run: read_run(run) for run in [*runs, *options.compare]}
-    groups = group_runs(configs) if options.pool else {str(run): {0: run} for run in configs}
+    groups = group_runs(configs) if options.pool else {str(run): {(0,): run} for run in configs}
     if options.compare:
         reference_group(groups, options.compare)
     named = [options.data, *(Path(config["options"]["data"]) for config in configs.values())]
@@ -151,9 +151,7 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
 
 
 def file_prefix(options: argparse.Namespace) -> str:
-    """Return the prefix for the names of metrics.json and predictions.jsonl, empty for the complete test split
-    with its images.
-    """
+    """Return the prefix of the names of metrics.json and predictions.jsonl, empty for all of test with its images."""
     prefix = "" if options.split == "test" else f"{options.split}_"
     prefix += "blank_" if options.blank_images else "shuffled_" if options.shuffle_images else ""
     return prefix + (f"first{options.limit}_" if options.limit else "")
@@ -174,7 +172,10 @@ def open_data(folder: Path, split: str) -> DataFolder:
     """Open the data folder. UserError if it lacks the split."""
     data = DataFolder(folder)
     if f"{split}.jsonl" not in data.manifest["files"]:
-        raise UserError(f"{folder} has no split {split}; prepare the data again with prepare_data.py, or leave it out")
+        remedy = (
+            "prepare the data again with the same options, and with --further-tests for test_popularity and test_99"
+        )
+        raise UserError(f"{folder} has no split {split}; {remedy}")
     return data
 
 
@@ -199,8 +200,9 @@ def score_runs(options, configs: dict[Path, dict], data: DataFolder, examples: l
         scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
         scored[run] = yes_scores if scores is None else scores, yes_scores
         if accelerator.is_main_process:
-            path = run / f"{file_prefix(options)}predictions.jsonl"
-            write_predictions(path, data.items.ids, examples, scores, yes_scores)
+            prefix = file_prefix(options)
+            (run / f"{prefix}metrics.json").unlink(missing_ok=True)  # those of other predictions
+            write_predictions(run / f"{prefix}predictions.jsonl", data.items.ids, examples, scores, yes_scores)
             if options.export_recbole and run == next(iter(configs)):
                 splits = {split: data.examples(split) for split in ("train", "val", "test")}
                 splits["candidates"] = examples
@@ -247,6 +249,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         recommend(options, configs, data, accelerator)
         return None
     examples = data.examples(options.split, options.limit)
+    others = {str(path): read_scores(path, data.items.ids, examples) for path in options.scores}
+    ceilings = ceiling_scores(data, options.split, examples)
     scored = score_runs(options, configs, data, examples, accelerator)
     targets, changes = target_columns(examples), {}
     if options.blank_images or options.shuffle_images:
@@ -266,13 +270,11 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
 
     by_run = {run: measure_slices(*scores, targets, slicings, options.seed) for run, scores in scored.items()}
     rows = {name: [by_run[run] for run in runs.values()] for name, runs in groups.items()}
-    rows |= {str(path): [measured(*read_scores(path, data.items.ids, examples), slicings)] for path in options.scores}
+    rows |= {name: [measured(*scores, slicings)] for name, scores in others.items()}
     results = {name: pool(row, options.seed) for name, row in rows.items()}
-    for name, scores in ceiling_scores(data, options.split, examples).items():
-        results[name] = measured(*scores, {})
-    trained = [measured(scores, None, {}) for scores in trained_scores(data, options.split, examples)]
-    if trained:
-        results["SASRec" if len(trained) == 1 else f"SASRec ({len(trained)} seeds)"] = pool(trained, options.seed)
+    results |= {name: measured(*scores, {}) for name, scores in ceilings.items()}
+    for name, seeds in trained_scores(data, options.split, examples).items():
+        results[name] = pool([measured(scores, None, {}) for scores in seeds], options.seed)
     for name, scores in baseline_scores(sequences, len(data.items), examples).items():
         results[name] = measured(scores, None, {})
     reference = reference_group(groups, options.compare) if options.compare else None

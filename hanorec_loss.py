@@ -124,8 +124,7 @@ def hanorec_loss(
 
     Args:
         policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K].
-        hardness: lambda of equation (6), [B] or [B, K].
-        beta: beta0. beta_floor: the smallest beta'.
+        hardness: lambda of equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'.
         eta: a number; or a function from the reward gaps R to eta; or None for `responsiveness`.
         gather: a function such as `accelerator.gather` that joins the R of all processes before eta is computed.
     """

@@ -114,7 +114,7 @@ from accelerate.utils import tqdm
 
 from hanorec.data.demo import read_demo, read_descriptions
 from hanorec.data.folder import FILES, FURTHER_TESTS, DataFolder
-from hanorec.data.negatives import drop_equal_titles, negatives_of_splits
+from hanorec.data.negatives import negatives_of_splits
 from hanorec.data.protocol import build_sequences, example_lines, split_targets
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
@@ -130,7 +130,7 @@ from mllm_srec.texts import read_texts, without_words
 # Each split has its own stream of random numbers
 STREAMS = {"train": 0, "val": 1, "test": 2, "test_hard": 5, "test_popularity": 6, "test_99": 9}
 # What was made of the old data, and is deleted when the data are prepared again
-OF_OLD_DATA = ["encoded", "sasrec", "sasrec-*", *CEILING_FILES, *(f"{name}.jsonl" for name in FURTHER_TESTS)]
+OF_OLD_DATA = ["encoded", "sasrec*", *CEILING_FILES, *(f"{name}.jsonl" for name in FURTHER_TESTS)]
 # The files of a data folder without manifest.json: an earlier command was interrupted
 DATA_FILES = {"images", "tiny", "summaries", "descriptions.jsonl", *OF_OLD_DATA, *(f"{name}.jsonl" for name in FILES)}
 # Options that do not change the data files
@@ -144,7 +144,7 @@ def check_out(out: Path, dataset: str) -> None:
         source = read_json(manifest, {}, "choose another --out").get("source")
         if source != dataset:
             raise UserError(f"{out} holds the data of {source}; choose another --out")
-    elif {path.name.split("-")[0] for path in out.iterdir() if not path.name.startswith(".")} - DATA_FILES:
+    elif any(not any(path.match(known) for known in [*DATA_FILES, ".*"]) for path in out.iterdir()):
         raise UserError(f"{out} holds other files; choose another --out")
 
 
@@ -157,8 +157,6 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
     out = options.out
     targets, training = split_targets(data, options)
     negatives = negatives_of_splits(data, training, options)
-    if options.positives > 1:
-        drop_equal_titles(data, targets, negatives["test"], options.positives)
     for name, positions in targets.items():
         if not len(positions):
             users = len(data.user_ids)

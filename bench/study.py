@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from hanorec.ranking.markdown import markdown, short  # noqa: E402
 from hanorec.ranking.metrics import Result  # noqa: E402
+from hanorec.ranking.pooling import group_name  # noqa: E402
 from hanorec.run.files import replacing  # noqa: E402
 
 # The arms: label, script, options, the arm whose run it starts from
@@ -127,8 +128,9 @@ def measured(study: str, seeds: list[int], split: str) -> tuple[dict[str, Result
     everything = [folder for runs in folders.values() for folder in runs]
     found = evaluate.main(["--run", *everything, "--split", split, "--pool", "--compare", *folders["sft"]])
     images = evaluate.main(["--run", *folders["sft"], "--split", split, "--pool", "--shuffle-images"])
-    group = {arm: f"runs/{study}/{arm}-* ({len(seeds)} seeds)" for arm in ARMS}
-    beside = ("ceiling", "ceiling, titles", f"SASRec ({len(seeds)} seeds)", "co-occurrence", "popularity", "chance")
+    group = {arm: group_name(runs) for arm, runs in folders.items()}
+    sasrec = next(name for name in found if name.startswith("SASRec"))
+    beside = ("ceiling", "ceiling, titles", sasrec, "co-occurrence", "popularity", "chance")
     results = {name: found[name] for name in beside if name in found}
     results |= {ARMS[arm][0]: found[group[arm]] for arm in ARMS} | {SHUFFLED: images[group["sft"]]}
     minus = {ARMS[arm][0]: found[f"{group[arm]} minus {group['sft']}"] for arm in ARMS if arm != "sft"}
@@ -182,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, nargs="+", default=cores, help="cores to use (default: all)")
     parser.add_argument("--train-only", action="store_true", help="write no tables")
     options = parser.parse_args(argv)
+    if len(options.seeds) < 2:
+        parser.error("--seeds: give two or more")
     os.chdir(ROOT)
     train(options.study, options.seeds, options.cores)
     if not options.train_only:

@@ -33,7 +33,8 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
 BACKBONES += ["llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf"]
-COUNTERS = {"test_rows", "test_rows_of_equal_titles"}  # counters in manifest.json; they look like names of tests
+# Counters in manifest.json and names of splits; they look like names of tests
+COUNTERS = {"test_rows", "test_hard", "test_popularity", "test_99"}
 LAUNCHER = {"--multi_gpu", "--num_processes", "--cpu", "--config_file", "--no-deps"}  # of accelerate launch and pip
 BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(`+)(.+?)\1", re.S)

@@ -22,10 +22,11 @@ def prepare(monkeypatch, source, out, options="", ties="input"):
     prepare_data.main(argv)
 
 
-def in_order(rows, min_rating=0.0):
+def in_order(rows, titles, min_rating=0.0):
     users = defaultdict(list)
     for row in sorted((r for r in rows if float(r[2]) >= min_rating), key=lambda row: float(row[3])):  # stable
-        users[row[0]].append(row[1])
+        if titles[row[1]] not in [titles[item] for item in users[row[0]]]:
+            users[row[0]].append(row[1])
     return users
 
 
@@ -40,7 +41,7 @@ def test_leave_one_out_invariants(tmp_path, monkeypatch, sampling, history):
         out,
         f"--history {history} --negative-sampling {sampling} --max-windows-per-user 3",
     )
-    sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
+    sequences = {user: items for user, items in in_order(rows, titles).items() if len(items) >= 6}
     train, val, test = (lines(out / f"{name}.jsonl") for name in ("train", "val", "test"))
     assert [row["user"] for row in test] == [row["user"] for row in val]
     assert {row["user"]: row["target"] for row in test} == {user: items[-1] for user, items in sequences.items()}
@@ -88,10 +89,10 @@ def test_seed_decides_everything(tmp_path, monkeypatch):
 
 
 def test_split_by_user(tmp_path, monkeypatch):
-    rows, _ = movielens(tmp_path / "raw")
+    rows, titles = movielens(tmp_path / "raw")
     out = tmp_path / "data"
     prepare(monkeypatch, tmp_path / "raw", out, "--split user")
-    sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
+    sequences = {user: items for user, items in in_order(rows, titles).items() if len(items) >= 6}
     users = {name: {row["user"] for row in lines(out / f"{name}.jsonl")} for name in ("train", "val", "test")}
     assert not users["train"] & users["val"] and not users["train"] & users["test"] and not users["val"] & users["test"]
     assert users["train"] | users["val"] | users["test"] == set(sequences)
@@ -103,10 +104,10 @@ def test_split_by_user(tmp_path, monkeypatch):
 
 
 def test_old_layout_and_min_rating(tmp_path, monkeypatch):
-    rows, _ = movielens(tmp_path / "raw", layout="dat")
+    rows, titles = movielens(tmp_path / "raw", layout="dat")
     out = tmp_path / "data"
     prepare(monkeypatch, tmp_path / "raw", out, "--min-rating 2.5 --min-interactions 4")
-    sequences = {user: items for user, items in in_order(rows, 2.5).items() if len(items) >= 4}
+    sequences = {user: items for user, items in in_order(rows, titles, 2.5).items() if len(items) >= 4}
     assert {row["user"]: row["target"] for row in lines(out / "test.jsonl")} == {u: i[-1] for u, i in sequences.items()}
     assert lines(out / "items.jsonl")[0]["title"].startswith("Café")  # latin-1
     counts = json.loads((out / "manifest.json").read_text())["counts"]
@@ -126,16 +127,16 @@ def test_old_layout_and_min_rating(tmp_path, monkeypatch):
 
 
 def test_ties_and_images_are_counted(tmp_path, monkeypatch):
-    rows, _ = movielens(tmp_path / "raw")
+    rows, titles = movielens(tmp_path / "raw")
     (tmp_path / "raw" / "posters").mkdir()
     (tmp_path / "raw" / "posters" / "101.jpg").write_bytes(b"not looked at here")
     out = tmp_path / "data"
     prepare(monkeypatch, tmp_path / "raw", out)
     counts = json.loads((out / "manifest.json").read_text())["counts"]
-    kept = {user for user, items in in_order(rows).items() if len(items) >= 6}
-    times = defaultdict(int)
+    kept = {user for user, items in in_order(rows, titles).items() if len(items) >= 6}
+    times, sequences = defaultdict(int), in_order(rows, titles)
     for row in rows:
-        times[row[0], row[3]] += row[0] in kept
+        times[row[0], row[3]] += row[0] in kept and row[1] in sequences[row[0]]
     assert counts["interactions_tied_in_time"] == sum(n for n in times.values() if n > 1)
     items = lines(out / "items.jsonl")
     images = {item["item"]: item["image"] for item in items if item["image"]}
@@ -255,10 +256,10 @@ def test_rows_drawn_in_parts_keep_the_invariants(tmp_path, monkeypatch):
 
 def test_official_protocol(tmp_path, monkeypatch):
     """3 history items, 3 positives and 7 negatives; the last positive is the target."""
-    rows, _ = movielens(tmp_path / "raw")
+    rows, titles = movielens(tmp_path / "raw")
     out = tmp_path / "data"
     prepare(monkeypatch, tmp_path / "raw", out, "--protocol official --split user")
-    sequences = {user: items for user, items in in_order(rows).items() if len(items) >= 6}
+    sequences = {user: items for user, items in in_order(rows, titles).items() if len(items) >= 6}
     for row in lines(out / "test.jsonl") + lines(out / "val.jsonl"):
         own = sequences[row["user"]]
         assert row["history"] == own[-6:-3] and row["target"] == own[-1]

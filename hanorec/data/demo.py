@@ -165,7 +165,8 @@ def read_demo(options: argparse.Namespace) -> Raw:
     rows = [(user, ids[film], time) for user, films in world.histories.items() for time, film in enumerate(films)]
     interactions = read_interactions(enumerate(rows), folder, user=0, item=1, time=2)
     images = {name: folder / "images" / f"{name}.png" for name in ids}
-    alike = {name: (f"{world.genre[film]}", f"{world.word[film]}") for film, name in enumerate(ids)}
+    honest = world.word == world.genre  # the title names the film's own genre
+    alike = {name: (f"{world.genre[film]}", f"{honest[film]}") for film, name in enumerate(ids)}
     return Raw(interactions, dict(zip(ids, world.titles, strict=True)), images, [], alike=alike)
 
 

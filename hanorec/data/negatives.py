@@ -16,7 +16,7 @@ VIEWS = {"train": 0, "val": 1, "test": 2}  # the last stage that a split sees, s
 
 
 def seen_stages(data: Sequences, training: np.ndarray, leave_one_out: bool) -> np.ndarray:
-    """Return the stage in which each user touched each item of data.seen: [P], numbers in VIEWS.
+    """Return the stage in which each user touched each title of data.seen: [P], numbers in VIEWS.
 
     With leave-one-out, stage 0 ends with the user's last training item, and stage 1 with the validation target. With
     other splits a user belongs to one split, and everything is stage 0.
@@ -37,30 +37,25 @@ class Negatives:
     Args:
         training: [U], number of each user's items that belong to training.
         options: of which `negatives` (their number), `negative_sampling` and `split` are used. The sampling is
-            `uniform` over items, or `popularity`, in proportion to the training interactions of an item.
+            `uniform` over items, or `popularity`, in proportion to one more than the training interactions of an item.
+            (Without the one, an item that nobody has in training could be a target and never a negative.)
     """
 
     def __init__(self, data: Sequences, training: np.ndarray, options: argparse.Namespace):
-        self.data, self.count = data, options.negatives
-        codes: dict[str, int] = {}
-        self.title = np.array([codes.setdefault(title, len(codes)) for title in data.titles])  # [N] codes of titles
+        self.data, self.count, self.title = data, options.negatives, data.title
         weight = np.ones(len(self.title), dtype=int)
         if options.negative_sampling == "popularity":
             place = np.arange(len(data.items)) - np.repeat(data.start[:-1], np.diff(data.start))
             trained = place < np.repeat(training, np.diff(data.start))
-            weight = np.bincount(data.items[trained], minlength=len(self.title))
+            weight += np.bincount(data.items[trained], minlength=len(self.title))
         self.cumulative = np.cumsum(weight)
-        stages = seen_stages(data, training, options.split == "leave-one-out")
-        keys = data.seen[:, 0] * len(self.title) + self.title[data.seen[:, 1]]
-        order = np.lexsort((stages, keys))
-        self.seen, first = np.unique(keys[order], return_index=True)  # a sorted key for each (user, title)
-        self.stage = stages[order][first]  # the stage in which the user first touched an item of the title
-        drawable = np.unique(self.title[weight > 0])
-        touched = self.seen[np.isin(self.seen % len(self.title), drawable)] // len(self.title)
-        available = len(drawable) - int(np.bincount(touched, minlength=1).max())
+        self.seen = data.seen[:, 0] * len(self.title) + data.seen[:, 1]  # a sorted key for each (user, title)
+        self.stage = seen_stages(data, training, options.split == "leave-one-out")
+        available = len(np.unique(self.title)) - int(np.bincount(self.seen // len(self.title)).max())
         if available < self.count:
-            fault = f"one user has seen all except {available} titles"
-            raise UserError(f"--negatives {self.count}: {fault}; lower --negatives")
+            raise UserError(
+                f"no {self.count} negatives: one user has seen all except {available} titles; ask for fewer"
+            )
 
     def draw(self, split: str, positions: np.ndarray, users: np.ndarray, rng) -> np.ndarray:
         """Draw the negatives of R targets: [R, count] item indices. Draw again those that are not allowed.
@@ -82,7 +77,7 @@ class Negatives:
             changed = np.unique(rows)  # the other rows are complete
             titles = self.title[drawn[changed]]
             redraw[changed] = self.touched(split, users[changed, None], titles) | repeated(titles)
-        raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; lower --negatives")
+        raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; ask for fewer")
 
     def most_alike(self, position: int, user: int, rng) -> np.ndarray:
         """Return the negatives of a target that share most labels with it: [count]. The first label counts most.
@@ -108,7 +103,8 @@ def negatives_of_splits(data: Sequences, training: np.ndarray, options: argparse
     of_split = dict.fromkeys(VIEWS, Negatives(data, training, options))
     if data.alike.size:
         of_split["test_hard"] = of_split["test"]
-    changes = {"popularity": {"negative_sampling": "popularity"}, "99": {"negatives": 99}}
+    uniform = {"negatives": 99, "negative_sampling": "uniform"}
+    changes = {"popularity": {"negative_sampling": "popularity"}, "99": uniform}
     for name in options.further_tests:
         changed = argparse.Namespace(**vars(options) | changes[name])
         of_split[f"test_{name}"] = Negatives(data, training, changed)
@@ -122,12 +118,3 @@ def repeated(titles: np.ndarray) -> np.ndarray:
     repeats = np.zeros(titles.shape, dtype=bool)
     np.put_along_axis(repeats, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
     return repeats
-
-
-def drop_equal_titles(data: Sequences, targets: dict[str, np.ndarray], negatives: Negatives, positives: int) -> None:
-    """Drop each target with two positives of equal titles, because no two candidates may have the same title."""
-    for name, positions in targets.items():
-        titles = np.sort(negatives.title[data.items[positions[:, None] - np.arange(positives)]], axis=1)
-        distinct = (titles[:, 1:] != titles[:, :-1]).all(axis=1)
-        targets[name] = positions[distinct]
-        data.counts[f"{name}_rows_of_equal_titles"] = int((~distinct).sum())

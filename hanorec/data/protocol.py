@@ -25,8 +25,9 @@ class Sequences:
         items: [M] item indices, user by user.
         times: [M], the place of each interaction in the order of the raw data by user and time.
         start: [U + 1], position of each user's first item in `items`.
-        seen: [P, 3], (user, item, place of the first interaction) of kept users and kept items in the raw data, also of
-            interactions below --min-rating.
+        title: [N], a code of each item's title.
+        seen: [P, 3], (user, code of a title, place of the interaction) of what kept users touched in the raw data, as
+            far as the items are kept; also below --min-rating.
         counts: numbers of interactions, users and items that were read, dropped and kept, for the manifest.
         split: [U], train, val or test, or empty if the source has no split of its own.
         alike: [N, L], codes of the labels in Raw.alike; L is 0 if the source has none.
@@ -39,6 +40,7 @@ class Sequences:
     items: np.ndarray
     times: np.ndarray
     start: np.ndarray
+    title: np.ndarray
     seen: np.ndarray
     counts: dict[str, int]
     split: np.ndarray
@@ -57,6 +59,8 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
     all_users = list(raw.interactions.user_codes)
     user_ids = [all_users[code] for code in user_codes]
     images = [raw.images.get(item) for item in item_ids]
+    titles = [raw.titles[item] for item in item_ids]
+    title = np.unique(np.array(titles), return_inverse=True)[1]
     counts |= {
         "users": len(user_ids),
         "items": len(item_ids),
@@ -68,12 +72,13 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
     return Sequences(
         user_ids=user_ids,
         item_ids=item_ids,
-        titles=[raw.titles[item] for item in item_ids],
+        titles=titles,
         images=images,
         items=index_of[items],
         times=places,
         start=np.append(0, lengths.cumsum()),
-        seen=seen_pairs(raw, order, user_codes, index_of),
+        title=title,
+        seen=seen_titles(raw, order, user_codes, np.where(index_of < 0, -1, title[index_of]), places),
         counts=counts,
         split=np.array([raw.split.get(user, "") for user in user_ids]),
         alike=np.array([raw.alike.get(item, ()) for item in item_ids]),
@@ -94,7 +99,10 @@ def time_order(raw: Raw, options: argparse.Namespace) -> np.ndarray:
 
 
 def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
-    """Drop interactions with a low rating or an empty title, items that the user already has, and users with few items.
+    """Drop interactions with a low rating or an empty title, repeated items of a user, and users with few items.
+
+    An item repeats another if their titles are equal, because a prompt shows only the title. So no target has a title
+    of its history, which no negative may have.
 
     Args:
         order: the order of all interactions by user and time: [M].
@@ -109,8 +117,11 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     unlisted = "" if options.drop_untitled else "unlisted"
     untitled = np.array([not raw.titles.get(item, unlisted) for item in raw.interactions.item_codes])
     places = np.flatnonzero(rated & ~untitled[items])
-    keys = users[places] * len(raw.interactions.item_codes) + items[places]
-    first = places[np.sort(np.unique(keys, return_index=True)[1])]  # each item of a user at its first place
+    codes: dict[str, int] = {}
+    names = (raw.titles.get(item) or item for item in raw.interactions.item_codes)
+    title_of = np.array([codes.setdefault(name, len(codes)) for name in names])
+    keys = users[places] * len(codes) + title_of[items[places]]
+    first = places[np.sort(np.unique(keys, return_index=True)[1])]  # each title of a user at its first place
     long_enough = np.bincount(users[first], minlength=len(raw.interactions.user_codes)) >= options.min_interactions
     counts = {
         "interactions_read": len(users),
@@ -143,15 +154,23 @@ def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return index_of, [item_ids[code] for code in codes]
 
 
-def seen_pairs(raw: Raw, order: np.ndarray, user_codes: np.ndarray, index_of: np.ndarray) -> np.ndarray:
-    """Return Sequences.seen, [P, 3]: what the kept users touched in the raw data, with any rating, and when first."""
+def seen_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: np.ndarray, kept: np.ndarray):
+    """Return Sequences.seen, [P, 3]: the titles that the kept users touched, with any rating, and where.
+
+    Args:
+        title_of: the code of the title of each item code; -1: the item is not kept.
+        kept: the places of the kept interactions. A title counts as touched there, even if it got a low rating before:
+            else it would be no training negative, and so be known to be a later target.
+    """
     users, items, _, _ = (column[order] for column in raw.columns())
     number_of = np.full(len(raw.interactions.user_codes), -1)
     number_of[user_codes] = np.arange(len(user_codes))
-    places = np.flatnonzero((number_of[users] >= 0) & (index_of[items] >= 0))
-    users, items = number_of[users[places]], index_of[items[places]]
-    first = np.unique(users * len(index_of) + items, return_index=True)[1]
-    return np.stack([users, items, places], axis=1)[first]
+    places = np.flatnonzero((number_of[users] >= 0) & (title_of[items] >= 0))
+    users, titles = number_of[users[places]], title_of[items[places]]
+    sorted_places = np.lexsort((places, ~np.isin(places, kept), titles, users))  # of a title the kept interaction first
+    keys = users[sorted_places] * (titles.max() + 1) + titles[sorted_places]
+    first = sorted_places[np.unique(keys, return_index=True)[1]]
+    return np.stack([users, titles, places], axis=1)[first]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,9 +57,11 @@ class Encoding:
         return load_image_processor(self.source, self.manifest["max_pixels"], self.trust)
 
     def hash(self, *further: str) -> str:
-        """Return the SHA-256 of what training reads: data, encoding and stored image tokens.
+        """Return the SHA-256 of what training reads: items, training and validation, encoding and stored image tokens.
 
-        It does not cover the image files of an encoding without stored tokens. further: hashes of other texts in the
-        prompts.
+        It covers neither the test files, so that tests with other candidates can be added later, nor the image files of
+        an encoding without stored tokens. further: hashes of other texts in the prompts.
         """
-        return value_hash([self.data.manifest, self.manifest, *further])
+        files = self.data.manifest["files"]
+        read = {name: files.get(f"{name}.jsonl") for name in ("items", "train", "val", "sequences")}
+        return value_hash([read, self.manifest, *further])

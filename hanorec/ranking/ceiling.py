@@ -52,45 +52,40 @@ def film_probabilities(world: World, titles_only: bool) -> np.ndarray:
     return kind_probabilities() @ of_kind * world.weight
 
 
-def forward(probabilities: np.ndarray, history: list[int], steps: int = 1) -> np.ndarray:
+def forward(probabilities: np.ndarray, history: list[int]) -> np.ndarray:
     """Return P(taste before the next film | history) by the forward algorithm: [KINDS].
 
     Args:
         probabilities: [KINDS, N], P(film | taste).
-        steps: how many films later the next film is; 1: directly after the history.
     """
     belief = np.full(KINDS, 1 / KINDS)
     for film in history:
-        belief = drift(belief) * probabilities[:, film]
-        belief /= belief.sum()
-    for _ in range(steps):
-        belief = drift(belief)
+        belief = belief * probabilities[:, film]
+        belief = (1 - DRIFT) * belief / belief.sum() + DRIFT / KINDS
     return belief
 
 
-def drift(belief: np.ndarray) -> np.ndarray:
-    """Return the distribution of the taste one film later: [KINDS]."""
-    return (1 - DRIFT) * belief + DRIFT / KINDS
-
-
 def write_ceilings(options: argparse.Namespace) -> None:
-    """Write the scores of every split of the demo: log P(candidate is the next film | all films before it).
+    """Write the scores of the demo's splits: log P(candidate is the next film | all films before it).
 
-    The test scores are exact for one who sees titles and posters. Two things are approximate. Validation: that the test
-    film differs from the candidates is not used. Titles only: the kinds of the films are taken as independent.
+    They rank the test candidates exactly for one who sees titles and posters, because each other candidate was as
+    likely to be drawn. This does not hold for negatives by popularity and for several positives: such splits get no
+    scores. Two things are approximate. Validation: that the test film differs from the candidates is not used. Titles
+    only: the kinds of the films are taken as independent.
     """
+    if options.positives > 1 or options.negative_sampling != "uniform":
+        return
     data, world = DataFolder(options.out), make_world(options.seed)
     film_of = {item_id(film): film for film in range(len(world.titles))}
     films = np.array([film_of[item] for item in data.items.ids])  # by item index
-    for split in data.evaluated():
-        examples = data.examples(split)
-        for row in CEILINGS:
-            probabilities = film_probabilities(world, titles_only=row != "ceiling")
-            scores = []
+    for row in CEILINGS:
+        probabilities = film_probabilities(world, titles_only=row != "ceiling")
+        for split in data.evaluated():
+            if split == "test_popularity":
+                continue
+            examples, scores = data.examples(split), []
             for example in examples:
                 own = world.histories[example.user]
-                before = own[: own.index(films[example.target]) - options.positives + 1]
-                belief = forward(probabilities, before, options.positives)
+                belief = forward(probabilities, own[: own.index(films[example.target])])
                 scores.append(np.log(belief @ probabilities[:, films[example.candidates]]))
-            path = options.out / ceiling_file(split, row)
-            write_predictions(path, data.items.ids, examples, np.array(scores), np.array(scores))
+            write_predictions(options.out / ceiling_file(split, row), data.items.ids, examples, np.array(scores), None)

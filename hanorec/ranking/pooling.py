@@ -7,7 +7,8 @@ from pathlib import Path
 from hanorec.run.files import UserError
 from hanorec.run.runs import COMMANDS, read_run
 
-Groups = dict[str, dict[int, Path]]  # runs by seed, in order of the seeds, for each name of a group
+Seeds = tuple[int, ...]  # of a run and of the runs before it: the seed of its SFT run is the last
+Groups = dict[str, dict[Seeds, Path]]  # runs by seeds, in the order of the last seed, for each name of a group
 
 # Options that do not change what is learned. The hash of the data in config.json stands for `data`.
 NOT_COMPARED = ("seed", "out", "data", "resume", "save_every", "keep", "report_to", "export", "trust_remote_code")
@@ -23,6 +24,14 @@ def settings(config: dict) -> dict:
     return options | {"stage": config["stage"], "hash of the data": config["data"]}
 
 
+def seeds_of(config: dict) -> Seeds:
+    """Return the seeds of a run and of the runs before it."""
+    options = config["options"]
+    starts = [options[name] for name in STARTS if options.get(name)]
+    before = [seeds_of(read_run(Path(start), COMMANDS)) for start in starts]
+    return options.get("seed", 0), *itertools.chain(*before)
+
+
 def differing(one: dict, other: dict) -> list[str]:
     """Return the names of the settings that differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
@@ -35,20 +44,20 @@ def group_runs(configs: dict[Path, dict]) -> Groups:
         configs: config.json of each run.
 
     Raises:
-        UserError: no two runs can be pooled, or a group has two runs of one seed.
+        UserError: no two runs can be pooled, or a group has two runs of the same seeds.
     """
     if len(configs) < 2:
         raise UserError("--pool needs two or more runs that differ in nothing but --seed")
-    found: list[tuple[dict, dict[int, Path]]] = []
+    found: list[tuple[dict, dict[Seeds, Path]]] = []
     for run, config in configs.items():
-        own, seed = settings(config), config["options"].get("seed", 0)
+        own, seeds = settings(config), seeds_of(config)
         group = next((runs for known, runs in found if known == own), None)
         if group is None:
             group = {}
             found.append((own, group))
-        if seed in group:
-            raise UserError(f"--pool: {group[seed]} and {run} differ in nothing, their --seed is {seed}; give one")
-        group[seed] = run
+        if seeds in group:
+            raise UserError(f"--pool: {group[seeds]} and {run} differ in nothing, their --seed is {seeds[0]}; give one")
+        group[seeds] = run
     if len(found) == len(configs):
         one, other = itertools.islice(configs, 2)
         names = ", ".join(differing(found[0][0], found[1][0]))
@@ -58,7 +67,7 @@ def group_runs(configs: dict[Path, dict]) -> Groups:
         name = group_name([str(run) for run in runs.values()])
         if name in groups:
             name = ", ".join(map(str, runs.values()))
-        groups[name] = dict(sorted(runs.items()))
+        groups[name] = dict(sorted(runs.items(), key=lambda seeds_and_run: seeds_and_run[0][::-1]))
     return groups
 
 
@@ -85,14 +94,15 @@ def reference_group(groups: Groups, compared: Sequence[Path]) -> str:
     """Return the name of the group that contains the runs of --compare.
 
     Raises:
-        UserError: they are in several groups, or another group has other seeds.
+        UserError: they are in several groups, or another group has other SFT seeds, or has one twice.
     """
     names = [name for name, runs in groups.items() if set(compared) & set(runs.values())]
     if len(names) > 1:
         raise UserError(f"--compare names runs of several groups: {' and '.join(names)}; give runs of one")
-    seeds = list(groups[names[0]])
-    for name, runs in groups.items():
-        if list(runs) != seeds:
-            own, wanted = (", ".join(map(str, numbers)) for numbers in (runs, seeds))
-            raise UserError(f"--compare pairs runs by --seed: {name} has {own}, but {names[0]} has {wanted}")
+    last = {name: [seeds[-1] for seeds in runs] for name, runs in groups.items()}
+    for name, own in last.items():
+        if own != last[names[0]] or len(set(own)) < len(own):
+            own, wanted = (", ".join(map(str, numbers)) for numbers in (own, last[names[0]]))
+            fault = f"{name} has {own}, but {names[0]} has {wanted}"
+            raise UserError(f"--compare pairs runs by the --seed of their SFT runs: {fault}")
     return names[0]

@@ -11,6 +11,7 @@ splits, such as val_predictions.jsonl.
 
 import argparse
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -238,21 +239,27 @@ def predictions_name(split: str) -> str:
     return "predictions.jsonl" if split == "test" else f"{split}_predictions.jsonl"
 
 
-def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Return the scores [R, C] of each SASRec in <data>/sasrec* that was trained on this data.
+def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> dict[str, list[np.ndarray]]:
+    """Return the scores [R, C] of each SASRec in <data>/sasrec* that was trained on this data, by row of the results.
 
-    If the data folder was prepared again since, print the command that trains it again.
+    A row has the seeds of one set of options. If the data folder was prepared again since training, print so.
     """
-    scores = []
+    seeds: dict[str, dict[int, np.ndarray]] = {}  # scores by seed, for each set of options
     for path in sorted(data.folder.glob("sasrec*/config.json")):
-        command = f"python -m hanorec.ranking.sasrec --data {data.folder} --out {path.parent}"
-        config = read_json(path, CONFIG, f"train it again: {command}")
+        config = read_json(path, CONFIG, "delete that folder")
         predictions = path.with_name(predictions_name(split))
-        if config["files"] == data.manifest["files"] and predictions.exists():
-            scores.append(read_scores(predictions, data.items.ids, examples)[0])
-        else:
-            print(printable(f"{path.parent} was trained on other data and is left out; train it again: {command}"))
-    return scores
+        if config["files"] != data.manifest["files"] or not predictions.exists():
+            remedy = f"train it again with python -m hanorec.ranking.sasrec --data {data.folder} --out {path.parent}"
+            print(printable(f"{path.parent} was trained on other data and is left out; {remedy}, or delete it"))
+            continue
+        options = {name: value for name, value in config["options"].items() if name not in ("seed", "out", "data")}
+        scores = read_scores(predictions, data.items.ids, examples)[0]
+        seeds.setdefault(json.dumps(options), {})[config["options"]["seed"]] = scores
+    rows = {}
+    for number, by_seed in enumerate(seeds.values(), 1):
+        name = "SASRec" if len(seeds) == 1 else f"SASRec {number}"
+        rows[name if len(by_seed) == 1 else f"{name} ({len(by_seed)} seeds)"] = [*by_seed.values()]
+    return rows
 
 
 @one_line_errors

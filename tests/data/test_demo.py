@@ -76,9 +76,10 @@ def test_forward_algorithm_equals_the_sum_over_all_tastes(titles_only):
     assert np.allclose(ceiling.forward(probabilities, history), total / total.sum())
 
 
-def test_the_ceiling_is_calibrated(folder):
+@pytest.mark.parametrize("name", ["oracle", "test_hard_oracle"])
+def test_the_ceiling_is_calibrated(folder, name):
     """The softmax of the scores over the candidates is how often each of them is the target."""
-    scores, target = scores_of(folder / "oracle.jsonl")
+    scores, target = scores_of(folder / f"{name}.jsonl")
     chance = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     hit = np.arange(scores.shape[1]) == target[:, None]
     for low, high in itertools.pairwise([0, 0.05, 0.2, 0.5, 1]):
@@ -121,17 +122,22 @@ def test_hard_candidates_are_alike(folder):
         assert (world.genre[films] == world.genre[target]).all() and len(set(films.tolist())) == 10
         own = set(world.histories[other["user"]]) - {target}
         assert not own & set(films.tolist())
-    word = [world.word[[number[item] for item in line["candidates"]]] for line in hard]
-    own_word = [world.word[number[line["target"]]] for line in hard]
-    assert np.mean([(words == own).mean() for words, own in zip(word, own_word, strict=True)]) > 0.8
+        honest = world.word == world.genre
+        assert (honest[films] == honest[target]).all()  # so titles alone do not tell the target
 
 
 def test_preparing_again_replaces_the_hard_candidates_and_ceilings(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "encode", lambda options: None)
     out = tmp_path / "demo"
     for seed in (1, 2):
-        prepare_data.main(["--out", str(out), "--seed", str(seed), "--history", "3"])
+        prepare_data.main(["--out", str(out), "--seed", str(seed), "--history", "3", "--further-tests", "99"])
     manifest = json.loads((out / "manifest.json").read_text())
     assert "test_hard.jsonl" in manifest["files"]
+    assert len(lines(out / "test_99_oracle.jsonl")[0]["candidates"]) == 100
+    prepare_data.main(
+        ["--out", str(out), "--seed", "2", "--protocol", "official", "--min-interactions", "7"]
+    )  # no exact ceiling is known
+    assert not list(out.glob("*oracle*")) and not (out / "test_99.jsonl").exists()
+    prepare_data.main(["--out", str(out), "--seed", "2"])
     test = {(line["user"], tuple(line["candidates"])) for line in lines(out / "test.jsonl")}
     assert {(line["user"], tuple(line["candidates"])) for line in lines(out / "oracle.jsonl")} == test

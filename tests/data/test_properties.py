@@ -79,6 +79,10 @@ def run(rows, titles, options, dropping):
         return files, json.loads((folder / "data" / "manifest.json").read_text())
 
 
+def title_of(item, titles):
+    return titles.get(item, "").strip() or item
+
+
 def expected_sequences(rows, titles, options, dropping):
     """(items of each user who is kept, in order of time; counts), or what is wrong, by the plainest loops."""
     counts, kept, users = Counter(), defaultdict(list), []
@@ -96,8 +100,9 @@ def expected_sequences(rows, titles, options, dropping):
         for time in sorted({time for time, _ in kept[user]}):
             for when, item in kept[user]:
                 if when == time:
-                    counts["repeated_items_dropped"] += item in [i for _, i in own]
-                    own += [(time, item)] if item not in [i for _, i in own] else []
+                    repeated = title_of(item, titles) in [title_of(i, titles) for _, i in own]
+                    counts["repeated_items_dropped"] += repeated
+                    own += [] if repeated else [(time, item)]
         if len(own) < options["min-interactions"]:
             counts["users_too_short"] += 1
             continue
@@ -136,12 +141,18 @@ def touched_titles(rows, titles, sequences, options):
     items = {item for own in sequences.values() for item in own}
     touched = defaultdict(set)
     for user, own in sequences.items():
-        in_time = [row[1] for row in sorted((row for row in rows if row[0] == user), key=lambda row: row[2])]
+        in_time = sorted((row for row in rows if row[0] == user), key=lambda row: row[2])
+        shown = [
+            (titles[row[1]] if row[1] in items else None, row[3] >= options.get("min-rating", 0)) for row in in_time
+        ]
         for split, last in (("train", -3), ("val", -2), ("test", -1)):
             end = len(in_time)
             if options["split"] == "leave-one-out" and split != "test":
-                end = place_of(own[last], in_time, user, rows, options) + 1
-            touched[user, split] = {titles[item] for item in in_time[:end] if item in items}
+                end = shown.index((titles[own[last]], True)) + 1
+            for title in {title for title, _ in shown if title}:
+                kept = (title, True)  # a low rating before does not count if the title is kept later
+                place = shown.index(kept) if kept in shown else shown.index((title, False))
+                touched[user, split] |= {title} if place < end else set()
     return touched
 
 
@@ -170,20 +181,13 @@ def compare_with_the_rewrite(drawn, options, dropping):
     titles = {item: title.strip() for item, title in titles.items()}
     items = {item for own in sequences.values() for item in own}
     touched = touched_titles(rows, titles, sequences, options)
-    trained_items = items  # those that popularity can draw
-    if options["negative-sampling"] == "popularity" and options["split"] == "leave-one-out":
-        trained_items = {item for own in sequences.values() for item in own[:-2]}
-    elif options["negative-sampling"] == "popularity" and not isinstance(found, str):
-        trained_items = {item for row in found[0]["sequences"] for item in row["items"]}
-    drawable = {titles[item] for item in trained_items}
-    available = len(drawable) - max(len(touched[user, "test"] & drawable) for user in users)
+    available = len({titles[item] for item in items}) - max(len(touched[user, "test"]) for user in users)
     negatives = options.get("negatives", 7)
     if isinstance(found, str):
         short = options["min-interactions"] + (2 if options["split"] == "leave-one-out" else 0)
         barren = "protocol" in options or any(len(own) < short for own in sequences.values())  # may train nothing
-        unknown_split = options["negative-sampling"] == "popularity" and options["split"] == "user"
         assert (
-            available < negatives or unknown_split
+            available < negatives
             if "has seen all except" in found
             else re.search("no (train|val|test) examples from", found) and (too_few or barren)
         )
@@ -202,26 +206,17 @@ def compare_with_the_rewrite(drawn, options, dropping):
             assert Counter(split_of.values()) == {"val": tenth, "test": tenth, "train": len(users) - 2 * tenth}
     targets, positives, history = expected_targets(known, split_of, options)
     for split, wanted in targets.items():
-        distinct = [
-            (user, at)
-            for user, at in wanted
-            if len({titles[item] for item in sequences[user][at - positives + 1 : at + 1]}) == positives
-        ]
         assert [(row["user"], row["target"]) for row in files[split]] == [
-            (user, sequences[user][at]) for user, at in distinct
+            (user, sequences[user][at]) for user, at in wanted
         ]
-        assert manifest["counts"][f"{split}_rows"] == len(distinct)
-        if positives > 1 and known == sequences:
-            assert manifest["counts"][f"{split}_rows_of_equal_titles"] == len(wanted) - len(distinct)
-        for row, (user, at) in zip(files[split], distinct, strict=True):
+        assert manifest["counts"][f"{split}_rows"] == len(wanted)
+        for row, (user, at) in zip(files[split], wanted, strict=True):
             own = sequences[user]
             assert row["history"] == own[max(0, at - positives + 1 - history) : at - positives + 1] != []
             right = own[at - positives + 1 : at + 1]
             drawn_items = [item for item in row["candidates"] if item not in right]
             assert sorted(row["candidates"]) == sorted(right + drawn_items) and len(drawn_items) == negatives
-            assert (
-                not {titles[item] for item in drawn_items} & touched[user, split] and set(drawn_items) <= trained_items
-            )
+            assert not {titles[item] for item in drawn_items} & touched[user, split] and set(drawn_items) <= items
             assert len({titles[item] for item in row["candidates"]}) == positives + negatives
             assert row["rejected"] in drawn_items
     for row in files["sequences"]:

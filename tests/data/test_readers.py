@@ -215,12 +215,13 @@ def test_negative_ratings_are_kept_unless_asked(tmp_path, monkeypatch):
 
 def test_official_examples_never_hold_a_title_twice(tmp_path, monkeypatch):
     microlens(tmp_path / "raw")
-    text = "".join(f"u{n}\t{' '.join(ITEMS[7 + n : 12 + n])} i5 i6\n" for n in range(12))  # i5 and i6 share a title
+    text = "".join(f"u{n}\t{' '.join(ITEMS[7 + n : 13 + n])} i5 i6\n" for n in range(11))  # i5 and i6 share a title
     (tmp_path / "raw" / "MicroLens-50k_pairs.tsv").write_text(text + f"other\t{' '.join(ITEMS[10:18])}\n")
     argv = ["--dataset", "microlens", "--source", tmp_path / "raw", "--protocol", "official"]
     splits, _, manifest = prepare(monkeypatch, tmp_path / "data", *argv, "--min-interactions", 7)
-    assert {row["user"] for row in splits["test"]} == {"other"}
-    assert manifest["counts"]["test_rows_of_equal_titles"] == 12
+    assert manifest["counts"]["repeated_items_dropped"] == 11 and len(splits["test"]) == 12
+    for row in splits["train"] + splits["val"] + splits["test"]:
+        assert len({TITLES[item] for item in row["candidates"]}) == len(row["candidates"]) == 10
 
 
 def refused(capsys, monkeypatch, *argv):

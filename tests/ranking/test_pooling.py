@@ -1,5 +1,6 @@
 """Runs of several seeds in one row: the hierarchical bootstrap against loops, and which runs make a group."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +100,9 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_a_group(tmp_path):
     configs = {Path(f"runs/sft-{seed}"): config(seed, keep=seed) for seed in (12, 3)}
     configs[Path("runs/high-3")] = config(3, lr=0.2)
     groups = pooling.group_runs(configs)
-    expected = {3: Path("runs/sft-3"), 12: Path("runs/sft-12")}
-    assert groups == {"runs/sft-* (2 seeds)": expected, "runs/high-3": {3: Path("runs/high-3")}}
-    assert list(groups["runs/sft-* (2 seeds)"]) == [3, 12]
+    expected = {(3,): Path("runs/sft-3"), (12,): Path("runs/sft-12")}
+    assert groups == {"runs/sft-* (2 seeds)": expected, "runs/high-3": {(3,): Path("runs/high-3")}}
+    assert list(groups["runs/sft-* (2 seeds)"]) == [(3,), (12,)]
     for name in (["a/sft-1", "a/sft-11"], ["a/1/sft", "a/2/sft"]):
         assert pooling.group_name(name) in ("a/sft-1* (2 seeds)", "a/*/sft (2 seeds)")
 
@@ -113,6 +114,17 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_a_group(tmp_path):
         write_json(tmp_path / f"sft-{number}" / "result.json", {})
     dpo = {Path(f"dpo-{n}"): config(n, sft=str(tmp_path / f"sft-{n}")) | {"stage": "dpo_hano"} for n in range(3)}
     assert list(pooling.group_runs(dpo)) == ["dpo-* (2 seeds)", "dpo-2"]
+
+    # Their seeds are those of the SFT runs too: DPO runs of one --seed are paired with their SFT runs
+    sft = {tmp_path / f"sft-{n}": json.loads((tmp_path / f"sft-{n}" / "config.json").read_text()) for n in (1, 0)}
+    dpo = {Path(f"dpo-{n}"): config(42, sft=str(tmp_path / f"sft-{n}")) | {"stage": "dpo_hano"} for n in (1, 0)}
+    groups = pooling.group_runs(sft | dpo)
+    assert list(groups["dpo-* (2 seeds)"].items()) == [((42, 0), Path("dpo-0")), ((42, 1), Path("dpo-1"))]
+    name = pooling.reference_group(groups, [tmp_path / "sft-0"])
+    assert [path.name for path in groups[name].values()] == ["sft-0", "sft-1"]
+    same = {Path(f"dpo-{n}"): config(n, sft=str(tmp_path / "sft-0")) | {"stage": "dpo_hano"} for n in (1, 0)}
+    with pytest.raises(UserError, match="by the --seed of their SFT runs"):
+        pooling.reference_group(pooling.group_runs(sft | same), [tmp_path / "sft-0"])
 
 
 def test_two_groups_of_one_common_name_are_told_apart():
@@ -127,7 +139,7 @@ def test_what_cannot_be_pooled_is_refused():
         pooling.group_runs({Path("a"): config(1), Path("b"): config(1)})
     with pytest.raises(UserError, match="no two runs differ in nothing but --seed; a and b differ in lr, tasks"):
         pooling.group_runs({Path("a"): config(1), Path("b"): config(2, lr=0.2, tasks=["rank"])})
-    groups = {"a*": {1: Path("a1"), 2: Path("a2")}, "b*": {2: Path("b2"), 3: Path("b3")}}
+    groups = {"a*": {(1,): Path("a1"), (2,): Path("a2")}, "b*": {(2,): Path("b2"), (3,): Path("b3")}}
     with pytest.raises(UserError, match=r"a\* has 1, 2, but b\* has 2, 3"):
         pooling.reference_group(groups, [Path("b3")])
     with pytest.raises(UserError, match=r"several groups: a\* and b\*"):

@@ -169,12 +169,12 @@ def test_the_test_split_and_the_targets_are_not_seen(data):
 def test_evaluate_reads_the_scores_only_of_this_data(data, capsys):
     folder = DataFolder(data)
     examples = {split: folder.examples(split) for split in ("val", "test")}
-    assert sasrec.trained_scores(folder, "test", examples["test"]) == []  # not trained yet
+    assert sasrec.trained_scores(folder, "test", examples["test"]) == {}  # not trained yet
     train_on(data)
     for split, name in (("val", "val_predictions.jsonl"), ("test", "predictions.jsonl")):
-        (scores,) = sasrec.trained_scores(folder, split, examples[split])
+        (scores,) = sasrec.trained_scores(folder, split, examples[split])["SASRec"]
         assert scores.tolist() == [line["scores"] for line in lines(data / "sasrec" / name)]
-    (first,) = sasrec.trained_scores(folder, "test", examples["test"][:1])
+    (first,) = sasrec.trained_scores(folder, "test", examples["test"][:1])["SASRec"]
     assert first.shape == (1, len(examples["test"][0].candidates))
 
     table = evaluate.main(["--data", str(data), "--scores", str(data / "sasrec" / "predictions.jsonl")])
@@ -183,15 +183,18 @@ def test_evaluate_reads_the_scores_only_of_this_data(data, capsys):
     pooled = evaluate.main(["--data", str(data), "--scores", str(data / "sasrec-2" / "predictions.jsonl")])
     both = [table["SASRec"].values["MRR"], pooled[str(data / "sasrec-2" / "predictions.jsonl")].values["MRR"]]
     assert pooled["SASRec (2 seeds)"].values["MRR"] == pytest.approx(sum(both) / 2)
+    sasrec.main(["--data", str(data), "--out", str(data / "sasrec-wide"), *QUICK, "--width", "20"])
+    assert set(sasrec.trained_scores(folder, "test", examples["test"])) == {"SASRec 1 (2 seeds)", "SASRec 2"}
     shutil.rmtree(data / "sasrec-2")
+    shutil.rmtree(data / "sasrec-wide")
 
     capsys.readouterr()
     rows = lines(data / "val.jsonl")
     (data / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
     sign(data)
-    assert sasrec.trained_scores(DataFolder(data), "test", examples["test"]) == []
+    assert sasrec.trained_scores(DataFolder(data), "test", examples["test"]) == {}
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"train it again: python -m hanorec.ranking.sasrec --data {data}" in said
+    assert said.count("\n") == 1 and f"train it again with python -m hanorec.ranking.sasrec --data {data}" in said
 
 
 def test_hard_candidates_are_scored_if_there_are_any(data):
