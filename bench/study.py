@@ -48,7 +48,7 @@ STUDIES = {
         "sft.py": "--warmup-steps 4000 --dropout 0 --lr 3e-4 --max-steps 1500 --eval-limit 0",
         "dpo_hano.py": "--max-steps 200 --eval-limit 0",
         "hanorec": "--sigma 0.1",
-        "splits": ["test", "test_popularity", "test_99"],
+        "splits": ["test", "test_popularity"],
     },
 }
 COLUMNS = ("AUC", "HR@1", "HR@3", "NDCG@3", "MRR")
@@ -127,12 +127,15 @@ def measured(study: str, seeds: list[int], split: str) -> tuple[dict[str, Result
     folders = {arm: [run_folder(study, arm, seed) for seed in seeds] for arm in ARMS}
     everything = [folder for runs in folders.values() for folder in runs]
     found = evaluate.main(["--run", *everything, "--split", split, "--pool", "--compare", *folders["sft"]])
-    images = evaluate.main(["--run", *folders["sft"], "--split", split, "--pool", "--shuffle-images"])
+    images = {}
+    if split == "test":
+        images = evaluate.main(["--run", *folders["sft"], "--pool", "--shuffle-images"])
     group = {arm: group_name(runs) for arm, runs in folders.items()}
     sasrec = next(name for name in found if name.startswith("SASRec"))
     beside = ("ceiling", "ceiling, titles", sasrec, "co-occurrence", "popularity", "chance")
     results = {name: found[name] for name in beside if name in found}
-    results |= {ARMS[arm][0]: found[group[arm]] for arm in ARMS} | {SHUFFLED: images[group["sft"]]}
+    results |= {ARMS[arm][0]: found[group[arm]] for arm in ARMS}
+    results |= {SHUFFLED: images[group["sft"]]} if images else {}
     minus = {ARMS[arm][0]: found[f"{group[arm]} minus {group['sft']}"] for arm in ARMS if arm != "sft"}
     return results, minus
 
