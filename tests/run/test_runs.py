@@ -199,15 +199,22 @@ def test_the_number_of_processes_in_the_launchers_command(monkeypatch):
     assert launched("bash launch accelerate --num_processes 2") is None
 
 
-def test_ahead_keeps_values_and_raises_errors_in_order():
+def loaded(batches, device):
+    """The sample numbers of each step, loaded as the stages load them."""
+    for number, (step, batch, value) in enumerate(training.loaded(lambda step, batch: batch, batches, 0, device), 1):
+        assert step == number and value == batch
+        yield value
+
+
+def test_loading_ahead_keeps_values_and_raises_errors_in_order():
     def values():
         yield from range(3)
         raise ValueError("after three")
 
     gpu, cpu = torch.device("cuda"), torch.device("cpu")  # only the names of the devices are used
-    assert list(training.ahead(range(7), gpu)) == list(training.ahead(range(7), cpu)) == list(range(7))
-    assert list(training.ahead([], gpu)) == []
-    taken, iterator = [], training.ahead(values(), gpu)
+    assert list(loaded(range(7), gpu)) == list(loaded(range(7), cpu)) == list(range(7))
+    assert list(loaded([], gpu)) == []
+    taken, iterator = [], loaded(values(), gpu)
     with pytest.raises(ValueError, match="after three"):
         while True:
             taken.append(next(iterator))
