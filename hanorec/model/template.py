@@ -1,5 +1,6 @@
 """Split a backbone's chat template: the tokens around the user's text, around an image, and after an answer."""
 
+import functools
 import re
 
 from hanorec.model import families
@@ -28,6 +29,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer, image_token: int, image_text: tuple[str, str] | None = None):
         self.tokenizer, self.image_token = tokenizer, image_token
+        self.encode = functools.partial(tokenizer.encode, add_special_tokens=False)  # control tokens are recognised
         self.control = {image_token} | {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
         question = self.render([{"type": "text", "text": self.MARK}])
         if question.count(self.MARK) != 1:
@@ -41,10 +43,6 @@ class ChatTemplate:
         after_answer = self.render([{"type": "text", "text": "?"}], answer=self.MARK).split(self.MARK)[1]
         end = self.encode(after_answer)
         self.end_of_turn = end[0] if end else tokenizer.eos_token_id
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of the template's own text, which may have control tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def render(self, content: list[dict], answer: str | None = None) -> str:
         """Return the template's text for a user's message and, if given, an answer."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from conftest import ROOT
 from hanorec.run import training
 from hanorec.run.files import UserError, disk_message, locked, read_jsonl, replacing, write_json
 from hanorec.run.launch import launcher_option
-from hanorec.run.log import Log, signals
+from hanorec.run.log import Log
 from hanorec.run.runs import begin_run, read_run
 
 
@@ -247,8 +248,9 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
 @pytest.mark.parametrize(("processes", "text"), [(1, "after this step"), (2, "after the next step")])
 def test_a_signal_prints_when_the_run_will_stop(processes, text, capfd):
     log = SimpleNamespace(signal=0, accelerator=SimpleNamespace(num_processes=processes))
-    with signals(log):
-        os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, partial(Log.on_signal, log))
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
     assert log.signal == signal.SIGTERM and text in capfd.readouterr().err
 
 
