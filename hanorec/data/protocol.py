@@ -86,7 +86,7 @@ def time_order(raw: Raw, options: argparse.Namespace) -> np.ndarray:
     Equal times of a user are shuffled by --seed, or keep the input order with --ties input. A source without times
     keeps the input order.
     """
-    users, _, times, _ = raw.columns()
+    users, _, times, _ = raw.columns
     if options.ties == "input" or not raw.interactions.timed:
         return np.lexsort((times, users))  # stable
     shuffled = np.random.default_rng([options.seed, 4]).permutation(len(users))
@@ -101,7 +101,7 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
 
     Returns (users, items, places in `order`, times, counts).
     """
-    users, items, times, ratings = (column[order] for column in raw.columns())
+    users, items, times, ratings = (column[order] for column in raw.columns)
     if options.min_rating is not None and not raw.interactions.rated:
         raise UserError("the source has no ratings; do not give --min-rating")
     rated = ratings >= (-np.inf if options.min_rating is None else options.min_rating)
@@ -145,7 +145,7 @@ def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 def seen_pairs(raw: Raw, order: np.ndarray, user_codes: np.ndarray, index_of: np.ndarray) -> np.ndarray:
     """Return Sequences.seen, [P, 3]: what the kept users touched in the raw data, with any rating, and when first."""
-    users, items, _, _ = (column[order] for column in raw.columns())
+    users, items, _, _ = (column[order] for column in raw.columns)
     number_of = np.full(len(raw.interactions.user_codes), -1)
     number_of[user_codes] = np.arange(len(user_codes))
     places = np.flatnonzero((number_of[users] >= 0) & (index_of[items] >= 0))
@@ -183,7 +183,13 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
         training -= 2
         targets = {"val": end - 2, "test": end - 1}
     else:
-        split = data.split if options.split == "published" else split_users(len(length), options.seed)
+        split = data.split
+        if options.split == "user":
+            shuffled = np.random.default_rng([options.seed, 3]).permutation(len(length))
+            tenth = max(1, len(length) // 10)
+            split = np.full(len(length), "train")
+            split[shuffled[:tenth]] = "val"
+            split[shuffled[tenth : 2 * tenth]] = "test"
         targets = {name: end[split == name] - 1 for name in ("val", "test")}
         training[split != "train"] = 0
     windows = np.maximum(training - items_before(options), 0)  # [U], number of each user's training targets
@@ -194,16 +200,6 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
     offsets = np.arange(windows.sum()) - np.repeat(windows.cumsum() - windows, windows)
     targets["train"] = np.repeat(last - windows, windows) + offsets
     return targets, training
-
-
-def split_users(count: int, seed: int) -> np.ndarray:
-    """Divide users 8:1:1. Returns [count]: train, val or test."""
-    shuffled = np.random.default_rng([seed, 3]).permutation(count)
-    tenth = max(1, count // 10)
-    split = np.full(count, "train")
-    split[shuffled[:tenth]] = "val"
-    split[shuffled[tenth : 2 * tenth]] = "test"
-    return split
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,11 @@ class PackedMLLM(nn.Module):
         if not probability:
             return
         decoder = self.core.get_decoder()
-        hook_embeddings(decoder, lambda embeds: F.dropout(embeds, probability, decoder.training))
+
+        def drop_embeddings(_, args, kwargs):
+            return args, kwargs | {"inputs_embeds": F.dropout(kwargs["inputs_embeds"], probability, decoder.training)}
+
+        decoder.register_forward_pre_hook(drop_embeddings, with_kwargs=True)
         for name, module in decoder.named_modules():
             if name.endswith(("self_attn.o_proj", "mlp.down_proj")):
                 module.register_forward_hook(lambda layer, _, out: F.dropout(out, probability, layer.training))
@@ -110,8 +114,12 @@ class PackedMLLM(nn.Module):
         decoder = self.core.get_decoder()
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
-        # Reentrant checkpointing gives no gradients to a block unless one of its inputs requires a gradient
-        hook_embeddings(decoder, lambda embeds: embeds.requires_grad_(True) if torch.is_grad_enabled() else embeds)
+
+        def require_gradient(_, args, kwargs):  # else reentrant checkpointing gives no gradients to the first block
+            if torch.is_grad_enabled():
+                kwargs["inputs_embeds"].requires_grad_(True)
+
+        decoder.register_forward_pre_hook(require_gradient, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "PackedMLLM":
         """Set the language model to training or evaluation. The frozen vision tower is always in evaluation mode."""
@@ -256,12 +264,3 @@ def make_batch(segments, images, ids, positions, parents: list[int], scored: lis
         sizes=sizes,
         distinct=[distinct.index(item) for item in items] if distinct else [],
     )
-
-
-def hook_embeddings(decoder, change) -> None:
-    """Apply `change` to the embeddings that enter the language model, in the packed and in the model's own forward."""
-
-    def hook(_, args, kwargs):
-        return args, kwargs | {"inputs_embeds": change(kwargs["inputs_embeds"])}
-
-    decoder.register_forward_pre_hook(hook, with_kwargs=True)
