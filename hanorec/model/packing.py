@@ -87,7 +87,6 @@ class PackedMLLM(nn.Module):
         self.model, self.pack = model, pack
         check_attention(self.core.config.get_text_config()._attn_implementation, pack)
         if pack:
-            families.check_layers(self.core.config)
             attention.install(self.core)
 
     @property

@@ -13,7 +13,7 @@ from hanorec.data.folder import Example, Items
 from hanorec.model import attention, families
 from hanorec.model import prompts as prompt_trees
 from hanorec.model.check import load_packed
-from hanorec.model.families import check_layers, decoder_name
+from hanorec.model.families import decoder_name
 from hanorec.model.images import encode_images, encode_items
 from hanorec.model.load import load_model, load_tokenizer
 from hanorec.model.lora import add_lora
@@ -242,8 +242,9 @@ def test_image_tokens_with_another_dtype_than_the_model_are_refused(backbone, mo
 
 def test_layers_without_a_known_mask_are_refused():
     text = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
+    core = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
     with pytest.raises(UserError, match="no mask for layers of linear_attention: give --no-pack"):
-        check_layers(SimpleNamespace(get_text_config=lambda: text))
+        attention.install(core)
 
 
 @pytest.mark.parametrize("backbone", ["smolvlm"], indirect=True)
