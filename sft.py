@@ -151,10 +151,11 @@ def main(argv: list[str] | None = None) -> None:
     # Model
     packed = trainable_model(options, encoding, accelerator)
     torch.manual_seed(options.seed + accelerator.process_index)  # for dropout
-    weights = list(training.trained_weights(packed).values())
-    count = sum(weight.numel() for weight in weights)
+    count = sum(weight.numel() for weight in training.trained_weights(packed).values())
     accelerator.print(f"{encoding.backbone}: {count:,} trained weights (--tune {options.tune})")
-    optimizer = torch.optim.AdamW(weights, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        training.trained_weights(packed).values(), lr=options.lr, weight_decay=options.weight_decay, fused=True
+    )
     schedule = training.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
     weights = list(training.trained_weights(packed).values())  # again: `prepare` may shard them
