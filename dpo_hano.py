@@ -90,7 +90,7 @@ from hanorec.model.images import mean_embeddings
 from hanorec.model.load import TINY, load_tokenizer, pick_dtype
 from hanorec.model.lora import add_lora
 from hanorec.model.packing import PackedMLLM, check_attention
-from hanorec.model.reference import check_start, planned_pairs, reference_key, reference_logps
+from hanorec.model.reference import check_start, planned_pairs, reference_logps
 from hanorec.model.samples import Samples
 from hanorec.ranking.scoring import validate
 from hanorec.run import checkpoints, training
@@ -162,7 +162,7 @@ def load_policy(options, encoding: Encoding, examples: list[Example], accelerato
     packed = load_packed(model, encoding, not options.no_pack, training.first_device(model, accelerator))
     if options.gradient_checkpointing:
         packed.enable_checkpointing()
-    count = sum(parameter.numel() for parameter in training.trainable(packed))
+    count = sum(weight.numel() for weight in training.trained_weights(packed).values())
     accelerator.print(f"{encoding.backbone}: {count:,} trained weights, {dtype}")
     low, high = float(hardness.quantile(0.01)), float(hardness.quantile(0.99))
     accelerator.print(f"lambda ({options.hardness}): mean {hardness.mean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
@@ -205,7 +205,7 @@ def take_step(step: int, micro_batches, model, packed, optimizer, schedule, resp
         metrics["noise"] = noise.to(accelerator.device)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value / len(micro_batches)
-    norm = accelerator.clip_grad_norm_(training.trainable(packed), 1.0)
+    norm = accelerator.clip_grad_norm_(training.trained_weights(packed).values(), 1.0)
     rate = schedule.get_last_lr()[0]
     optimizer.step()
     schedule.step()
@@ -251,14 +251,13 @@ def main(argv: list[str] | None = None) -> None:
     pairs = Samples(prompts, prompts.pair_tree, examples, kinds, options.max_length)
     accelerator.print(f"{data.folder}: {len(examples)} examples x {len(kinds)} pairs ({', '.join(kinds)})")
     batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(kinds), options, accelerator)
-    optimizer = training.adamw(packed, options.lr)
+    optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=options.lr, fused=True)
     schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
 
     # Reference
     planned = planned_pairs(pairs, steps, steps_per_epoch, options, accelerator)
-    key = reference_key(hashes, pairs, planned, packed, prompts, options.quantize)
-    reference = reference_logps(packed, encoding, pairs, planned, key, options.sft / "reference", accelerator)
+    reference = reference_logps(packed, encoding, pairs, planned, hashes, options, accelerator)
     response = Responsiveness(options.responsiveness)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 

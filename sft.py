@@ -59,8 +59,13 @@ OPTIONS = {
 }
 
 
+@one_line_errors
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options, without the defaults that depend on the backbone."""
+    """Parse the options, without the defaults that depend on the backbone.
+
+    Raises:
+        UserError: the folder --out holds anything other than an SFT run.
+    """
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
     cot = options.prompt == "cot"
@@ -72,19 +77,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if not cot and getattr(options, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for --prompt cot")
     options.out = options.out or Path("runs") / options.data.resolve().name / "sft"
-    return options
-
-
-@one_line_errors
-def checked_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options. UserError if the folder --out is not empty and not an SFT run."""
-    options = parse(argv)
     check_out(options.out, "sft")
     return options
 
 
 if __name__ == "__main__":
-    checked_options()  # prints --help and errors before the slow imports
+    parse()  # prints --help and errors before the slow imports
 
 import torch
 
@@ -137,7 +135,7 @@ def plan_batches(warmup: WarmUp, samples: Samples, options: argparse.Namespace, 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    options = checked_options(argv)
+    options = parse(argv)
     data, encoding = open_data(options)
     accelerator = start_accelerator(mixed_precision(options), options.report_to, options.out)
     hashes = {"data": training_hash(data, encoding, options.summaries)}
@@ -153,12 +151,14 @@ def main(argv: list[str] | None = None) -> None:
     # Model
     packed = trainable_model(options, encoding, accelerator)
     torch.manual_seed(options.seed + accelerator.process_index)  # for dropout
-    count = sum(parameter.numel() for parameter in training.trainable(packed))
+    count = sum(weight.numel() for weight in training.trained_weights(packed).values())
     accelerator.print(f"{encoding.backbone}: {count:,} trained weights (--tune {options.tune})")
-    optimizer = training.adamw(packed, options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(
+        training.trained_weights(packed).values(), lr=options.lr, weight_decay=options.weight_decay, fused=True
+    )
     schedule = training.cosine(optimizer, steps, options.warmup_steps, options.warmup_lr / options.lr)
     model, optimizer = accelerator.prepare(packed, optimizer)
-    parameters = training.trainable(packed)
+    weights = list(training.trained_weights(packed).values())  # again: `prepare` may shard them
 
     def samples_of(step: int) -> WarmUp | Samples:
         return warmup if step <= options.warmup_steps else samples
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             model.train()
             rate = schedule.get_last_lr()[0]
-            loss, norm = supervised_step(model, micro_batches, parameters, optimizer, schedule, accelerator)
+            loss, norm = supervised_step(model, micro_batches, weights, optimizer, schedule, accelerator)
             metrics = {"loss": loss, "grad_norm": norm, "lr": rate, "warmup": step <= options.warmup_steps}
             users = samples_of(step).users
             log.step(step, metrics, [users[number] for number in itertools.chain(*numbers)])

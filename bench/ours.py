@@ -1,6 +1,5 @@
 """This project's training steps, as the loops of dpo_hano.py and sft.py take them."""
 
-import itertools
 import time
 from types import SimpleNamespace
 
@@ -49,12 +48,12 @@ class Steps:
         self.work, self.accelerator = work, start_accelerator()
         self.packed = packed.to(self.accelerator.device)
         self.parameters = [p for p in packed.parameters() if p.requires_grad]
-        optimizer = training.adamw(packed, 1e-4)
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         self.schedule = training.cosine(optimizer, 10_000)
         self.model, self.optimizer = self.accelerator.prepare(packed, optimizer)
         shape = {"processes": self.accelerator.num_processes, "rank": self.accelerator.process_index, "seed": seed}
         batches = training.micro_batches(len(work.examples), per_example, batch, 1, **shape)
-        self.loaded = training.ahead(map(self.load, itertools.count(1), batches), self.accelerator.device)
+        self.loaded = training.loaded(self.load, batches, 0, self.accelerator.device)
 
     def collate(self, trees) -> Batch:
         return self.packed.collate(trees, self.work.tokens)
@@ -75,19 +74,19 @@ class Dpo(Steps):
         self.eta = dpo_hano.Responsiveness("none" if plain else "batch")
         self.hardness = torch.ones(len(self.pairs))
         numbers, began = list(range(len(self.pairs))), time.perf_counter()
-        folder = work.folder / f"reference{work.max_pixels}-{len(kinds)}"
-        self.reference = reference_logps(self.packed, work, self.pairs, numbers, "key", folder, self.accelerator)
+        run = SimpleNamespace(sft=work.folder / f"reference{work.max_pixels}-{len(kinds)}", quantize=None)
+        self.reference = reference_logps(self.packed, work, self.pairs, numbers, {}, run, self.accelerator)
         self.reference_seconds = (time.perf_counter() - began) / len(self.pairs)
 
     def micro(self, chosen: list[int]) -> tuple:
         """The micro-batch of the pairs with these numbers: (batch, reference log-probabilities, hardness)."""
         return self.collate([self.pairs.tree(n) for n in chosen]), self.reference[chosen], self.hardness[chosen]
 
-    def load(self, step: int, numbers: list[list[int]]) -> tuple[int, list[tuple]]:
-        return step, [self.micro(chosen) for chosen in numbers]
+    def load(self, step: int, numbers: list[list[int]]) -> list[tuple]:
+        return [self.micro(chosen) for chosen in numbers]
 
     def step(self) -> torch.Tensor:
-        step, micro = next(self.loaded)
+        step, _, micro = next(self.loaded)
         metrics = dpo_hano.take_step(
             step,
             micro,
@@ -114,5 +113,5 @@ class Sft(Steps):
 
     def step(self) -> torch.Tensor:
         self.model.train()
-        micro = next(self.loaded)
+        _, _, micro = next(self.loaded)
         return supervised_step(self.model, micro, self.parameters, self.optimizer, self.schedule, self.accelerator)[0]

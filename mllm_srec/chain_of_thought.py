@@ -66,7 +66,7 @@ class ThoughtPrompts(Prompts):
         Args:
             builds: functions from an example to a prompt tree.
         """
-        lengths = [len(self.text(self.user_texts.item_line(item))) for item in range(len(self.items))]
+        lengths = [len(self.text(self.user_texts.item_lines([item]))) for item in range(len(self.items))]
         longest = lengths.index(max(lengths))
         for example in examples:
             short = replace(example, history=example.history[-1:])

@@ -81,15 +81,17 @@ class UserTexts:
         """Return the number of timeline items up to the end of the example's history."""
         return self.position[example.user][example.history[-1]] + 1
 
-    def item_line(self, item: int) -> str:
-        """Return the line about an item in a prompt: its title and, if it is usable, its summary."""
-        title, summary = self.items.titles[item], self.summaries[item]
-        if summary is None:
-            return "".join(fill(self.texts["line without a summary"], title=title))
-        return "".join(fill(self.texts["line"], title=title, summary=summary))
-
     def item_lines(self, items: Iterable[int]) -> str:
-        return "\n".join(self.item_line(item) for item in items) or self.texts["nothing"]
+        """Return a line about each item for a prompt: its title and, if it is usable, its summary."""
+        lines = []
+        for item in items:
+            title, summary = self.items.titles[item], self.summaries[item]
+            if summary is None:
+                parts = fill(self.texts["line without a summary"], title=title)
+            else:
+                parts = fill(self.texts["line"], title=title, summary=summary)
+            lines.append("".join(parts))
+        return "\n".join(lines) or self.texts["nothing"]
 
     def preference_prompt(self, items: Iterable[int], previous: str | None) -> list[str | int]:
         """Return the parts of the prompt for a preference paragraph.

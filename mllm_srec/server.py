@@ -56,12 +56,20 @@ class Server:
             return list(pool.map(self.reply, prompts))
 
     def reply(self, parts: list) -> Reply:
-        content = [self.text(part) if isinstance(part, str) else self.image(part) for part in parts]
+        content = []
+        for part in parts:
+            if isinstance(part, str):
+                text = part
+                for token in self.control:  # with a space inside, the server does not read it as that token
+                    text = text.replace(token, f"{token[0]} {token[1:]}")
+                content.append({"type": "text", "text": text})
+            elif self.encoding.items.images[part]:
+                content.append(self.image(part))
         answer = self.answer(
             "chat/completions",
             {
                 "model": self.model,
-                "messages": [{"role": "user", "content": [part for part in content if part]}],
+                "messages": [{"role": "user", "content": content}],
                 "temperature": 0,
                 "max_tokens": self.options.max_tokens,
                 "seed": self.options.seed,
@@ -76,21 +84,9 @@ class Server:
             return Reply(json.dumps(answer)[:200], "nonsense")
         return Reply.checked(text, ended, control=any(token in text for token in self.control))
 
-    def text(self, text: str) -> dict:
-        """Return a text part of a message.
-
-        A space is put into each spelling of a control token. Otherwise the server would read it as that token.
-        """
-        for token in self.control:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return {"type": "text", "text": text}
-
-    def image(self, item: int) -> dict | None:
-        """Return an image part of a message, a PNG of at most max_pixels pixels; None for an item without an image."""
-        path = self.encoding.items.images[item]
-        if not path:
-            return None
-        image = open_image(self.encoding.data.folder / path)
+    def image(self, item: int) -> dict:
+        """Return an image part of a message: the item's image as a PNG of at most max_pixels pixels."""
+        image = open_image(self.encoding.data.folder / self.encoding.items.images[item])
         scale = min(1.0, (self.encoding.manifest["max_pixels"] / (image.width * image.height)) ** 0.5)
         image.thumbnail((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         buffer = io.BytesIO()

@@ -199,58 +199,56 @@ def show(options: argparse.Namespace, data: DataFolder, encoding: Encoding, text
         print_prompt(f"user {user}, chain of thought", thought.sft_tree(example, "yesno"))
 
 
-def write_all(options: argparse.Namespace, folder: Path, data: DataFolder, encoding: Encoding, accelerator) -> None:
-    """Write all files of a summaries folder, or keep those that are still valid."""
-    texts, timeline_of, path = read_texts(options.prompts), timelines(data), folder / "manifest.json"
-    old_manifest = read_json(path, preferences.MANIFEST, "delete it") if path.exists() else {}
-    accelerator.wait_for_everyone()  # until every process has read the old manifest
-    writer, identity = load_writer(options, data, encoding, accelerator)
-    data_hash, pictures = preferences.sources(encoding, timeline_of)
-    manifest = {
-        "data": data_hash,
-        "prompts": value_hash(texts),
-        "titles_with_control_tokens": titles_with_control_tokens(encoding),
-        "pictures": None if options.sees == "text" else pictures,
-        "made_by": identity,
-        "options": json_options(options),
-    }
-    if manifest["titles_with_control_tokens"]:
-        accelerator.print(f"{manifest['titles_with_control_tokens']} titles spell control tokens, which stay text")
-    if accelerator.is_main_process:
-        with replacing(folder / "prompts.txt") as new:
-            shutil.copyfile(options.prompts, new)
-
-    examples = [example for split in ("train", "val", "test") for example in data.examples(split)]
-    users = users_windows(examples, UserTexts(texts, encoding.items, timeline_of, [], {}), options)
-
-    item_texts = {name: text for name, text in texts.items() if name.startswith("item")}
-    key = value_hash([identity, options.sees, encoding.manifest, item_texts])
-    write = partial(write_items, writer, texts, options.sees, encoding)
-    lines = write_file(folder / "items.jsonl", old_manifest, manifest, key, accelerator, write)
-    summaries = {line["item"]: line["summary"] for line in lines}
-    user_texts = UserTexts(texts, encoding.items, timeline_of, [summaries[item] for item in encoding.items.ids], {})
-
-    windows = [[each.user, each.ends, sorted(each.read)] for each in users]
-    preference_texts = [texts[name] for name in PREFERENCE_TEXTS]
-    key = value_hash([identity, preference_texts, options.window, summaries, manifest["data"], *windows])
-    write = partial(write_preferences, writer, user_texts, users)
-    write_file(folder / "preferences.jsonl", old_manifest, manifest, key, accelerator, write)
-    if accelerator.is_main_process:
-        write_json(path, manifest)
-
-
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     data = DataFolder(options.data)
     encoding = Encoding(data, options.model, trust=options.trust_remote_code)
+    texts = read_texts(options.prompts)
     if options.show:
-        show(options, data, encoding, read_texts(options.prompts))
+        show(options, data, encoding, texts)
         return
     accelerator = start_accelerator()
     folder = preferences.summaries_folder(data, encoding, options.name)
     with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        write_all(options, folder, data, encoding, accelerator)
+        examples = [example for split in ("train", "val", "test") for example in data.examples(split)]
+        timeline_of, path = timelines(data), folder / "manifest.json"
+        old_manifest = read_json(path, preferences.MANIFEST, "delete it") if path.exists() else {}
+        accelerator.wait_for_everyone()  # until every process has read the old manifest
+        writer, identity = load_writer(options, data, encoding, accelerator)
+        data_hash, pictures = preferences.sources(encoding, timeline_of)
+        manifest = {
+            "data": data_hash,
+            "prompts": value_hash(texts),
+            "titles_with_control_tokens": titles_with_control_tokens(encoding),
+            "pictures": None if options.sees == "text" else pictures,
+            "made_by": identity,
+            "options": json_options(options),
+        }
+        if manifest["titles_with_control_tokens"]:
+            accelerator.print(f"{manifest['titles_with_control_tokens']} titles spell control tokens, which stay text")
+        if accelerator.is_main_process:
+            with replacing(folder / "prompts.txt") as new:
+                shutil.copyfile(options.prompts, new)
+
+        # Items
+        item_texts = {name: text for name, text in texts.items() if name.startswith("item")}
+        key = value_hash([identity, options.sees, encoding.manifest, item_texts])
+        write = partial(write_items, writer, texts, options.sees, encoding)
+        lines = write_file(folder / "items.jsonl", old_manifest, manifest, key, accelerator, write)
+        summaries = {line["item"]: line["summary"] for line in lines}
+
+        # Users
+        summary_of = [summaries[item] for item in encoding.items.ids]
+        user_texts = UserTexts(texts, encoding.items, timeline_of, summary_of, {})
+        users = users_windows(examples, user_texts, options)
+        windows = [[each.user, each.ends, sorted(each.read)] for each in users]
+        preference_texts = [texts[name] for name in PREFERENCE_TEXTS]
+        key = value_hash([identity, preference_texts, options.window, summaries, manifest["data"], *windows])
+        write = partial(write_preferences, writer, user_texts, users)
+        write_file(folder / "preferences.jsonl", old_manifest, manifest, key, accelerator, write)
+        if accelerator.is_main_process:
+            write_json(path, manifest)
 
 
 if __name__ == "__main__":

@@ -100,10 +100,10 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     # Model
     packed = trainable_model(options, encoding, accelerator)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
-    optimizer = training.adamw(packed, options.lr)
+    optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=options.lr, fused=True)
     schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
-    parameters = training.trainable(packed)
+    weights = list(training.trained_weights(packed).values())  # again: `prepare` may shard them
 
     def load_batches(step: int, numbers: list[list[int]]) -> list:
         return [packed.collate(lessons.trees(batch, step), encoding.tokens) for batch in numbers]
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
         for step, numbers, micro_batches in training.loaded(load_batches, batches, steps_done, accelerator.device):
             model.train()
             rate = schedule.get_last_lr()[0]
-            loss, norm = supervised_step(model, micro_batches, parameters, optimizer, schedule, accelerator)
+            loss, norm = supervised_step(model, micro_batches, weights, optimizer, schedule, accelerator)
             items = [data.items.ids[taught[number // KINDS]] for number in itertools.chain(*numbers)]
             log.step(step, {"loss": loss, "grad_norm": norm, "lr": rate}, items)
             log.end_step(step, step == steps)

@@ -70,18 +70,6 @@ class Example:
     candidates: list[int]
     rejected: int
 
-    @classmethod
-    def from_line(cls, line: dict, items: Items) -> "Example":
-        """Convert a line. Raise UserError for an unknown item, an empty history or wrong candidates."""
-        user = line["user"]
-        history = items.indices(line["history"], user)
-        candidates = items.indices(line["candidates"], user)
-        target, rejected = items.indices([line["target"], line["rejected"]], user)
-        if not history or target not in candidates or len(set(candidates)) < len(candidates):
-            fault = "an example has no history, or its candidates lack the target or repeat an item"
-            raise UserError(f"user {user}: {fault}; {PREPARE_AGAIN}")
-        return cls(user, history, target, candidates, rejected)
-
 
 class DataFolder:
     """A data folder that prepare_data.py wrote.
@@ -109,11 +97,25 @@ class DataFolder:
         return [split for split in EVALUATED if f"{split}.jsonl" in self.manifest["files"]]
 
     def examples(self, split: str, limit: int = 0) -> list[Example]:
-        """Return the examples of train, val or test; only the first `limit` if `limit` is not 0."""
+        """Return the examples of train, val or test; only the first `limit` if `limit` is not 0.
+
+        Raises:
+            UserError: an example has an unknown item, an empty history or wrong candidates.
+        """
         lines = self.lines(split, EXAMPLE)
         if len({len(line["candidates"]) for line in lines}) != 1:
             raise UserError(f"{self.folder / split}.jsonl has candidates of several lengths; {PREPARE_AGAIN}")
-        return [Example.from_line(line, self.items) for line in lines[: limit or None]]
+        examples = []
+        for line in lines[: limit or None]:
+            user = line["user"]
+            history = self.items.indices(line["history"], user)
+            candidates = self.items.indices(line["candidates"], user)
+            target, rejected = self.items.indices([line["target"], line["rejected"]], user)
+            if not history or target not in candidates or len(set(candidates)) < len(candidates):
+                fault = "an example has no history, or its candidates lack the target or repeat an item"
+                raise UserError(f"user {user}: {fault}; {PREPARE_AGAIN}")
+            examples.append(Example(user, history, target, candidates, rejected))
+        return examples
 
     def sequences(self) -> dict[str, list[int]]:
         """Return the complete training sequence of each training user: item indices, oldest first."""

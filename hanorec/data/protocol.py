@@ -91,7 +91,7 @@ def time_order(raw: Raw, options: argparse.Namespace) -> np.ndarray:
     Equal times of a user are shuffled by --seed, or keep the input order with --ties input. A source without times
     keeps the input order.
     """
-    users, _, times, _ = raw.columns()
+    users, _, times, _ = raw.columns
     if options.ties == "input" or not raw.interactions.timed:
         return np.lexsort((times, users))  # stable
     shuffled = np.random.default_rng([options.seed, 4]).permutation(len(users))
@@ -109,7 +109,7 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
 
     Returns (users, items, places in `order`, times, counts).
     """
-    users, items, times, ratings = (column[order] for column in raw.columns())
+    users, items, times, ratings = (column[order] for column in raw.columns)
     if options.min_rating is not None and not raw.interactions.rated:
         raise UserError("the source has no ratings; do not give --min-rating")
     rated = ratings >= (-np.inf if options.min_rating is None else options.min_rating)
@@ -162,7 +162,7 @@ def seen_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: n
         kept: the places of the kept interactions. A title counts as touched there, even if it got a low rating before:
             else it would be no training negative, and so be known to be a later target.
     """
-    users, items, _, _ = (column[order] for column in raw.columns())
+    users, items, _, _ = (column[order] for column in raw.columns)
     number_of = np.full(len(raw.interactions.user_codes), -1)
     number_of[user_codes] = np.arange(len(user_codes))
     places = np.flatnonzero((number_of[users] >= 0) & (title_of[items] >= 0))
@@ -202,7 +202,13 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
         training -= 2
         targets = {"val": end - 2, "test": end - 1}
     else:
-        split = data.split if options.split == "published" else split_users(len(length), options.seed)
+        split = data.split
+        if options.split == "user":
+            shuffled = np.random.default_rng([options.seed, 3]).permutation(len(length))
+            tenth = max(1, len(length) // 10)
+            split = np.full(len(length), "train")
+            split[shuffled[:tenth]] = "val"
+            split[shuffled[tenth : 2 * tenth]] = "test"
         targets = {name: end[split == name] - 1 for name in ("val", "test")}
         training[split != "train"] = 0
     windows = np.maximum(training - items_before(options), 0)  # [U], number of each user's training targets
@@ -213,16 +219,6 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
     offsets = np.arange(windows.sum()) - np.repeat(windows.cumsum() - windows, windows)
     targets["train"] = np.repeat(last - windows, windows) + offsets
     return targets, training
-
-
-def split_users(count: int, seed: int) -> np.ndarray:
-    """Divide users 8:1:1. Returns [count]: train, val or test."""
-    shuffled = np.random.default_rng([seed, 3]).permutation(count)
-    tenth = max(1, count // 10)
-    split = np.full(count, "train")
-    split[shuffled[:tenth]] = "val"
-    split[shuffled[tenth : 2 * tenth]] = "test"
-    return split
 
 
 # ---------------------------------------------------------------------------------------------------------------------

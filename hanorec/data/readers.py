@@ -30,19 +30,21 @@ from hanorec.data.tables import (
 from hanorec.run.files import UserError
 
 
+@dataclass
 class Interactions:
     """Interactions in input order. Users and items have codes: numbers in the order of their first interaction.
 
-    Attributes:
-        timed: whether the source has times.
-        rated: whether the source has ratings.
+    timed, rated: whether the source has times and ratings.
     """
 
-    def __init__(self):
-        self.user_codes: dict[str, int] = {}
-        self.item_codes: dict[str, int] = {}
-        self.users, self.items, self.times, self.ratings = (array(code) for code in "qqdf")
-        self.timed = self.rated = False
+    timed: bool = False
+    rated: bool = False
+    user_codes: dict[str, int] = field(default_factory=dict)
+    item_codes: dict[str, int] = field(default_factory=dict)
+    users: array = field(default_factory=partial(array, "q"))
+    items: array = field(default_factory=partial(array, "q"))
+    times: array = field(default_factory=partial(array, "d"))
+    ratings: array = field(default_factory=partial(array, "f"))
 
     def add(self, user: str, item: str, time: float = 0.0, rating: float = 1.0) -> None:
         """Append an interaction. Raise ValueError for an empty id, or a time or rating that is not finite."""
@@ -84,11 +86,9 @@ class Raw:
         for text in filter(NOT_TEXT.search, itertools.chain(*ids, self.titles.values())):
             names = " and ".join(map(str, self.files))
             raise UserError(f"{names}: {text!r} is no text (perhaps UTF-16); save the files as UTF-8")
-
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return user codes, item codes, times and ratings: [M] each, in input order."""
         read = self.interactions
-        return tuple(np.frombuffer(v, dtype=v.typecode) for v in (read.users, read.items, read.times, read.ratings))
+        # User codes, item codes, times and ratings: [M] each, in input order
+        self.columns = tuple(np.frombuffer(v, v.typecode) for v in (read.users, read.items, read.times, read.ratings))
 
 
 def timestamp(text: str) -> float:
@@ -109,8 +109,7 @@ def read_interactions(
         path: the file, for errors.
         user, item, time, rating: positions in a row. If time is None, the input order is the order of time.
     """
-    interactions = Interactions()
-    interactions.timed, interactions.rated = time is not None, rating is not None
+    interactions = Interactions(timed=time is not None, rated=rating is not None)
     for number, row in rows:
         try:
             when = timestamp(row[time]) if time is not None else 0.0

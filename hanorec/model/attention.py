@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from hanorec.run.files import UserError
+
 NAME = "prompt_trees"
 # Queries, keys, and a mask [1, 1, queries, keys], True where a query attends to a key. Without a mask, the queries are
 # the keys, and attention is causal
@@ -97,8 +99,16 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for the model's own forward
 
 
 def install(core) -> None:
-    """Make the language model of `core` use `attend`, and its last layer compute only the `predicting` tokens."""
-    core.config.get_text_config()._attn_implementation = NAME
+    """Make the language model of `core` use `attend`, and its last layer compute only the `predicting` tokens.
+
+    Raises:
+        UserError: the model has layers whose attention is neither full nor within a sliding window.
+    """
+    config = core.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(f"packing has no mask for layers of {', '.join(sorted(unknown))}: give --no-pack")
+    config._attn_implementation = NAME
     layers = getattr(core.get_decoder(), "layers", None)
     if layers is None or hasattr(layers[-1], "forest"):  # the second: hooks are there already
         return

@@ -25,35 +25,24 @@ LOW_TOLERANCE = 5e-2  # half precision: relative; one bfloat16 logit is rounded 
 def load_packed(model, encoding: Encoding, pack: bool, device) -> PackedMLLM:
     """Put `model` into a PackedMLLM on `device` and check it. Returns the PackedMLLM.
 
-    The check also gives the model the image processor's tilings (see `families.match_tiles`).
-    """
-    packed = PackedMLLM(model, pack).to(device)
-    check(packed, encoding.source, encoding.manifest["max_pixels"], encoding.backbone, encoding.trust)
-    return packed
-
-
-@torch.no_grad()  # not inference mode: training uses tensors that the language model caches in its first forward
-def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str, trust: bool) -> None:
-    """Score two answers to one prompt twice, by `packed` and by the model's own forward, and compare.
+    The check scores two answers to one prompt twice, packed and by the model's own forward, and compares. It also gives
+    the model the image processor's tilings (see `families.match_tiles`).
 
     The prompt has a few dozen tokens and one image of 112 x 112 pixels. So the check does not test a sliding window of
     many tokens. Both forwards read the same tokens; the check does not test the text around the image. Small mistakes
     show in float32 only.
 
-    Args:
-        source: the backbone's files, a hub name or a folder.
-        name: the backbone's name, for the message.
-
     Raises:
         UserError: the two log-probabilities differ, or one of the forwards fails.
     """
+    packed, name = PackedMLLM(model, pack).to(device), encoding.backbone
     problem, remedy = f"packed prompts do not work with {name}", "give --no-pack, which is slower"
-    if not packed.pack:
+    if not pack:
         problem, remedy = f"{name} cannot be run on stored image tokens", "choose another backbone"
     training = packed.training
     packed.eval()
     try:
-        logps, expected = score_both_ways(packed, source, max_pixels, trust)
+        logps, expected = score_both_ways(packed, encoding)
     except (UserError, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -64,15 +53,15 @@ def check(packed: PackedMLLM, source: str | Path, max_pixels: int, name: str, tr
     difference = (logps - expected).abs()
     if not (difference <= allowed).all():  # a NaN fails too
         raise UserError(f"{problem} (log-probabilities differ by {float(difference.max()):.2g}); {remedy}")
+    return packed
 
 
-def score_both_ways(
-    packed: PackedMLLM, source: str | Path, max_pixels: int, trust: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()  # not inference mode: training uses tensors that the language model caches in its first forward
+def score_both_ways(packed: PackedMLLM, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities [2] of two answers to one prompt, by `packed` and by the model's own forward."""
     core = packed.core
-    processor = load_image_processor(source, max_pixels, trust)
-    template = load_template(source, trust)
+    processor = load_image_processor(encoding.source, encoding.manifest["max_pixels"], encoding.trust)
+    template = load_template(encoding.source, encoding.trust)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.png"  # a gradient: in an image of one colour, a wrong order of tokens is not seen
         Image.linear_gradient("L").resize((112, 112)).convert("RGB").save(path)

@@ -49,12 +49,8 @@ class Encoding:
         self.source = data.folder / "tiny" if self.tiny else model
         live = None
         if (images == "live" or self.manifest["tokens"] is None) and not blank_images:
-            live = (data.folder, self.image_processor())
+            live = (data.folder, load_image_processor(self.source, self.manifest["max_pixels"], trust))
         self.tokens = ImageTokens(self.items, self.folder, blank_images, live)
-
-    def image_processor(self):
-        """Load the backbone's image processor, with the largest image size of the encoding."""
-        return load_image_processor(self.source, self.manifest["max_pixels"], self.trust)
 
     def hash(self, *further: str) -> str:
         """Return the SHA-256 of what training reads: items, training and validation, encoding and stored image tokens.

@@ -139,14 +139,6 @@ def positions(core, ids: list[int], grids: torch.Tensor) -> torch.Tensor:
     return inner.get_rope_index(batch, mm_token_type_ids=types, image_grid_thw=grids)[0][:, 0]
 
 
-def check_layers(config) -> None:
-    """UserError if the language model has layers whose attention is neither full nor within a sliding window."""
-    types = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    unknown = types - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UserError(f"packing has no mask for layers of {', '.join(sorted(unknown))}: give --no-pack")
-
-
 def image_numbers(config, ids: torch.Tensor) -> torch.Tensor | None:
     """Return the number of each token's image for ids [T]: [T], from 1, and 0 for text.
 

@@ -73,25 +73,6 @@ class Batch:
         return Batch(**send_to_device(vars(self), device, non_blocking=True))
 
 
-@dataclass
-class Placed:
-    """The place of a node in a batch.
-
-    Args:
-        start: index of its first token.
-        length: the number of its tokens.
-        depth: the number of tokens before it on its path.
-        next_position: the position of a token that follows it.
-        parent: number of its parent among the batch's nodes; a root's own number.
-    """
-
-    start: int
-    length: int
-    depth: int
-    next_position: int
-    parent: int
-
-
 class PackedMLLM(nn.Module):
     """Computes the log-probabilities of the answers of a batch of prompt trees.
 
@@ -106,7 +87,6 @@ class PackedMLLM(nn.Module):
         self.model, self.pack = model, pack
         check_attention(self.core.config.get_text_config()._attn_implementation, pack)
         if pack:
-            families.check_layers(self.core.config)
             attention.install(self.core)
 
     @property
@@ -119,7 +99,11 @@ class PackedMLLM(nn.Module):
         if not probability:
             return
         decoder = self.core.get_decoder()
-        hook_embeddings(decoder, lambda embeds: F.dropout(embeds, probability, decoder.training))
+
+        def drop_embeddings(_, args, kwargs):
+            return args, kwargs | {"inputs_embeds": F.dropout(kwargs["inputs_embeds"], probability, decoder.training)}
+
+        decoder.register_forward_pre_hook(drop_embeddings, with_kwargs=True)
         for name, module in decoder.named_modules():
             if name.endswith(("self_attn.o_proj", "mlp.down_proj")):
                 module.register_forward_hook(lambda layer, _, out: F.dropout(out, probability, layer.training))
@@ -129,8 +113,12 @@ class PackedMLLM(nn.Module):
         decoder = self.core.get_decoder()
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
-        # Reentrant checkpointing gives no gradients to a block unless one of its inputs requires a gradient
-        hook_embeddings(decoder, lambda embeds: embeds.requires_grad_(True) if torch.is_grad_enabled() else embeds)
+
+        def require_gradient(_, args, kwargs):  # else reentrant checkpointing gives no gradients to the first block
+            if torch.is_grad_enabled():
+                kwargs["inputs_embeds"].requires_grad_(True)
+
+        decoder.register_forward_pre_hook(require_gradient, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "PackedMLLM":
         """Set the language model to training or evaluation. The frozen vision tower is always in evaluation mode."""
@@ -149,29 +137,27 @@ class PackedMLLM(nn.Module):
         """
         if not self.pack:
             trees = [path for tree in trees for path in separate_paths(tree)]
-        segments, images, ids, positions = [], [], [], []
-        nodes: list[Placed] = []
+        segments, images, ids, positions, parents = [], [], [], [], []
         scored: list[tuple[int, int, int]] = []
+        next_positions: list[int] = []  # of each node: the position of a token that follows it
         for tree, answers in merge_trees(trees):
-            first, start = len(nodes), len(ids)
+            first, start = len(parents), len(ids)
             for node in tree:
-                parent = None if node.parent is None else nodes[first + node.parent]
-                start_position = parent.next_position if parent else 0
-                positions.append(self.positions(node, tokens) + start_position)
-                placed = Placed(
-                    start=len(ids),
-                    length=len(node.ids),
-                    depth=parent.depth + parent.length if parent else 0,
-                    next_position=int(positions[-1].max()) + 1,
-                    parent=first + node.parent if parent else first,
-                )
-                nodes.append(placed)
-                ids += node.ids
+                number, is_root = len(parents), node.parent is None
+                if is_root and 0 in node.scored:
+                    raise ValueError("the first token of a prompt cannot be scored: no token predicts it")
+                parent = number if is_root else first + node.parent
+                position = self.positions(node, tokens) + (0 if is_root else next_positions[parent])
                 if node.scored:
-                    scored += scored_tokens(node, placed, parent, answers.pop(0))
+                    answer = answers.pop(0)
+                    scored += [(number, offset, answer) for offset in node.scored]
+                ids += node.ids
+                parents.append(parent)
+                positions.append(position)
+                next_positions.append(int(position.max()) + 1)
             segments.append((len(tree[0].ids), len(ids) - start))
             images.append([item for node in tree for item in node.images])
-        return make_batch(segments, images, ids, positions, nodes, scored, tokens)
+        return make_batch(segments, images, ids, positions, parents, scored, tokens)
 
     def positions(self, node: Node, tokens: ImageTokens) -> torch.Tensor:
         """Return a node's positions [P, tokens], from 0. UserError if it has not a placeholder for each image token."""
@@ -237,30 +223,24 @@ class PackedMLLM(nn.Module):
         return torch.cat(logits)
 
 
-def scored_tokens(node: Node, placed: Placed, parent: Placed | None, answer: int) -> list[tuple[int, int, int]]:
-    """Return (predicted_from, target, answer) of each scored token of a node (see `Batch`)."""
-    tokens = []
-    for offset in node.scored:
-        if offset == 0 and parent is None:
-            raise ValueError("the first token of a prompt cannot be scored: no token predicts it")
-        before = placed.start + offset - 1 if offset else parent.start + parent.length - 1
-        tokens.append((before, node.ids[offset], answer))
-    return tokens
-
-
-def make_batch(segments, images, ids, positions, nodes: list[Placed], scored: list, tokens: ImageTokens) -> Batch:
+def make_batch(segments, images, ids, positions, parents: list[int], scored: list, tokens: ImageTokens) -> Batch:
     """Return the Batch of trees that `PackedMLLM.collate` laid end to end.
 
     Args:
         images: the item indices of each segment's images.
-        ids, scored: of the whole batch (see `scored_tokens`).
-        positions: [P, tokens] of each node.
+        ids: the tokens. positions: [P, tokens] of each node.
+        parents: number of each node's parent in the batch; a root's own number.
+        scored: (number of the node, offset in it, answer) of each scored token.
     """
-    lengths, starts, depths = torch.tensor([(node.length, node.start, node.depth) for node in nodes]).T
-    visible = torch.eye(len(nodes), dtype=torch.bool)
-    for number, node in enumerate(nodes):
-        visible[number] |= visible[node.parent]
-    predicted_from, target, answer = torch.tensor(scored).reshape(-1, 3).T
+    input_ids, lengths = torch.tensor(ids), torch.tensor([position.shape[1] for position in positions])
+    visible = torch.eye(len(parents), dtype=torch.bool)
+    for number, parent in enumerate(parents):
+        visible[number] |= visible[parent]
+    starts = lengths.cumsum(0) - lengths
+    depths = (visible * lengths).sum(1) - lengths  # of each node: the number of tokens before it on its path
+    scored_node, offset, answer = torch.tensor(scored).reshape(-1, 3).T
+    index = starts[scored_node] + offset
+    end_of_parent = (starts + lengths)[torch.tensor(parents)[scored_node]]
     items = [item for segment in images for item in segment]
     distinct = list(dict.fromkeys(items)) if tokens.live else []
     pixels, sizes = tokens.pixels(distinct) if distinct else (None, [])
@@ -268,27 +248,18 @@ def make_batch(segments, images, ids, positions, nodes: list[Placed], scored: li
     return Batch(
         segments=segments,
         image_counts=[len(segment) for segment in images],
-        input_ids=torch.tensor(ids),
-        node=torch.arange(len(nodes)).repeat_interleave(lengths),
+        input_ids=input_ids,
+        node=torch.arange(len(parents)).repeat_interleave(lengths),
         depth=torch.arange(len(ids)) - (starts - depths).repeat_interleave(lengths),
         visible=visible,
         position_ids=torch.cat(positions, dim=1)[:, None],
         image_tokens=torch.cat(stored) if stored else torch.zeros(0, 0),
         grids=tokens.grids[items],
-        predicted_from=predicted_from,
-        target=target,
+        predicted_from=torch.where(offset > 0, index, end_of_parent) - 1,
+        target=input_ids[index],
         answer=answer,
         answers=answer.bincount(),
         pixels=pixels,
         sizes=sizes,
         distinct=[distinct.index(item) for item in items] if distinct else [],
     )
-
-
-def hook_embeddings(decoder, change) -> None:
-    """Apply `change` to the embeddings that enter the language model, in the packed and in the model's own forward."""
-
-    def hook(_, args, kwargs):
-        return args, kwargs | {"inputs_embeds": change(kwargs["inputs_embeds"])}
-
-    decoder.register_forward_pre_hook(hook, with_kwargs=True)

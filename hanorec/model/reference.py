@@ -1,7 +1,5 @@
 """The reference of DPO: compute its log-probabilities once, keep them in a file, compare the policy with them."""
 
-from pathlib import Path
-
 import torch
 from accelerate.utils import gather_object, tqdm
 from safetensors.torch import save_file
@@ -10,7 +8,6 @@ from hanorec.model.encoding import Encoding
 from hanorec.model.images import load_tensors
 from hanorec.model.lora import without_trained_adapter
 from hanorec.model.packing import PackedMLLM
-from hanorec.model.prompts import Prompts
 from hanorec.model.samples import Samples
 from hanorec.run.files import UserError, replacing, value_hash
 from hanorec.run.launch import shared_out
@@ -26,35 +23,27 @@ def planned_pairs(pairs: Samples, steps: int, steps_per_epoch: int, options, acc
     return sorted(planned)
 
 
-def reference_key(
-    hashes: dict, pairs: Samples, planned: list[int], packed: PackedMLLM, prompts: Prompts, quantize: str | None
-) -> str:
-    """Return a hash of everything that decides the reference's log-probabilities.
-
-    hashes: of the data and of the SFT weights, by name. planned: see `planned_pairs`.
-    """
-    return value_hash(
-        {
-            "hashes": hashes,
-            "kinds": pairs.kinds,
-            "max_length": pairs.max_length,
-            "pairs": planned,
-            "texts": prompts.texts,
-            "chat_template": prompts.tokenizer.chat_template,
-            "dtype": str(next(packed.core.parameters()).dtype),
-            "quantize": quantize,
-        }
-    )
-
-
 def reference_logps(
-    packed: PackedMLLM, encoding: Encoding, pairs: Samples, planned: list[int], key: str, folder: Path, accelerator
+    packed: PackedMLLM, encoding: Encoding, pairs: Samples, planned: list[int], hashes: dict, options, accelerator
 ) -> torch.Tensor:
     """Return the reference's log-probabilities of the chosen and the rejected answers: [pairs, 2], NaN if not planned.
 
-    Reads the file of `key` in `folder`. If it does not exist, all processes compute the log-probabilities and write it.
+    A file in reference/ of the SFT run keeps them. If it does not exist, all processes compute them and write it.
+
+    planned: see `planned_pairs`. hashes: of the data and of the SFT weights, by name.
     """
-    path = folder / f"{key[:16]}.safetensors"
+    sources = {  # everything that decides the log-probabilities
+        "hashes": hashes,
+        "kinds": pairs.kinds,
+        "max_length": pairs.max_length,
+        "pairs": planned,
+        "texts": pairs.prompts.texts,
+        "chat_template": pairs.prompts.tokenizer.chat_template,
+        "dtype": str(next(packed.core.parameters()).dtype),
+        "quantize": options.quantize,
+    }
+    key = value_hash(sources)
+    path = options.sft / "reference" / f"{key[:16]}.safetensors"
     if not path.exists():
         size = 32 if encoding.tiny else 8
         chunks = [planned[i : i + size] for i in range(0, len(planned), size)]

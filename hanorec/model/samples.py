@@ -26,7 +26,7 @@ class Samples:
     def __init__(
         self, prompts: Prompts, build: Callable, examples: Sequence[Example], kinds: Sequence[str], max_length: int
     ):
-        self.examples, self.kinds, self.max_length = examples, kinds, max_length
+        self.prompts, self.examples, self.kinds, self.max_length = prompts, examples, kinds, max_length
         self.users = [example.user for example in examples for _ in kinds]
         self.shortened: set[tuple[str, int]] = set()
         self.builds = [lambda example, kind=kind: build(example, kind) for kind in kinds]

@@ -56,13 +56,13 @@ def trainable_model(options: argparse.Namespace, encoding: Encoding, accelerator
     return packed
 
 
-def supervised_step(model, micro_batches: list[Batch], parameters: list, optimizer, schedule, accelerator):
+def supervised_step(model, micro_batches: list[Batch], weights: list, optimizer, schedule, accelerator):
     """Make one optimizer step on the mean negative log-likelihood of all answer tokens of the step.
 
     Args:
         model: the module that accelerator.prepare returned.
         micro_batches: this process's part of the step.
-        parameters: the trained weights. optimizer, schedule: of these weights.
+        weights: the trained weights. optimizer, schedule: of these weights.
 
     Returns (loss in nats per answer token, the norm of the gradient before clipping at 1).
     """
@@ -75,7 +75,7 @@ def supervised_step(model, micro_batches: list[Batch], parameters: list, optimiz
                 nll = -model(batch.to(accelerator.device)).sum() / tokens
             accelerator.backward(nll * accelerator.num_processes)  # accelerate averages gradients
         loss += nll.detach()
-    norm = accelerator.clip_grad_norm_(parameters, 1.0)
+    norm = accelerator.clip_grad_norm_(weights, 1.0)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """Split a backbone's chat template: the tokens around the user's text, around an image, and after an answer."""
 
+import functools
 import re
 
 from hanorec.model import families
@@ -28,6 +29,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer, image_token: int, image_text: tuple[str, str] | None = None):
         self.tokenizer, self.image_token = tokenizer, image_token
+        self.encode = functools.partial(tokenizer.encode, add_special_tokens=False)  # control tokens are recognised
         self.control = {image_token} | {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
         question = self.render([{"type": "text", "text": self.MARK}])
         if question.count(self.MARK) != 1:
@@ -37,14 +39,28 @@ class ChatTemplate:
         begin = [tokenizer.bos_token_id]
         if tokenizer.encode("")[:1] == begin and self.head[:1] != begin:  # the tokenizer adds it, the template does not
             self.head = begin + self.head
-        self.image_head, self.image_tail = self.around_image(before, image_text)
+
+        # What the template and the model's processor write around an image's placeholders
+        token = tokenizer.convert_ids_to_tokens(image_token)
+        placeholder, replacement = image_text or (token, "{}")
+        for word in re.findall("<[^<>]+>", replacement):
+            if len(self.encode(word)) != 1:
+                raise UserError(f"the tokenizer of '{tokenizer.name_or_path}' has no token {word}")
+        mark, image = {"type": "text", "text": self.MARK}, {"type": "image"}
+        parts = self.render([mark, image, mark]).split(self.MARK)
+        if len(parts) == 3 and placeholder in parts[1]:
+            text = parts[1]
+        else:  # the template writes all images before the text
+            text = self.render([image, mark]).split(self.MARK)[0][len(before) :]
+        ids = self.encode(text.replace(placeholder, replacement.format(token)))
+        if ids.count(image_token) != 1:
+            raise UserError(f"the chat template does not write one image token ({image_token}) for an image")
+        position = ids.index(image_token)
+        self.image_head, self.image_tail = ids[:position], ids[position + 1 :]
+
         after_answer = self.render([{"type": "text", "text": "?"}], answer=self.MARK).split(self.MARK)[1]
         end = self.encode(after_answer)
         self.end_of_turn = end[0] if end else tokenizer.eos_token_id
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of the template's own text, which may have control tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def render(self, content: list[dict], answer: str | None = None) -> str:
         """Return the template's text for a user's message and, if given, an answer."""
@@ -57,29 +73,6 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
         except Exception as error:  # a template is a program, which may raise any exception
             raise UserError(f"the chat template of '{self.tokenizer.name_or_path}' fails: {error}") from error
-
-    def around_image(self, before: str, image_text: tuple[str, str] | None) -> tuple[list[int], list[int]]:
-        """Return the tokens that the template and the model's processor write before and after an image.
-
-        Args:
-            before: the template's text before the user's text.
-        """
-        token = self.tokenizer.convert_ids_to_tokens(self.image_token)
-        placeholder, replacement = image_text or (token, "{}")
-        for word in re.findall("<[^<>]+>", replacement):
-            if len(self.encode(word)) != 1:
-                raise UserError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no token {word}")
-        mark, image = {"type": "text", "text": self.MARK}, {"type": "image"}
-        parts = self.render([mark, image, mark]).split(self.MARK)
-        if len(parts) == 3 and placeholder in parts[1]:
-            text = parts[1]
-        else:  # the template writes all images before the text
-            text = self.render([image, mark]).split(self.MARK)[0][len(before) :]
-        ids = self.encode(text.replace(placeholder, replacement.format(token)))
-        if ids.count(self.image_token) != 1:
-            raise UserError(f"the chat template does not write one image token ({self.image_token}) for an image")
-        position = ids.index(self.image_token)
-        return ids[:position], ids[position + 1 :]
 
 
 def load_template(source, trust: bool = False) -> ChatTemplate:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hanorec.run.files import UserError, delete, locked, read_json, replacing, write_json
 from hanorec.run.runs import json_options, versions
+from hanorec.run.training import trained_weights
 
 # A run may continue with other values of these options. They do not change the result, or they name a folder, and
 # `check` compares the hash of the folder.
@@ -84,11 +85,6 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
             changed.append(f"{origin} (not the same as before)")
     if changed:
         raise UserError(f"{out} began with other options: {', '.join(changed)}; continue it with the same, or {remedy}")
-
-
-def trained_weights(model) -> dict[str, torch.nn.Parameter]:
-    """Return the trained weights by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def sharded_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -200,37 +200,32 @@ def require(value, fields: dict, place: str, remedy: str) -> dict:
     return value
 
 
-def parse_object(text: str, fields: dict, place: str, remedy: str) -> dict:
-    """Parse a JSON object and check it as `require` does."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error}); {remedy}") from error
-    return require(value, fields, place, remedy)
+def read_jsonl(path: Path, fields: dict, remedy: str, whole: bool = False) -> list[dict]:
+    """Read a file with one JSON object on each line, and check each as `require` does.
 
-
-@contextlib.contextmanager
-def open_to_read(path: Path, remedy: str) -> Iterator:
-    """Open a text file. Raise UserError if it is missing or cannot be read."""
+    Args:
+        whole: the file is one JSON object.
+    """
+    objects = []
     try:
         with open(path, encoding="utf-8") as file:
-            yield file
+            for number, text in enumerate([file.read()] if whole else file, 1):
+                place = str(path) if whole else f"{path}, line {number}"
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{place}: not JSON ({error}); {remedy}") from error
+                objects.append(require(value, fields, place, remedy))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; {remedy}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
+    return objects
 
 
 def read_json(path: Path, fields: dict, remedy: str) -> dict:
     """Read the JSON object in `path` and check it as `require` does."""
-    with open_to_read(path, remedy) as file:
-        return parse_object(file.read(), fields, str(path), remedy)
-
-
-def read_jsonl(path: Path, fields: dict, remedy: str) -> list[dict]:
-    """Read a file with one JSON object on each line, and check each as `require` does."""
-    with open_to_read(path, remedy) as file:
-        return [parse_object(line, fields, f"{path}, line {n}", remedy) for n, line in enumerate(file, 1)]
+    return read_jsonl(path, fields, remedy, whole=True)[0]
 
 
 def file_hash(path: Path) -> str:

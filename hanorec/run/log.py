@@ -175,6 +175,16 @@ class Log:
                 raise UserError(f"{self.file.name} has fewer lines than its checkpoint expects; delete {self.out}")
             self.file.truncate(state["metrics_bytes"])
 
+    def on_signal(self, number: int, frame) -> None:
+        """Remember SIGTERM or Ctrl-C until the end of an optimizer step, so that the step can be saved.
+
+        With several processes it is one or two steps later, because a step's signals are read in the step after it.
+        """
+        if not self.signal:
+            last_step = "this step" if self.accelerator.num_processes == 1 else "the next step"
+            os.write(2, f"\nstopping after {last_step}; Ctrl-\\ stops at once, without a new checkpoint\n".encode())
+        self.signal = number
+
     def finish(self) -> None:
         """Write result.json, which marks the run as finished, and delete the checkpoints."""
         shortened = len(set(gather_object(list(self.shortened))))  # of all processes
@@ -185,27 +195,6 @@ class Log:
         self.accelerator.print(f"{self.out}: weights of step {self.best['step']}")
         if shortened:
             self.accelerator.print(f"{shortened} examples lost their oldest history items to --max-length")
-
-
-@contextlib.contextmanager
-def signals(log: Log) -> Iterator[None]:
-    """Delay SIGTERM and Ctrl-C inside this block until the end of an optimizer step, so that it can be saved.
-
-    With several processes it is one or two steps later, because a step's signals are read in the step after it.
-    """
-    last_step = "this step" if log.accelerator.num_processes == 1 else "the next step"
-
-    def remember(number, frame):
-        if not log.signal:
-            os.write(2, f"\nstopping after {last_step}; Ctrl-\\ stops at once, without a new checkpoint\n".encode())
-        log.signal = number
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -223,10 +212,12 @@ def started(options, stage: str, accelerator, steps: int, hashes: dict, **settin
             begin_run(options.out, stage, json_options(options), **fields)
         accelerator.wait_for_everyone()
         log = Log(stage, accelerator, options, steps, **settings)
+        handlers = {number: signal.signal(number, log.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with signals(log):
-                yield log
+            yield log
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             log.bar.close()
             if log.file:
                 log.file.close()

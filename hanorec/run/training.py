@@ -65,14 +65,9 @@ def micro_batches(
             yield [order[first : first + batch] for first in firsts]
 
 
-def trainable(model) -> list[torch.nn.Parameter]:
-    """Return the trained weights. Call this again after accelerator.prepare, which may shard them."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def adamw(model, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """Return AdamW over the trained weights. The fused form updates all weights in one kernel."""
-    return torch.optim.AdamW(trainable(model), lr=lr, weight_decay=weight_decay, fused=True)
+def trained_weights(model) -> dict[str, torch.nn.Parameter]:
+    """Return the trained weights by name. Call this again after accelerator.prepare, which may shard them."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.0):
@@ -98,27 +93,23 @@ def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
 
 
-def ahead(values: Iterable, device, depth: int = 2) -> Iterator:
-    """Yield the same values. On a GPU, a thread computes up to `depth` of them ahead.
+def loaded(load: Callable, batches: Iterable, done: int, device, depth: int = 2) -> Iterator:
+    """Yield (step, sample numbers, load(step, sample numbers)) for each step after step `done`.
 
-    On a CPU there is no second thread: both would use OpenMP, and then the main thread's OpenMP threads sleep after
-    each matrix product.
+    On a GPU, a thread loads up to `depth` steps ahead. On a CPU there is no second thread: both would use OpenMP, and
+    then the main thread's OpenMP threads sleep after each matrix product.
     """
+    numbered = itertools.islice(enumerate(batches, 1), done, None)
+    values = ((step, numbers, load(step, numbers)) for step, numbers in numbered)
     if device.type == "cpu":
         yield from values
         return
-    values, end = iter(values), object()
+    end = object()
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, values, end) for _ in range(depth))
         while (value := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, values, end))
             yield value
-
-
-def loaded(load: Callable, batches: Iterable, done: int, device) -> Iterator:
-    """Yield (step, sample numbers, load(step, sample numbers)) for each step after step `done`. Load steps ahead."""
-    numbered = itertools.islice(enumerate(batches, 1), done, None)
-    return ahead(((step, numbers, load(step, numbers)) for step, numbers in numbered), device)
 
 
 @contextlib.contextmanager

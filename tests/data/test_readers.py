@@ -175,7 +175,7 @@ def test_movielens_titles_in_either_encoding(tmp_path, encoding):
     (tmp_path / "movies.dat").write_text("2::Léon: The Professional (1994)::Crime\n", encoding=encoding)
     options = prepare_data.parse(["--dataset", "movielens", "--source", str(tmp_path)])
     raw = readers.read_movielens(options)
-    assert raw.titles == {"2": "Léon: The Professional (1994)"} and [c.tolist() for c in raw.columns()] == [
+    assert raw.titles == {"2": "Léon: The Professional (1994)"} and [c.tolist() for c in raw.columns] == [
         [0],
         [0],
         [4],

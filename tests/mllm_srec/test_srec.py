@@ -53,7 +53,7 @@ def test_an_example_has_the_last_paragraph_before_its_cut(data):
         assert before_cut[-len(example.history) :] == example.history and example.target not in before_cut
         ends = [end for end, *_ in user_texts.users.get(example.user, []) if end <= cut]
         assert ends == list(range(3, cut + 1, 3))
-        since = [user_texts.item_line(item) for item in example.history if item in before_cut[len(ends) * 3 :]]
+        since = [user_texts.item_lines([item]) for item in example.history if item in before_cut[len(ends) * 3 :]]
         assert values["last"] == user_texts.summaries[example.history[-1]]
         assert values["since"] == ("\n".join(since) or "not known")
         assert (values["profile"] == "not known") == (not ends)  # each window that an example reads has a profile

@@ -13,6 +13,7 @@ from layouts import lines
 import dpo_hano
 import evaluate
 import sft
+from hanorec.model import check
 from hanorec.run.files import UserError, value_hash, write_json
 from mllm_srec import records, summarize, writers
 from mllm_srec.texts import PROMPTS_FILE, read_texts
@@ -117,11 +118,14 @@ def test_a_backbones_weights_are_identified(data, tmp_path, monkeypatch):
 
 
 def test_a_backbone_that_cannot_be_packed_writes(data, monkeypatch):
-    def check(packed, *_):
+    own = check.score_both_ways
+
+    def score(packed, encoding):
         if packed.pack:
             raise UserError("packing does not work")
+        return own(packed, encoding)
 
-    monkeypatch.setattr("hanorec.model.check.check", check)
+    monkeypatch.setattr(check, "score_both_ways", score)
     with pytest.raises(SystemExit):  # the untrained backbone writes no usable text
         summarize.main(["--data", str(data), "--max-tokens", "2"])
     assert len(lines(data / "summaries" / "tiny" / "items.jsonl")) == 60

@@ -12,8 +12,8 @@ from tiny_backbones import TITLES, backbone
 from hanorec.data.folder import Example, Items
 from hanorec.model import attention, families
 from hanorec.model import prompts as prompt_trees
-from hanorec.model.check import check
-from hanorec.model.families import check_layers, decoder_name
+from hanorec.model.check import load_packed
+from hanorec.model.families import decoder_name
 from hanorec.model.images import encode_images, encode_items
 from hanorec.model.load import load_model, load_tokenizer
 from hanorec.model.lora import add_lora
@@ -181,10 +181,15 @@ def test_an_images_tokens_do_not_depend_on_its_batch(backbone):
     assert backbone.tokens.means().shape == (len(TITLES), 32)
 
 
+def loaded_from(backbone):
+    """What the check reads of an Encoding."""
+    return SimpleNamespace(source=backbone.folder, manifest={"max_pixels": 13000}, backbone="it", trust=False)
+
+
 def test_a_loaded_model_is_checked(backbone, monkeypatch):
     """A correct model passes. A wrong mask, wrong positions or wrong features are refused in one line."""
     for pack in (True, False):
-        check(PackedMLLM(backbone.packed.core, pack), backbone.folder, 13000, "it", trust=False)
+        load_packed(backbone.packed.core, loaded_from(backbone), pack, "cpu")
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
     plain = ("positions", lambda core, ids, grids: torch.arange(len(ids))[None] // 2)
     if backbone.family in tiny_backbones.WINDOWS and backbone.family != "gemma3":
@@ -194,8 +199,8 @@ def test_a_loaded_model_is_checked(backbone, monkeypatch):
         monkeypatch.setattr(families, *broken.get(backbone.family, plain))
     line = r"packed prompts do not work with it .log-probabilities differ by .*; give --no-pack"
     with pytest.raises(UserError, match=line):
-        check(PackedMLLM(backbone.packed.core), backbone.folder, 13000, "it", trust=False)
-    check(PackedMLLM(backbone.packed.core, pack=False), backbone.folder, 13000, "it", trust=False)
+        load_packed(backbone.packed.core, loaded_from(backbone), True, "cpu")
+    load_packed(backbone.packed.core, loaded_from(backbone), False, "cpu")
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
@@ -205,7 +210,7 @@ def test_a_forward_that_raises_fails_the_check(backbone, monkeypatch):
 
     monkeypatch.setattr(families, "positions", broken)
     with pytest.raises(UserError, match=r"packed prompts do not work with it .TypeError: unexpected keyword"):
-        check(backbone.packed, backbone.folder, 13000, "it", trust=False)
+        load_packed(backbone.packed.core, loaded_from(backbone), True, "cpu")
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
@@ -215,7 +220,7 @@ def test_out_of_memory_does_not_fail_the_check(backbone, monkeypatch):
 
     monkeypatch.setattr(families, "positions", full)
     with pytest.raises(torch.OutOfMemoryError):
-        check(backbone.packed, backbone.folder, 13000, "it", trust=False)
+        load_packed(backbone.packed.core, loaded_from(backbone), True, "cpu")
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
@@ -237,8 +242,9 @@ def test_image_tokens_with_another_dtype_than_the_model_are_refused(backbone, mo
 
 def test_layers_without_a_known_mask_are_refused():
     text = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
+    core = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
     with pytest.raises(UserError, match="no mask for layers of linear_attention: give --no-pack"):
-        check_layers(SimpleNamespace(get_text_config=lambda: text))
+        attention.install(core)
 
 
 @pytest.mark.parametrize("backbone", ["smolvlm"], indirect=True)

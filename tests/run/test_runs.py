@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from conftest import ROOT
 from hanorec.run import training
 from hanorec.run.files import UserError, disk_message, locked, read_jsonl, replacing, write_json
 from hanorec.run.launch import launcher_option
-from hanorec.run.log import Log, signals
+from hanorec.run.log import Log
 from hanorec.run.runs import begin_run, read_run
 
 
@@ -199,15 +200,22 @@ def test_the_number_of_processes_in_the_launchers_command(monkeypatch):
     assert launched("bash launch accelerate --num_processes 2") is None
 
 
-def test_ahead_keeps_values_and_raises_errors_in_order():
+def loaded(batches, device):
+    """The sample numbers of each step, loaded as the stages load them."""
+    for number, (step, batch, value) in enumerate(training.loaded(lambda step, batch: batch, batches, 0, device), 1):
+        assert step == number and value == batch
+        yield value
+
+
+def test_loading_ahead_keeps_values_and_raises_errors_in_order():
     def values():
         yield from range(3)
         raise ValueError("after three")
 
     gpu, cpu = torch.device("cuda"), torch.device("cpu")  # only the names of the devices are used
-    assert list(training.ahead(range(7), gpu)) == list(training.ahead(range(7), cpu)) == list(range(7))
-    assert list(training.ahead([], gpu)) == []
-    taken, iterator = [], training.ahead(values(), gpu)
+    assert list(loaded(range(7), gpu)) == list(loaded(range(7), cpu)) == list(range(7))
+    assert list(loaded([], gpu)) == []
+    taken, iterator = [], loaded(values(), gpu)
     with pytest.raises(ValueError, match="after three"):
         while True:
             taken.append(next(iterator))
@@ -240,8 +248,9 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
 @pytest.mark.parametrize(("processes", "text"), [(1, "after this step"), (2, "after the next step")])
 def test_a_signal_prints_when_the_run_will_stop(processes, text, capfd):
     log = SimpleNamespace(signal=0, accelerator=SimpleNamespace(num_processes=processes))
-    with signals(log):
-        os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, partial(Log.on_signal, log))
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
     assert log.signal == signal.SIGTERM and text in capfd.readouterr().err
 
 
