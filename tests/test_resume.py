@@ -8,13 +8,14 @@ import signal
 import pytest
 from forked import kill, start, wait_for
 from soak import left
+from spoilt import sign
 from stages import refused, training
 
 import dpo_hano
 import prepare_data
 import sft
 from hanorec.model.supervised import supervised_step
-from hanorec.run.files import delete, locked, write_json
+from hanorec.run.files import delete, locked
 
 STEPS = "--batch-size 4 --grad-accum 2 --eval-limit 4 --save-every 3 --lr 1e-3".split()
 
@@ -103,9 +104,10 @@ def test_a_run_is_not_continued_with_other_options_or_data(unfinished, sft_run, 
         error = refused(capsys, sft.main, *argv, option, value)
         assert f"{option} (was " in error and f"now {value})" in error and "choose another --out, or delete" in error
     other = ["--data", json.loads((sft_run / "config.json").read_text())["options"]["data"]]
-    manifest = tmp_path / "data" / "manifest.json"
     shutil.copytree(other[1], tmp_path / "data")
-    write_json(manifest, json.loads(manifest.read_text()) | {"seed": 1})
+    examples = (tmp_path / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data" / "train.jsonl").write_text("".join(reversed(examples)))
+    sign(tmp_path / "data")
     assert "the data folder (not the same as before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
     assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")
     with locked(out):

@@ -7,6 +7,7 @@ and on the kind of the film, never on the title.
 """
 
 import argparse
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def item_id(film: int) -> str:
     return f"film{film:03d}"
 
 
+@functools.cache
 def make_world(seed: int) -> World:
-    """Make the films and the users. The same seed gives the same world."""
+    """Make the films and the users. The same seed gives the same world; do not change it."""
     rng = np.random.default_rng([seed, 7])
     kind = np.repeat(np.arange(KINDS), FILMS_OF_A_KIND)
     genre, band = kind // len(BANDS), kind % len(BANDS)

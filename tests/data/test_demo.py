@@ -31,7 +31,8 @@ def scores_of(path):
 
 
 def test_a_seed_makes_the_same_world_again():
-    one, again, other = demo.make_world(1), demo.make_world(1), demo.make_world(2)
+    one, other = demo.make_world(1), demo.make_world(2)
+    again = demo.make_world.__wrapped__(1)
     assert one.titles == again.titles and one.histories == again.histories
     assert one.titles != other.titles and one.histories != other.histories
 

@@ -106,7 +106,7 @@ def test_a_wrong_prompts_file_is_refused(tmp_path):
 
 def test_an_example_that_cannot_fit_is_refused(data):
     loaded = Opened(data)
-    prompts, examples = thought_prompts(loaded), loaded.examples("train")
+    prompts, examples = thought_prompts(loaded), loaded.examples("train", 20)
     build = partial(prompts.sft_tree, task="yesno")
     prompts.check_fit([build], examples, 4096)
     with pytest.raises(UserError, match="train with a larger --max-length"):

@@ -63,7 +63,7 @@ def test_read_only_disks(disk, prepared, lora_run, tmp_path, capsys):
     argv = ["--data", prepared, "--out", folder / "sft", "--max-steps", 1, "--batch-size", 2]
     assert "sft cannot be written" in refused(capsys, sft.main, *argv, "--warmup-steps", 0)
     assert "data cannot be written" in refused(capsys, prepare_data.main, "--out", folder / "data")
-    assert "predictions.jsonl" in refused(capsys, evaluate.main, "--run", folder / "run", "--limit", 2)
+    assert "metrics.json" in refused(capsys, evaluate.main, "--run", folder / "run", "--limit", 2)
     dpo = ["--sft", folder / "run", "--out", tmp_path / "dpo", "--max-steps", 1, "--batch-size", 3]
     assert "Read-only file system" in refused(capsys, dpo_hano.main, *dpo)  # the reference is kept in the SFT run
 
