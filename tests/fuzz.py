@@ -34,7 +34,7 @@ import prepare_data
 from hanorec.data.folder import DataFolder
 from hanorec.model.images import open_image
 from hanorec.ranking import exchange
-from hanorec.ranking.baselines import cooccurrence_scores, popularity_scores
+from hanorec.ranking.baselines import baseline_scores
 from hanorec.ranking.metrics import measure
 from hanorec.ranking.scoring import target_columns
 from hanorec.run.files import file_hash, write_json
@@ -145,8 +145,7 @@ def fuzz_stages(folder: Path, rng) -> None:
             sign(folder / "data")
     data = DataFolder(folder / "data")
     examples = data.examples("test")
-    popularity_scores(data, examples)
-    cooccurrence_scores(data, examples)
+    baseline_scores([*data.sequences().values()], len(data.items), examples)
     read, yes = exchange.read_scores(folder / "data" / scores, data.items.ids, examples)
     assert np.isfinite(read).all() and (yes is None or np.isfinite(yes).all())
     assert np.isfinite(list(measure(read, yes, target_columns(examples), resamples=2).values.values())).all()
