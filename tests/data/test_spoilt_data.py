@@ -1,6 +1,8 @@
 """Data folders that were spoilt between the stages."""
 
 import pytest
+from conftest import ROOT
+from forked import start
 from safetensors.torch import load_file, save_file
 from spoilt import SPOILT, changed, refused, set_, spoil
 
@@ -69,3 +71,11 @@ def test_tensors_of_other_items_are_refused(data, capsys):
     ):
         save_file({name: x.contiguous() for name, x in (whole | change).items()}, folder / "items.safetensors")
         assert "encode the data again" in refused(capsys, sft.main, *argv)
+
+
+def test_the_fuzzer_runs(tmp_path):
+    """A hundred of its inputs: a call that has changed would be a finding."""
+    process = start(ROOT / "tests" / "fuzz.py", "--inputs", 100, log=tmp_path / "log")
+    process.join(120)
+    output = (tmp_path / "log").read_text()
+    assert process.exitcode == 0 and "100 inputs" in output and " 0 findings" in output, output[-3000:]
