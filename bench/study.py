@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
-from hanorec.ranking.markdown import markdown, short  # noqa: E402
+from hanorec.ranking.markdown import cell, markdown  # noqa: E402
 from hanorec.ranking.metrics import Result  # noqa: E402
 from hanorec.ranking.pooling import group_name  # noqa: E402
 from hanorec.run.files import replacing  # noqa: E402
@@ -142,15 +142,8 @@ def measured(study: str, seeds: list[int], split: str) -> tuple[dict[str, Result
 
 def table(results: dict[str, Result], corner: str) -> str:
     """Return a Markdown table: value, standard deviation over seeds, 95% interval."""
-    rows = [[corner, *COLUMNS]]
-    for name, result in results.items():
-        cells = []
-        for metric in COLUMNS:
-            low, high = result.interval(metric)
-            spread = f" ± {short(result.sd[metric])}" if metric in result.sd else ""
-            cells.append(f"{short(result.values[metric])}{spread} [{short(low)}, {short(high)}]")
-        rows.append([name, *cells])
-    return markdown(rows)
+    rows = [[name, *(cell(result, metric) for metric in COLUMNS)] for name, result in results.items()]
+    return markdown([[corner, *COLUMNS], *rows])
 
 
 def section(study: str, seeds: list[int]) -> str:
