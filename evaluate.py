@@ -23,7 +23,7 @@ from hanorec.run.runs import read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 SPLIT_HELP = "the split to evaluate; test_...: the targets of test among other candidates, if the data folder has them"
-COMPARE_HELP = "also print the difference of every other run and system to this run; with --pool to the group of these"
+COMPARE_HELP = "also print each other row minus this run; with --pool, minus the group that these runs form"
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
     "": [
@@ -87,6 +87,7 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if not runs and not options.scores:
         raise UserError("no --run given and no runs/demo here; run sft.py first")
     configs = {run: read_run(run) for run in [*runs, *options.compare]}
+    # Without --pool each run is a group of its own; the seed 0 stands for any, so that --compare pairs every two
     groups = group_runs(configs) if options.pool else {str(run): {(0,): run} for run in configs}
     if options.compare:
         reference_group(groups, options.compare)
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     slicings = slicings_of(configs, data, examples, sequences, options) if options.slices else {}
 
     def measured(scores, yes_scores, slicings):
-        # without Yes/No scores, another system's AUC and GAUC are of its only scores
+        # a system with one kind of scores gets its AUC and GAUC from them
         yes_scores = scores if yes_scores is None else yes_scores
         return measure_slices(scores, yes_scores, targets, slicings, options.seed)
 

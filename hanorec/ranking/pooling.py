@@ -7,8 +7,8 @@ from pathlib import Path
 from hanorec.run.files import UserError
 from hanorec.run.runs import COMMANDS, read_run
 
-Seeds = tuple[int, ...]  # of a run and of the runs before it: the seed of its SFT run is the last
-Groups = dict[str, dict[Seeds, Path]]  # runs by seeds, in the order of the last seed, for each name of a group
+Seeds = tuple[int, ...]  # the run's own seed, then those of the runs that it started from; the SFT run's is the last
+Groups = dict[str, dict[Seeds, Path]]  # the runs by their seeds, sorted by the SFT seed, for each group name
 
 # Options that do not change what is learned. The hash of the data in config.json stands for `data`.
 NOT_COMPARED = ("seed", "out", "data", "resume", "save_every", "keep", "report_to", "export", "trust_remote_code")
