@@ -1,8 +1,8 @@
 """Draw the negatives of each target once, from the seed.
 
-A split's negatives leave out only what the user had touched as that split sees it. Otherwise negatives would tell the
-future: if training negatives left out the later test target, every test candidate that was a training negative of the
-user would be known to be no target.
+A split's negatives leave out only what the user had touched up to that split's stage, see `seen_stages`. If training
+negatives also left out the later test target, a model could rule out every test candidate that it had met as a training
+negative of the user.
 """
 
 import argparse
@@ -27,17 +27,18 @@ def seen_stages(data: Sequences, training: np.ndarray, leave_one_out: bool) -> n
     users, _, places = data.seen.T
     if not leave_one_out:
         return np.zeros(len(users), dtype=int)
-    last = data.start[:-1] + training - 1
-    return 0 + (places > data.times[last][users]) + (places > data.times[last + 1][users])
+    last = data.start[:-1] + training - 1  # each user's last training item
+    after_training, after_val = places > data.places[last][users], places > data.places[last + 1][users]
+    return after_training.astype(int) + after_val
 
 
 class Negatives:
-    """Draws negatives. The negatives of a target have different titles, and none that the user has touched.
+    """Draws negatives. The negatives of a target have distinct titles, none of them touched by the user.
 
     Args:
         training: [U], number of each user's items that belong to training.
         options: of which `negatives` (their number), `negative_sampling` and `split` are used. The sampling is
-            `uniform` over items, or `popularity`, in proportion to one more than the training interactions of an item.
+            `uniform` over items, or `popularity`, with the weight of one more than an item's training interactions.
             (Without the one, an item that nobody has in training could be a target and never a negative.)
     """
 
@@ -58,7 +59,7 @@ class Negatives:
             )
 
     def draw(self, split: str, positions: np.ndarray, users: np.ndarray, rng) -> np.ndarray:
-        """Draw the negatives of R targets: [R, count] item indices. Draw again those that are not allowed.
+        """Draw the negatives of R targets: [R, count] item indices. Touched and repeated titles are drawn again.
 
         Args:
             split: train, val, test or one of FURTHER_TESTS. test_hard gets those most alike to the target.

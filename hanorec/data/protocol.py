@@ -23,11 +23,11 @@ class Sequences:
         user_ids: [U].
         item_ids, titles, images: [N], by item index.
         items: [M] item indices, user by user.
-        times: [M], the place of each interaction in the order of the raw data by user and time.
+        places: [M], the place of each interaction in the order of the raw data by user and time.
         start: [U + 1], position of each user's first item in `items`.
         title: [N], a code of each item's title.
-        seen: [P, 3], (user, code of a title, place of the interaction) of what kept users touched in the raw data, as
-            far as the items are kept; also below --min-rating.
+        seen: [P, 3], sorted by user and title: (user, code of a title, place) of each title of a kept item that a kept
+            user touched, also with a rating below --min-rating.
         counts: numbers of interactions, users and items that were read, dropped and kept, for the manifest.
         split: [U], train, val or test, or empty if the source has no split of its own.
         alike: [N, L], codes of the labels in Raw.alike; L is 0 if the source has none.
@@ -38,7 +38,7 @@ class Sequences:
     titles: list[str]
     images: list[Path | None]
     items: np.ndarray
-    times: np.ndarray
+    places: np.ndarray
     start: np.ndarray
     title: np.ndarray
     seen: np.ndarray
@@ -75,7 +75,7 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
         titles=titles,
         images=images,
         items=index_of[items],
-        times=places,
+        places=places,
         start=np.append(0, lengths.cumsum()),
         title=title,
         seen=seen_titles(raw, order, user_codes, np.where(index_of < 0, -1, title[index_of]), places),
@@ -101,8 +101,8 @@ def time_order(raw: Raw, options: argparse.Namespace) -> np.ndarray:
 def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     """Drop interactions with a low rating or an empty title, repeated items of a user, and users with few items.
 
-    An item repeats another if their titles are equal, because a prompt shows only the title. So no target has a title
-    of its history, which no negative may have.
+    An item repeats another if their titles are equal, because a prompt shows only the title. So a target's title is
+    never in its own history. It would be recognisable there, since no negative has a title of the history.
 
     Args:
         order: the order of all interactions by user and time: [M].
@@ -159,17 +159,17 @@ def seen_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: n
 
     Args:
         title_of: the code of the title of each item code; -1: the item is not kept.
-        kept: the places of the kept interactions. A title counts as touched there, even if it got a low rating before:
-            else it would be no training negative, and so be known to be a later target.
+        kept: the places of the kept interactions. A title counts as touched there, even if it got a low rating before.
+            Otherwise training negatives would leave it out, and so reveal it as a later target.
     """
     users, items, _, _ = (column[order] for column in raw.columns)
     number_of = np.full(len(raw.interactions.user_codes), -1)
     number_of[user_codes] = np.arange(len(user_codes))
     places = np.flatnonzero((number_of[users] >= 0) & (title_of[items] >= 0))
     users, titles = number_of[users[places]], title_of[items[places]]
-    sorted_places = np.lexsort((places, ~np.isin(places, kept), titles, users))  # of a title the kept interaction first
-    keys = users[sorted_places] * (titles.max() + 1) + titles[sorted_places]
-    first = sorted_places[np.unique(keys, return_index=True)[1]]
+    by_title = np.lexsort((places, ~np.isin(places, kept), titles, users))  # within a title the kept interaction first
+    keys = users[by_title] * (titles.max() + 1) + titles[by_title]
+    first = by_title[np.unique(keys, return_index=True)[1]]
     return np.stack([users, titles, places], axis=1)[first]
 
 

@@ -68,10 +68,10 @@ def forward(probabilities: np.ndarray, history: list[int]) -> np.ndarray:
 def write_ceilings(options: argparse.Namespace) -> None:
     """Write the scores of the demo's splits: log P(candidate is the next film | all films before it).
 
-    They rank the test candidates exactly for one who sees titles and posters, because each other candidate was as
-    likely to be drawn. This does not hold for negatives by popularity and for several positives: such splits get no
-    scores. Two things are approximate. Validation: that the test film differs from the candidates is not used. Titles
-    only: the kinds of the films are taken as independent.
+    They rank the test candidates exactly for one who sees titles and posters, because negatives are uniform, so that
+    being a candidate says nothing about a film. This does not hold for negatives by popularity and for several
+    positives: such splits get no scores. Two things are approximate. Validation: that the test film differs from the
+    candidates is not used. Titles only: the kinds of the films are taken as independent.
     """
     if options.positives > 1 or options.negative_sampling != "uniform":
         return
