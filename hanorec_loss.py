@@ -14,8 +14,7 @@ or K rejected answers. The log-probability of an answer (logp) is the sum over i
         losses, metrics = hanorec_loss(chosen, rejected, reference_chosen, reference_rejected, hardness[batch])
         losses.mean().backward()
 
-With hardness 1, eta 1 and sigma 0 the loss is exactly that of DPO (arXiv 2305.18290), and with several rejected answers
-that of S-DPO (arXiv 2406.09215).
+With hardness 1, eta 1 and sigma 0 the loss is that of DPO (arXiv 2305.18290) or, if K > 1, of S-DPO (arXiv 2406.09215).
 """
 
 import contextlib
@@ -56,8 +55,7 @@ def neighbor_profiles(item_vectors: torch.Tensor, k: int = 10, temperature: floa
 def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return equation (5), the Euclidean distance D between the profiles of a pair's two items: [B].
 
-    profiles: [N, k]. chosen, rejected: [B], item indices. A softmax over sorted cosines is almost flat, so D hardly
-    varies between pairs and lambda is nearly constant. `cosine_distance` varies more.
+    profiles: [N, k]. chosen, rejected: [B], item indices. Profiles are almost flat, so D hardly varies between pairs.
     """
     return (profiles[chosen].float() - profiles[rejected].float()).norm(dim=-1)
 
@@ -65,9 +63,8 @@ def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.
 def cosine_distance(item_vectors: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return the distance without neighbours, D = 1 - cosine of the pair's two items: [B].
 
-    It is the paper's ablation "w/o SAM", which has nothing to do with sharpness-aware minimisation.
-    item_vectors: [N, d]. chosen, rejected: [B], item indices. For a lambda that varies, standardise D over all training
-    pairs: hardness_weight((D - D.mean()) / D.std(), 0).
+    It is the paper's ablation "w/o SAM". item_vectors: [N, d]. chosen, rejected: [B], item indices. For a lambda that
+    varies, standardise D over all training pairs: hardness_weight((D - D.mean()) / D.std(), 0).
     """
     return 1 - F.cosine_similarity(item_vectors[chosen].float(), item_vectors[rejected].float(), dim=-1)
 
@@ -123,7 +120,8 @@ def hanorec_loss(
     smaller beta' gives a pair more gradient only if log_ratio_gap exceeds 1.278 / beta' (12.8 nats at 0.1).
 
     Args:
-        policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K].
+        policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K]. Where a prompt has fewer than K
+            rejected answers, reference_rejected_logps is NaN, and the values of that place are not used.
         hardness: lambda of equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'.
         eta: a number; or a function from the reward gaps R to eta; or None for `responsiveness`.
         gather: a function such as `accelerator.gather` that joins the R of all processes before eta is computed.
@@ -136,32 +134,36 @@ def hanorec_loss(
     chosen_log_ratio = policy_chosen_logps.float() - reference_chosen_logps.float().detach()
     rejected_log_ratio = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
     rejected_log_ratio = rejected_log_ratio.reshape(*one, -1)  # [B, K]
-    hardness = hardness.detach().float().reshape(*one, -1).expand_as(rejected_log_ratio)
+    absent = reference_rejected_logps.isnan().reshape(*one, -1)
+    absent = absent & ~absent.all(1, keepdim=True)  # without any rejected answer the loss is NaN
+    hardness = hardness.detach().float().reshape(*one, -1).expand_as(rejected_log_ratio).masked_fill(absent, 1.0)
     log_ratio_gap = chosen_log_ratio[:, None] - rejected_log_ratio  # [B, K], the bracket of (7)
     eta = responsiveness if eta is None else eta
     if callable(eta):
         reward_gap = beta * log_ratio_gap.detach().flatten()  # (7), R, [B * K]
-        eta = eta(reward_gap if gather is None else gather(reward_gap))  # (8)
+        reward_gap = reward_gap if gather is None else gather(reward_gap)
+        eta = eta(reward_gap if absent.shape[1] == 1 else reward_gap[~reward_gap.isnan()])  # (8)
     eta = torch.as_tensor(eta, dtype=torch.float32, device=log_ratio_gap.device).detach()
     dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B, K]
-    losses = -F.logsigmoid(-torch.logsumexp(-dynamic_beta * log_ratio_gap, dim=1))  # (12), [B]
-    return losses, preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, beta, eta)
+    scores = (-dynamic_beta * log_ratio_gap).masked_fill(absent, -torch.inf)
+    losses = -F.logsigmoid(-torch.logsumexp(scores, dim=1))  # (12), [B]
+    pairs = (rejected_log_ratio, hardness, dynamic_beta, scores)
+    return losses, preference_metrics(losses, chosen_log_ratio, *pairs, beta, eta)
 
 
 @torch.no_grad()
-def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, beta: float, eta) -> dict:
+def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, scores, beta, eta) -> dict:
     """Return the metrics of a batch: scalars without gradient, by name.
 
-    `hard_gradient_share` is the part of the gradient of the harder half: of the first pairs, sorted by hardness. Pairs
-    of equal hardness keep their order. The middle pair of an odd number is in both halves. Without any gradient it is
-    0.5.
-
-    losses, chosen_log_ratio: [B]. rejected_log_ratio, hardness, dynamic_beta: [B, K].
+    `hard_gradient_share` is the harder half's part of the gradient, after a stable sort by hardness. The middle pair of
+    an odd number is in both halves. Without any gradient the share is 0.5.
+    losses, chosen_log_ratio: [B]; the other tensors: [B, K]. scores: -beta' * gap, and -inf for an absent answer.
     """
-    log_ratio_gap = (chosen_log_ratio[:, None] - rejected_log_ratio).flatten()
-    scores = -dynamic_beta * log_ratio_gap.view_as(dynamic_beta)
     gradient_size = dynamic_beta * scores.logsumexp(1, keepdim=True).sigmoid() * scores.softmax(1)  # |d loss / d gap|
-    hardness, dynamic_beta, gradient_size = hardness.flatten(), dynamic_beta.flatten(), gradient_size.flatten()
+    pairs = [chosen_log_ratio[:, None] - rejected_log_ratio, rejected_log_ratio, hardness, dynamic_beta, gradient_size]
+    if scores.shape[1] > 1:
+        pairs = [values[~scores.isneginf()] for values in pairs]
+    log_ratio_gap, rejected_log_ratio, hardness, dynamic_beta, gradient_size = [values.flatten() for values in pairs]
     gradient_size = gradient_size[hardness.argsort(stable=True)]  # of the hardest pair first
     half = (len(hardness) + 1) // 2
     harder, easier = gradient_size[:half].sum(), gradient_size[-half:].sum()
@@ -186,9 +188,9 @@ def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, d
 def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, generator: torch.Generator | None = None):
     """Add noise to every trainable LoRA matrix inside the `with` block: equations (9, 10), NoDO.
 
-    Put forward AND backward into the block: activation checkpointing repeats the forward during backward, and the
-    repeated forward must see the same noise. At the end of the block the weights get their old values back, bit for
-    bit, also after an error. Call optimizer.step() after the block: inside, with sigma > 0, it raises RuntimeError.
+    Put forward AND backward into the block, because activation checkpointing repeats the forward during backward. At
+    its end the weights get their old values back, bit for bit, also after an error. Call optimizer.step() after the
+    block: inside, with sigma > 0, it raises RuntimeError.
 
     sigma: standard deviation of the noise, in units of each matrix's root mean square if `relative`. generator: makes
     the noise repeatable, and equal on all processes if they give it the same seed; weights that fully_shard has sharded

@@ -359,3 +359,42 @@ def test_rejected_answers_of_other_shapes_are_refused(shape):
     one, many = torch.zeros(4), torch.zeros(shape)
     with pytest.raises(ValueError, match="must be"):
         h.hanorec_loss(one, many, one, many, one)
+
+
+def test_absent_rejected_answers_do_not_count():
+    """Pairs with 3, 1 and 2 rejected answers, in one call and one by one."""
+    generator = torch.Generator().manual_seed(3)
+    policy, reference = torch.randn(2, 3, 4, generator=generator) * 9
+    hardness = 0.5 + torch.rand(3, 3, generator=generator)
+    reference[1, 2:] = reference[2, 3:] = torch.nan
+    policy[1, 2] = torch.nan  # whatever the policy has in such a place
+    counts, leaf = (3, 1, 2), policy.clone().requires_grad_(True)
+    seen = []
+
+    def eta(gap):
+        seen.append(gap)
+        return 0.9
+
+    losses, metrics = h.hanorec_loss(leaf[:, 0], leaf[:, 1:], reference[:, 0], reference[:, 1:], hardness, 0.3, eta)
+    losses.sum().backward()
+    gaps, sizes = [], []
+    for row, count in enumerate(counts):
+        own, end = policy[row : row + 1].clone().requires_grad_(True), 1 + count
+        pair = (own[:, 0], own[:, 1:end], reference[row : row + 1, 0], reference[row : row + 1, 1:end])
+        loss, _ = h.hanorec_loss(*pair, hardness[row : row + 1, :count], 0.3, 0.9)
+        loss.backward()
+        torch.testing.assert_close(losses[row : row + 1], loss)
+        torch.testing.assert_close(leaf.grad[row, :end], own.grad[0, :end])
+        assert not leaf.grad[row, end:].nan_to_num(0).any()
+        gaps += ((pair[0] - pair[2])[:, None] - (pair[1] - pair[3])).flatten().tolist()
+        sizes += hardness[row, :count].tolist()
+    assert seen[0].tolist() == pytest.approx([0.3 * gap for gap in gaps])
+    assert float(metrics["margin"]) == pytest.approx(0.3 * sum(gaps) / 6, rel=1e-5)
+    assert float(metrics["lambda_mean"]) == pytest.approx(sum(sizes) / 6)
+    assert float(metrics["accuracy"]) == pytest.approx(sum(gap > 0 for gap in gaps) / 6)
+
+
+def test_a_prompt_without_any_rejected_answer_has_no_finite_loss():
+    logps, nothing = torch.zeros(2), torch.tensor([[0.0, 0.0], [torch.nan, torch.nan]])
+    losses, _ = h.hanorec_loss(logps, torch.zeros(2, 2), logps, nothing, torch.ones(2), eta=1.0)
+    assert losses.isnan().tolist() == [False, True]

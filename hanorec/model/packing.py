@@ -171,14 +171,19 @@ class PackedMLLM(nn.Module):
 
     # From a batch to log-probabilities
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the log-probability of each answer, summed over its scored tokens: [A], float32."""
+    def forward(self, batch: Batch, tokens: bool = False) -> torch.Tensor:
+        """Return the log-probability of each answer, summed over its scored tokens: [A], float32.
+
+        With `tokens`, return the log-probabilities of the whole vocabulary at each scored token: [S, V], float32.
+        """
         if batch.pixels:
             with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
                 images = families.image_tokens(self.core, batch.pixels)
             check_sizes(batch.sizes, images)
             batch = replace(batch, image_tokens=torch.cat([images[number] for number in batch.distinct]))
         logits = self.packed_logits(batch) if self.pack else self.separate_logits(batch)
+        if tokens:
+            return logits.float().log_softmax(dim=-1)
         logps = -F.cross_entropy(logits.float(), batch.target, reduction="none")
         return logps.new_zeros(len(batch.answers)).index_add(0, batch.answer, logps)
 

@@ -175,15 +175,16 @@ class Prompts:
         questions = self.yesno_questions(example, [example.target, example.rejected])
         return [*questions, self.answer(self.yes, 1), self.answer(self.no, 2)]
 
-    def pair_tree(self, example: Example, kind: str) -> list[Node]:
-        """Build a preference pair: a question, its chosen answer and its rejected answer.
+    def pair_tree(self, example: Example, kind: str, rejected: Sequence[int] = ()) -> list[Node]:
+        """Build a preference pair: a question, its chosen answer and its rejected answers.
 
         Args:
-            kind: `rank` (chosen: the target's title, rejected: the rejected item's title), `yes` (about the target:
-                Yes, No) or `no` (about the rejected item: No, Yes).
+            kind: `rank` (chosen: the target's title, rejected: those of the rejected items), `yes` (about the target:
+                Yes, No) or `no` (about the example's rejected item: No, Yes).
+            rejected: the rejected items of a ranking pair. Default: the example's.
         """
         if kind == "rank":
-            return self.ranking_tree(example, [example.target, example.rejected])
+            return self.ranking_tree(example, [example.target, *(rejected or [example.rejected])])
         if kind == "yes":
             candidate, chosen, rejected = example.target, self.yes, self.no
         else:

@@ -8,13 +8,13 @@ from hanorec.model.encoding import Encoding
 from hanorec.model.images import load_tensors
 from hanorec.model.lora import without_trained_adapter
 from hanorec.model.packing import PackedMLLM
-from hanorec.model.samples import Samples
+from hanorec.model.pairs import PairBatch, Pairs
 from hanorec.run.files import UserError, replacing, value_hash
 from hanorec.run.launch import shared_out
 from hanorec.run.training import micro_batches
 
 
-def planned_pairs(pairs: Samples, steps: int, steps_per_epoch: int, options, accelerator) -> list[int]:
+def planned_pairs(pairs: Pairs, steps: int, steps_per_epoch: int, options, accelerator) -> list[int]:
     """Return the numbers of the pairs that the run will train on: all, or fewer if it ends before one epoch."""
     if steps >= steps_per_epoch:
         return list(range(len(pairs)))
@@ -23,20 +23,43 @@ def planned_pairs(pairs: Samples, steps: int, steps_per_epoch: int, options, acc
     return sorted(planned)
 
 
-def reference_logps(
-    packed: PackedMLLM, encoding: Encoding, pairs: Samples, planned: list[int], hashes: dict, options, accelerator
-) -> torch.Tensor:
-    """Return the reference's log-probabilities of the chosen and the rejected answers: [pairs, 2], NaN if not planned.
+def score_pairs(packed: PackedMLLM, encoding: Encoding, pairs: Pairs, numbers: list[int], accelerator) -> torch.Tensor:
+    """Return the log-probabilities of the answers of these pairs: [all pairs, 1 + K], NaN in the other rows.
 
-    A file in reference/ of the SFT run keeps them. If it does not exist, all processes compute them and write it.
+    Each process scores a part of the pairs, and every process gets all.
+    """
+    size = 32 if encoding.tiny else 8
+    chunks = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    computed = []  # (pair number, [chosen, rejected, ...])
+    packed.eval()
+    for chunk in tqdm(shared_out(chunks, accelerator), desc="reference", unit="batch"):
+        batch = pairs.batch(chunk, packed, encoding.tokens).to(accelerator.device)
+        with torch.no_grad():
+            logps = batch.lay_out(packed(batch.trees))
+        computed += zip(chunk, logps.tolist(), strict=True)
+    logps = torch.full((len(pairs), 1 + pairs.rejected), torch.nan)
+    for number, values in gather_object(computed):
+        logps[number] = torch.tensor(values)
+    return logps
+
+
+def reference_logps(
+    packed: PackedMLLM, encoding: Encoding, pairs: Pairs, planned: list[int], hashes: dict, options, accelerator
+) -> torch.Tensor:
+    """Return the reference's log-probabilities of the chosen answers and of the whole pool: [pairs, 1 + P].
+
+    They are NaN for pairs that are not planned. A file in reference/ of the SFT run keeps them. If it does not exist,
+    all processes compute them and write it.
 
     planned: see `planned_pairs`. hashes: of the data and of the SFT weights, by name.
     """
+    pairs = pairs.whole()
     sources = {  # everything that decides the log-probabilities
         "hashes": hashes,
         "kinds": pairs.kinds,
         "max_length": pairs.max_length,
         "pairs": planned,
+        "pool": pairs.pool,
         "texts": pairs.prompts.texts,
         "chat_template": pairs.prompts.tokenizer.chat_template,
         "dtype": str(next(packed.core.parameters()).dtype),
@@ -45,37 +68,27 @@ def reference_logps(
     key = value_hash(sources)
     path = options.sft / "reference" / f"{key[:16]}.safetensors"
     if not path.exists():
-        size = 32 if encoding.tiny else 8
-        chunks = [planned[i : i + size] for i in range(0, len(planned), size)]
-        computed = []  # (pair number, [chosen, rejected])
-        packed.eval()
-        for chunk in tqdm(shared_out(chunks, accelerator), desc="reference", unit="batch"):
-            batch = packed.collate([pairs.tree(number) for number in chunk], encoding.tokens)
-            with without_trained_adapter(packed.model), torch.no_grad():
-                logps = packed(batch.to(accelerator.device))
-            computed += zip(chunk, logps.view(-1, 2).tolist(), strict=True)
-        logps = torch.full((len(pairs), 2), torch.nan)
-        for number, values in gather_object(computed):
-            logps[number] = torch.tensor(values)
+        with without_trained_adapter(packed.model):
+            logps = score_pairs(packed, encoding, pairs, planned, accelerator)
         if accelerator.is_main_process:
             with replacing(path) as new:
                 save_file({"logps": logps}, new, metadata={"key": key})
         accelerator.wait_for_everyone()
-    return load_tensors(path, {"logps": (len(pairs), 2)}, "delete it; it will be computed again")["logps"]
+    shape = (len(pairs), 1 + pairs.rejected)
+    return load_tensors(path, {"logps": shape}, "delete it; it will be computed again")["logps"]
 
 
 PAPER_BETA = 0.1  # check_start's tolerances are for reward gaps at this beta, whatever --beta is
 
 
-def check_start(packed: PackedMLLM, batch, reference: torch.Tensor, device) -> None:
-    """Raise UserError if a reward gap is not 0 before the first step, without noise and dropout.
-
-    reference: [B, 2], log-probabilities of the chosen and the rejected answers of `batch`.
-    """
+def check_start(packed: PackedMLLM, batch: PairBatch) -> None:
+    """Raise UserError if a reward gap is not 0 before the first step, without noise and dropout."""
     packed.eval()
     with torch.no_grad():
-        log_ratios = packed(batch.to(device)).view(-1, 2) - reference.to(device)
-    largest = float((PAPER_BETA * (log_ratios[:, 0] - log_ratios[:, 1])).abs().max())
+        log_ratios = batch.lay_out(packed(batch.trees)) - batch.reference
+    gaps = PAPER_BETA * (log_ratios[:, :1] - log_ratios[:, 1:])
+    gaps[:, 1:].nan_to_num_(0.0)  # a Yes/No pair has one gap
+    largest = float(gaps.abs().max())
     tolerance = 1e-4 if next(packed.core.parameters()).dtype == torch.float32 else 5e-2
     if not largest <= tolerance:  # also if it is NaN
         raise UserError(

@@ -96,12 +96,13 @@ def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.
 def loaded(load: Callable, batches: Iterable, done: int, device, depth: int = 2) -> Iterator:
     """Yield (step, sample numbers, load(step, sample numbers)) for each step after step `done`.
 
-    On a GPU, a thread loads up to `depth` steps ahead. On a CPU there is no second thread: both would use OpenMP, and
-    then the main thread's OpenMP threads sleep after each matrix product.
+    On a GPU, a thread loads up to `depth` steps ahead; with depth 0 each step is loaded when the one before has ended.
+    On a CPU there is no second thread: both would use OpenMP, and then the main thread's OpenMP threads sleep after
+    each matrix product.
     """
     numbered = itertools.islice(enumerate(batches, 1), done, None)
     values = ((step, numbers, load(step, numbers)) for step, numbers in numbered)
-    if device.type == "cpu":
+    if device.type == "cpu" or not depth:
         yield from values
         return
     end = object()

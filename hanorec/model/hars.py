@@ -1,0 +1,117 @@
+"""HaRS for training: lambda of every pair, and eta of a micro-batch. The equations are in hanorec_loss.py."""
+
+import torch
+import torch.nn.functional as F
+
+import hanorec_loss
+from hanorec.model.encoding import Encoding
+from hanorec.model.images import mean_embeddings
+from hanorec.model.load import load_tokenizer
+from hanorec.model.pairs import Pairs
+from hanorec.run.files import UserError
+
+
+def cluster_means(item_vectors: torch.Tensor, k: int) -> torch.Tensor:
+    """Return for each item the mean of the unit vectors of its k nearest other items, its cluster: [N, d].
+
+    item_vectors: [N, d].
+    """
+    vectors = F.normalize(item_vectors.float(), dim=-1)
+    means = torch.empty_like(vectors)
+    for start in range(0, len(vectors), 1024):  # 1024 items at a time
+        cosines = vectors[start : start + 1024] @ vectors.T
+        cosines[:, start:].fill_diagonal_(-torch.inf)
+        means[start : start + 1024] = vectors[cosines.topk(k, dim=-1).indices].mean(dim=1)
+    return means
+
+
+def pool_distances(options, encoding: Encoding, model, pairs: Pairs) -> torch.Tensor:
+    """Return the distance D of each example's target to each item of its pool: [E, P].
+
+    topk and constant: equation (5). clusters: 1 - cosine of the means of the two items' neighbours. cosine: 1 - cosine
+    of the two items.
+    """
+    text = mean_embeddings(model, load_tokenizer(encoding.source, encoding.trust), encoding.items.titles)
+    vectors = hanorec_loss.fuse_item_vectors(text, encoding.tokens.means())
+    pool = torch.tensor(pairs.pool)
+    chosen = torch.tensor([example.target for example in pairs.examples]).repeat_interleave(pool.shape[1])
+    if options.hardness != "cosine" and options.top_k >= len(vectors):
+        raise UserError(f"--top-k {options.top_k} needs more items than {len(vectors)}")
+    if options.hardness == "cosine":
+        distance = hanorec_loss.cosine_distance(vectors, chosen, pool.flatten())
+    elif options.hardness == "clusters":
+        distance = hanorec_loss.cosine_distance(cluster_means(vectors, options.top_k), chosen, pool.flatten())
+    else:
+        profiles = hanorec_loss.neighbor_profiles(vectors, options.top_k)
+        distance = hanorec_loss.pair_distance(profiles, chosen, pool.flatten())
+    return distance.view(pool.shape)
+
+
+def standardised(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Return the values in standard deviations from the mean of `among`, a part of them. NaN there does not count."""
+    among = among[~among.isnan()]
+    return (values - among.mean()) / among.std().clamp_min(1e-8)
+
+
+def pair_hardness(options, encoding: Encoding, model, pairs: Pairs, reference: torch.Tensor) -> torch.Tensor:
+    """Return lambda of each pair with each item of its pool: [pairs, P]. Smaller means harder.
+
+    topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
+    standardised difference of the reference's log-probabilities, chosen minus rejected. constant: the mean of topk's
+    lambda. none: 1. --hardness-sign -1 turns the sign of D, or of the margin. Means and deviations are those of the
+    training pairs.
+
+    Args:
+        reference: [pairs, 1 + P], the reference's log-probabilities. Read by margin only.
+    """
+    kinds, sign = len(pairs.kinds), options.hardness_sign
+    if options.hardness == "none":
+        return torch.ones(len(pairs), len(pairs.pool[0]))
+    if options.hardness == "margin":
+        margin, hardness = reference[:, :1] - reference[:, 1:], torch.empty(len(pairs), len(pairs.pool[0]))
+        for kind in range(kinds):  # the kinds have answers of other lengths
+            numbers = range(kind, len(pairs), kinds)
+            own = standardised(margin[kind::kinds], pairs.of_pool(margin, numbers))
+            hardness[kind::kinds] = 0.5 + (sign * own).sigmoid()
+        return hardness
+    distance = pool_distances(options, encoding, model, pairs)
+    among = distance.gather(1, pairs.columns)
+    if options.hardness in ("clusters", "cosine"):
+        distance = standardised(distance, among)
+        hardness = hanorec_loss.hardness_weight(sign * distance, 0.0)
+    else:
+        hardness = hanorec_loss.hardness_weight(sign * distance, sign * among.mean())
+    if options.hardness == "constant":
+        hardness = hardness.gather(1, pairs.columns).mean().expand_as(hardness)
+    return hardness.repeat_interleave(kinds, dim=0)
+
+
+class Responsiveness:
+    """Computes eta from the reward gaps of a micro-batch.
+
+    kind: `batch`: equation (8). `ema`: the form of DAMA (arXiv 2502.01943), sigmoid(trimmed mean of the reward gaps) /
+    sigmoid(moving average of this mean). `none`: 1.
+    """
+
+    ROUNDING = 1e-5  # if mean|R| is not larger, eta is 1: such an R is a rounding error, as at the first step
+    DECAY = 0.9
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.average = None
+
+    def __call__(self, reward_gap: torch.Tensor) -> torch.Tensor | float:
+        """Return eta, a scalar. reward_gap: R of all processes."""
+        if self.kind == "none":
+            return 1.0
+        if self.kind == "batch":
+            return hanorec_loss.responsiveness(reward_gap, self.ROUNDING)
+        mean = hanorec_loss.trimmed_mean(reward_gap.float())
+        self.average = mean if self.average is None else self.DECAY * self.average + (1 - self.DECAY) * mean
+        return mean.sigmoid() / self.average.sigmoid()
+
+    def state_dict(self) -> dict:
+        return {"average": None if self.average is None else float(self.average)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average = None if state["average"] is None else torch.tensor(state["average"])
