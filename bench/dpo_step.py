@@ -34,13 +34,12 @@ def same_loss(steps: ours.Dpo, trainer, batch: int, kinds: int) -> dict:
     for model in (steps.packed, trainer.model):
         ours.randomize(model)
     chosen = trl_side.in_batches(len(steps.work.examples), kinds, batch)[: batch * kinds]
-    inputs, reference, hardness = steps.micro(chosen)
+    inputs = steps.micro(chosen).to(steps.accelerator.device)
     trl_batch = trainer.data_collator([trainer.train_dataset[n] for n in range(len(chosen))])
     assert trl_side.same_tokens(trl_batch, [steps.pairs.tree(n) for n in chosen], pairs=True), "not the same tokens"
-    device = steps.accelerator.device
     with torch.no_grad():
-        logps = steps.packed(inputs.to(device)).view(-1, 2)
-        losses, _ = hanorec_loss.hanorec_loss(*logps.T, *reference.to(device).T, hardness.to(device), ours.BETA, 1.0)
+        logps = inputs.lay_out(steps.packed(inputs.trees))
+        losses, _ = hanorec_loss.hanorec_loss(*logps.T, *inputs.reference.T, inputs.hardness[:, 0], ours.BETA, 1.0)
         theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trl_batch))
     return {"ours": float(losses.mean()), "TRL": float(theirs)}
 

@@ -9,6 +9,7 @@ import workload  # noqa: F401 (puts the project on the path)
 import dpo_hano
 from hanorec.model.lora import add_lora
 from hanorec.model.packing import Batch, PackedMLLM
+from hanorec.model.pairs import PairBatch
 from hanorec.model.reference import reference_logps
 from hanorec.model.samples import Samples
 from hanorec.model.supervised import supervised_step
@@ -63,26 +64,27 @@ class Dpo(Steps):
     """Steps of dpo_hano.py.
 
     Args:
-        kinds: the kinds of pairs, of rank, yes and no.
+        kinds: the kinds of pairs, of rank, yes and no. rejected: rejected answers of a ranking pair.
         plain: take plain DPO steps as TRL does, without hardness, responsiveness and noise. Otherwise HaNoRec's.
     """
 
-    def __init__(self, work, packed, batch: int, kinds=("rank",), plain: bool = False):
+    def __init__(self, work, packed, batch: int, kinds=("rank",), plain: bool = False, rejected: int = 1):
         super().__init__(work, packed, batch, len(kinds))
-        self.pairs = work.pairs(kinds)
+        self.pairs = work.pairs(kinds, rejected)
         self.options = SimpleNamespace(beta=BETA, sigma=0.0 if plain else 0.05, noise="relative", seed=42)
+        self.options.objective, self.options.sft_weight = "dpo", 0.0
         self.eta = dpo_hano.Responsiveness("none" if plain else "batch")
-        self.hardness = torch.ones(len(self.pairs))
+        self.hardness = torch.ones(len(self.pairs), rejected)
         numbers, began = list(range(len(self.pairs))), time.perf_counter()
-        run = SimpleNamespace(sft=work.folder / f"reference{work.max_pixels}-{len(kinds)}", quantize=None)
+        run = SimpleNamespace(sft=work.folder / f"reference{work.max_pixels}-{len(kinds)}-{rejected}", quantize=None)
         self.reference = reference_logps(self.packed, work, self.pairs, numbers, {}, run, self.accelerator)
         self.reference_seconds = (time.perf_counter() - began) / len(self.pairs)
 
-    def micro(self, chosen: list[int]) -> tuple:
-        """The micro-batch of the pairs with these numbers: (batch, reference log-probabilities, hardness)."""
-        return self.collate([self.pairs.tree(n) for n in chosen]), self.reference[chosen], self.hardness[chosen]
+    def micro(self, chosen: list[int]) -> PairBatch:
+        """The micro-batch of the pairs with these numbers."""
+        return self.pairs.batch(chosen, self.packed, self.work.tokens, self.reference, self.hardness)
 
-    def load(self, step: int, numbers: list[list[int]]) -> list[tuple]:
+    def load(self, step: int, numbers: list[list[int]]) -> list[PairBatch]:
         return [self.micro(chosen) for chosen in numbers]
 
     def step(self) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
     python bench/study.py demo                                    # every arm and seed, then the tables
     python bench/study.py movielens-small --seeds 1 2 3 --cores 0 # three seeds, on core 0 alone
+    python bench/study.py demo --grid                             # learning rates and betas of each family, one seed
+    python bench/study.py demo --tables                           # the tables alone, of what is finished
 
-Each run has a core of its own. A finished run is not trained again, and an interrupted one continues. The output of a
-run is in runs/<study>/<arm>-<seed>.log. Validation chooses the weights; the test split is evaluated once, at the end.
+The arms are in arms.py. Each run has a core of its own. A finished run is not trained again, and an interrupted one
+continues. The output of a run is in runs/<study>/<arm>-<seed>.log. Validation chooses the weights and the recipes; the
+test split is evaluated at the end.
 """
 
 import argparse
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -17,72 +21,78 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import tables  # noqa: E402
+from arms import GRID, STUDIES, Study  # noqa: E402
+
+import dpo_hano  # noqa: E402
 import evaluate  # noqa: E402
-from hanorec.ranking.markdown import cell, markdown  # noqa: E402
-from hanorec.ranking.metrics import Result  # noqa: E402
-from hanorec.ranking.pooling import group_name  # noqa: E402
-from hanorec.run.files import replacing  # noqa: E402
+import sft  # noqa: E402
+from hanorec.run.files import read_json  # noqa: E402
+from hanorec.run.runs import json_options  # noqa: E402
 
-# The arms: label, script, options, the arm whose run it starts from
-ARMS = {
-    "sft": ("SFT", "sft.py", "", None),
-    "titles": ("SFT without posters", "sft.py", "--blank-images", None),
-    "plain": ("SFT, then plain DPO", "dpo_hano.py", "--hardness none --responsiveness none --sigma 0", "sft"),
-    "hanorec": ("SFT, then HaNoRec", "dpo_hano.py", "", "sft"),
-}
-SHUFFLED = "SFT, posters shuffled at evaluation"
-# The studies: how the data are prepared, further options of each script and of the arm hanorec, splits to evaluate
-STUDIES = {
-    "demo": {
-        "prepare": "",
-        "sft.py": "",
-        "dpo_hano.py": "",
-        "hanorec": "--sigma 0.05",
-        "splits": ["test", "test_hard"],
-    },
-    "movielens-small": {
-        "prepare": "--dataset movielens --source movielens-small/ --out data/movielens-small --history 20 "
-        "--max-windows-per-user 0 --max-pixels 784 --further-tests popularity 99",
-        "sft.py": "--warmup-steps 4000 --dropout 0 --lr 3e-4 --max-steps 1500 --eval-limit 0",
-        "dpo_hano.py": "--max-steps 200 --eval-limit 0",
-        "hanorec": "--sigma 0.1",
-        "splits": ["test", "test_popularity"],
-    },
-}
-COLUMNS = ("AUC", "HR@1", "HR@3", "NDCG@3", "MRR")
+SCRIPTS = {"sft.py": sft, "dpo_hano.py": dpo_hano}
 
 
-def run_folder(study: str, arm: str, seed: int) -> str:
-    """Return the run folder of an arm and a seed."""
-    return f"runs/{study}/{arm}-{seed}"
-
-
-def training_command(study: str, arm: str, seed: int) -> list[str]:
+def training_command(study: Study, arm: str, seed: int) -> list[str]:
     """Return the command that trains an arm, without `python`."""
-    _, script, options, start = ARMS[arm]
-    given = ["--sft", run_folder(study, start, seed)] if start else ["--data", f"data/{study}"]
-    further = STUDIES[study].get(arm, "")
-    words = f"{STUDIES[study][script]} {options} {further} --seed {seed}".split()
-    return [script, *given, "--out", run_folder(study, arm, seed), *words]
+    found, out = study.arms[arm], study.run_folder(arm, seed)
+    start = ["--data", f"data/{study.name}"]
+    if found.script == "dpo_hano.py":
+        start = ["--sft", study.run_folder("sft", seed)]
+    words = f"{study.options[found.script]} {study.recipes.get(found.family, '')} {found.options} --seed {seed}"
+    return [found.script, *start, "--out", out, *words.split()]
 
 
-def prepare_command(study: str) -> list[str]:
+def grid_command(study: Study, family: str, recipe: str) -> list[str]:
+    """Return the command that trains a family's first arm with another recipe, with seed 1, validated on all users."""
+    arm = next(arm for arm in study.arms.values() if arm.family == family)
+    words = f"{study.options[arm.script]} --eval-limit 0 {recipe} {arm.options} --seed 1".split()
+    return [arm.script, "--sft", study.run_folder("sft", 1), "--out", study.grid_folder(family, recipe), *words]
+
+
+def prepare_command(study: Study) -> list[str]:
     """Return the command that prepares the data, without `python`."""
-    return ["prepare_data.py", *STUDIES[study]["prepare"].split()]
+    return ["prepare_data.py", *study.prepare.split()]
 
 
-def sasrec_command(study: str, seed: int) -> list[str]:
+def sasrec_command(study: Study, seed: int) -> list[str]:
     """Return the command that trains SASRec, without `python`."""
-    folder = f"data/{study}"
+    folder = f"data/{study.name}"
     return ["-m", "hanorec.ranking.sasrec", "--data", folder, "--out", f"{folder}/sasrec-{seed}", "--seed", str(seed)]
+
+
+def finished(command: list[str]) -> bool:
+    """Return whether the run of a training command is finished. ValueError if it was trained with other options."""
+    script, *words = command
+    options = json_options(SCRIPTS[script].parse(words))
+    out = ROOT / options["out"]
+    if not (out / "result.json").exists():
+        return False
+    before = read_json(out / "config.json", {"options": dict}, f"delete {out}")["options"]
+    given = [word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
+    changed = [name for name in given if options[name] != before.get(name)]
+    if changed:
+        raise ValueError(f"{out} was trained with another {', '.join(changed)}; delete it")
+    return True
+
+
+def train_and_evaluate(command: list[str], splits: list[str]) -> None:
+    """Run a training command in this process if its run is not finished. Then evaluate the run on these splits."""
+    script, *words = command
+    if not finished(command):
+        SCRIPTS[script].main(words)
+    run = Path(words[words.index("--out") + 1])
+    for split in splits:
+        if not (run / tables.predictions_name(split)).exists():
+            evaluate.main(["--run", str(run), "--split", split])
 
 
 def run(command: list[str], core: int, log: Path) -> None:
     """Run a command on one core. Its output goes to `log`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    pinned = ["taskset", "-c", str(core)] if hasattr(os, "sched_setaffinity") else []
+    pinned = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
     began = time.monotonic()
     with open(log, "a") as file:
         done = subprocess.run([*pinned, sys.executable, *command], env=environment, stdout=file, stderr=file, cwd=ROOT)
@@ -91,11 +101,26 @@ def run(command: list[str], core: int, log: Path) -> None:
         raise RuntimeError(f"python {' '.join(command)} failed; see {log}")
 
 
-def train(study: str, seeds: list[int], cores: list[int]) -> None:
-    """Prepare the data and train what is not finished. Arms that start from another arm's run come after it."""
-    logs = ROOT / "runs" / study
+def jobs_of(study: Study, seeds: list[int], grid: bool) -> list[list[tuple[str, list[str], list[str]]]]:
+    """Return the phases of a study. The jobs of a phase, (name, training command, splits), may run side by side."""
+    arms = {
+        arm: [(f"{arm}-{seed}", training_command(study, arm, seed), study.splits) for seed in seeds]
+        for arm in study.arms
+    }
+    first = [job for arm, jobs in arms.items() if study.arms[arm].script == "sft.py" for job in jobs]
+    if grid:
+        recipes = [(family, recipe) for family in GRID for recipe in GRID[family]]
+        names = [study.grid_folder(family, recipe).rpartition("/")[2] for family, recipe in recipes]
+        commands = [grid_command(study, family, recipe) for family, recipe in recipes]
+        return [first[:1], [(name, command, []) for name, command in zip(names, commands, strict=True)]]
+    later = [jobs for arm, jobs in arms.items() if study.arms[arm].script != "sft.py"]
+    return [first, [job for jobs in zip(*later, strict=True) for job in jobs]]  # all arms of a seed, then the next seed
+
+
+def train(study: Study, seeds: list[int], cores: list[int], grid: bool = False) -> None:
+    """Prepare the data, and train and evaluate what is not finished."""
+    logs, data = ROOT / "runs" / study.name, ROOT / "data" / study.name
     logs.mkdir(parents=True, exist_ok=True)
-    data = ROOT / "data" / study
     if not (data / "manifest.json").exists():
         run(prepare_command(study), cores[0], logs / "data.log")
     for seed in seeds:
@@ -105,87 +130,57 @@ def train(study: str, seeds: list[int], cores: list[int]) -> None:
     for core in cores:
         free.put(core)
 
-    def train_arms(arms: list[str], seed: int) -> None:
+    def run_job(name: str, command: list[str], splits: list[str]) -> None:
+        wanted = [
+            split
+            for split in splits
+            if not (ROOT / command[command.index("--out") + 1] / tables.predictions_name(split)).exists()
+        ]
+        if finished(command) and not wanted:
+            return
         core = free.get()
         try:
-            for arm in arms:
-                folder = ROOT / run_folder(study, arm, seed)
-                if not (folder / "result.json").exists():
-                    run(training_command(study, arm, seed), core, logs / f"{arm}-{seed}.log")
+            run(
+                ["bench/study.py", study.name, "--job", " ".join(command), "--splits", *splits],
+                core,
+                logs / f"{name}.log",
+            )
         finally:
             free.put(core)
 
-    first = [[arm, *(later for later in ARMS if ARMS[later][3] == arm)] for arm in ARMS if not ARMS[arm][3]]
-    with ThreadPoolExecutor(len(cores)) as pool:
-        jobs = [pool.submit(train_arms, arms, seed) for seed in seeds for arms in first]
-        for job in jobs:
-            job.result()
-
-
-def measured(study: str, seeds: list[int], split: str) -> tuple[dict[str, Result], dict[str, Result]]:
-    """Evaluate the arms. Returns (results by label, differences to SFT by label)."""
-    folders = {arm: [run_folder(study, arm, seed) for seed in seeds] for arm in ARMS}
-    everything = [folder for runs in folders.values() for folder in runs]
-    found = evaluate.main(["--run", *everything, "--split", split, "--pool", "--compare", *folders["sft"]])
-    images = {}
-    if split == "test":
-        images = evaluate.main(["--run", *folders["sft"], "--pool", "--shuffle-images"])
-    group = {arm: group_name(runs) for arm, runs in folders.items()}
-    sasrec = next(name for name in found if name.startswith("SASRec"))
-    beside = ("ceiling", "ceiling, titles", sasrec, "co-occurrence", "popularity", "chance")
-    results = {name: found[name] for name in beside if name in found}
-    results |= {ARMS[arm][0]: found[group[arm]] for arm in ARMS}
-    results |= {SHUFFLED: images[group["sft"]]} if images else {}
-    minus = {ARMS[arm][0]: found[f"{group[arm]} minus {group['sft']}"] for arm in ARMS if arm != "sft"}
-    return results, minus
-
-
-def table(results: dict[str, Result], corner: str) -> str:
-    """Return a Markdown table: value, standard deviation over seeds, 95% interval."""
-    rows = [[name, *(cell(result, metric) for metric in COLUMNS)] for name, result in results.items()]
-    return markdown([[corner, *COLUMNS], *rows])
-
-
-def section(study: str, seeds: list[int]) -> str:
-    """Evaluate the arms on every split, and return the study's section of docs/results.md."""
-    commands = [prepare_command(study), sasrec_command(study, seeds[0])]
-    commands += [training_command(study, arm, seeds[0]) for arm in ARMS]
-    folders = [run_folder(study, arm, seeds[0]) for arm in ARMS]
-    commands.append(["evaluate.py", "--run", *folders, "--compare", folders[0]])
-    texts = ["```", *(f"python {' '.join(command)}" for command in commands), "```", ""]
-    texts += [f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers, in one: `--pool`.", ""]
-    for split in STUDIES[study]["splits"]:
-        results, minus = measured(study, seeds, split)
-        examples = results["chance"].examples
-        texts += [table(results, f"{split}, {examples} users"), "", table(minus, f"{split}, minus SFT"), ""]
-    return "\n".join(texts)
-
-
-def write_section(path: Path, study: str, text: str) -> None:
-    """Replace what stands between the two marks of the study in a document."""
-    start, end = f"<!-- study {study} -->\n", f"<!-- end of study {study} -->\n"
-    before, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, _, after = rest.partition(end)
-    if not after and not rest.endswith(end):
-        raise ValueError(f"{path} lacks the marks of the study {study}")
-    with replacing(path) as new:
-        new.write_text(f"{before}{start}{text}{end}{after}", encoding="utf-8")
+    for phase in jobs_of(study, seeds, grid):
+        with ThreadPoolExecutor(len(cores)) as pool:
+            for job in [pool.submit(run_job, *job) for job in phase]:
+                job.result()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the study")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     parser.add_argument("--cores", type=int, nargs="+", default=cores, help="cores to use (default: all)")
+    parser.add_argument("--grid", action="store_true", help="train the recipes of each family instead")
     parser.add_argument("--train-only", action="store_true", help="write no tables")
+    parser.add_argument("--tables", action="store_true", help="train nothing, write the tables")
+    parser.add_argument("--job", help="train and evaluate one run in this process; the study starts such processes")
+    parser.add_argument("--splits", nargs="*", default=[], help="splits of --job")
     options = parser.parse_args(argv)
-    if len(options.seeds) < 2:
-        parser.error("--seeds: give two or more")
     os.chdir(ROOT)
-    train(options.study, options.seeds, options.cores)
+    study = STUDIES[options.study]
+    seeds = options.seeds or study.seeds
+    if options.job:
+        train_and_evaluate(options.job.split(), options.splits)
+        return
+    if len(set(seeds)) < max(2, len(seeds)):
+        parser.error("--seeds: give two or more, each once")
+    tables.check_marks(study.name)
+    if not options.tables:
+        train(study, seeds, options.cores, options.grid)
     if not options.train_only:
-        write_section(ROOT / "docs" / "results.md", options.study, section(options.study, options.seeds))
+        commands = [prepare_command(study), sasrec_command(study, seeds[0])]
+        commands += [training_command(study, arm, seeds[0]) for arm in study.arms]
+        tables.write(study, seeds, commands)
 
 
 if __name__ == "__main__":

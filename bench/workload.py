@@ -20,8 +20,8 @@ from hanorec.data.demo import GENRES, PLACES  # noqa: E402
 from hanorec.data.folder import Example, Items  # noqa: E402
 from hanorec.model.images import ImageTokens, encode_items  # noqa: E402
 from hanorec.model.load import load_image_processor, load_tokenizer  # noqa: E402
+from hanorec.model.pairs import Pairs, pools  # noqa: E402
 from hanorec.model.prompts import Prompts  # noqa: E402
-from hanorec.model.samples import Samples  # noqa: E402
 from hanorec.model.template import load_template  # noqa: E402
 from hanorec.model.tiny import build_tiny  # noqa: E402
 
@@ -59,9 +59,9 @@ class Workload:
     encode_seconds: float  # per image
     tiny: bool = False  # as Encoding.tiny
 
-    def pairs(self, kinds=("rank",)) -> Samples:
-        """The examples' pairs of these kinds, in the order of dpo_hano.py."""
-        return Samples(self.prompts, self.prompts.pair_tree, self.examples, kinds, 100_000)
+    def pairs(self, kinds=("rank",), rejected: int = 1) -> Pairs:
+        """The examples' pairs of these kinds, in the order of dpo_hano.py, with `rejected` answers a ranking pair."""
+        return Pairs(self.prompts, self.examples, kinds, 100_000, pools(self.examples, rejected, "data"))
 
 
 def build_backbone(folder: Path, shape: str, titles: list[str]) -> None:

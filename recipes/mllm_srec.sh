@@ -22,5 +22,5 @@ python prepare_data.py --dataset microlens --source "raw/$DATA-original" --negat
 accelerate launch -m mllm_srec.summarize --data "data/$NAME"
 accelerate launch sft.py --data "data/$NAME" --prompt cot --out "runs/$NAME/cot"
 accelerate launch sft.py --data "data/$NAME" --tasks yesno --candidate-images --out "runs/$NAME/direct"
-accelerate launch dpo_hano.py --sft "runs/$NAME/cot" --out "runs/$NAME/cot_hanorec" --sigma "$SIGMA"
+accelerate launch dpo_hano.py --sft "runs/$NAME/cot" --out "runs/$NAME/cot_hanorec" --sigma "$SIGMA" --lora-dropout 0.05
 python evaluate.py --run "runs/$NAME/cot" "runs/$NAME/cot_hanorec" "runs/$NAME/direct" --compare "runs/$NAME/direct" --batch-size 1

@@ -1,6 +1,7 @@
 """The arithmetic of the measurements, and each measurement on a tiny backbone."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import scaling
 import sft_step
 import study
 import summaries
+import tables
 import trl_side
 import workload
 
@@ -234,43 +236,76 @@ def test_results_md_is_the_report_of_results_json():
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_every_command_of_a_study_is_one_of_its_script(name):
-    assert prepare_data.parse(study.prepare_command(name)[1:]).out == Path("data") / name
-    assert sasrec.parse(study.sasrec_command(name, 3)[2:]).seed == 3
-    for arm, (_, script, _, start) in study.ARMS.items():
-        command = study.training_command(name, arm, 3)
-        assert command[0] == script
-        options = {"sft.py": sft, "dpo_hano.py": dpo_hano}[script].parse(command[1:])
-        assert (str(options.out), options.seed) == (study.run_folder(name, arm, 3), 3)
-        if start:
-            assert str(options.sft) == study.run_folder(name, start, 3)
+    own = study.STUDIES[name]
+    assert prepare_data.parse(study.prepare_command(own)[1:]).out == Path("data") / name
+    assert sasrec.parse(study.sasrec_command(own, 3)[2:]).seed == 3
+    for arm, settings in own.arms.items():
+        command = study.training_command(own, arm, 3)
+        options = {"sft.py": sft, "dpo_hano.py": dpo_hano}[command[0]].parse(command[1:])
+        assert (str(options.out), options.seed) == (own.run_folder(arm, 3), 3)
+        assert settings.script == "sft.py" or str(options.sft) == own.run_folder("sft", 3)
+    assert {"sft", "continued"} <= set(own.arms)
 
 
-def test_a_study_skips_what_is_finished_and_starts_arms_in_order(tmp_path, monkeypatch):
+def test_arms_differ_and_a_family_shares_its_recipe():
+    for own in study.STUDIES.values():
+        commands = [" ".join(study.training_command(own, arm, 1)).replace(arm, "ARM") for arm in own.arms]
+        assert len(set(commands)) == len(commands)
+        assert {arm.family for arm in own.arms.values()} >= set(own.recipes)
+        assert all(recipe in study.GRID[family] for family, recipe in own.recipes.items() if family in study.GRID)
+    for family, recipes in study.GRID.items():
+        for recipe in recipes:
+            command = study.grid_command(study.STUDIES["demo"], family, recipe)
+            assert f"{dpo_hano.parse(command[1:]).lr:g}" == f"{float(recipe.split()[1]):g}"
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A study with a finished SFT run of seed 1; collects the jobs instead of running them."""
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    for finished in ("data/demo/manifest.json", "data/demo/sasrec-1/config.json", "runs/demo/sft-1/result.json"):
+    for finished in ("data/demo/manifest.json", "data/demo/sasrec-1/config.json"):
         (tmp_path / finished).parent.mkdir(parents=True)
         (tmp_path / finished).touch()
-    commands, cores = [], []
+    run_folder = tmp_path / "runs/demo/sft-1"
+    run_folder.mkdir(parents=True)
+    (run_folder / "result.json").write_text("{}")
+    for split in ("test", "test_hard"):
+        (run_folder / tables.predictions_name(split)).touch()
+    options = {"data": "data/demo", "out": "runs/demo/sft-1", "seed": 1}
+    (run_folder / "config.json").write_text(json.dumps({"options": options}))
+    jobs = []
+    monkeypatch.setattr(study, "run", lambda command, core, log: jobs.append((command, core)))
+    return tmp_path, jobs
 
-    def run(command, core, log):
-        commands.append(command)
-        cores.append(core)
 
-    monkeypatch.setattr(study, "run", run)
-    study.train("demo", [1, 2], [0, 1])
-    outs = [command[command.index("--out") + 1] for command in commands]
-    assert sorted(outs[1:]) == sorted(
-        f"runs/demo/{arm}-{seed}" for arm in study.ARMS for seed in (1, 2) if (arm, seed) != ("sft", 1)
-    )
-    assert outs[0] == "data/demo/sasrec-2" and outs.index("runs/demo/sft-2") < outs.index("runs/demo/plain-2")
-    assert set(cores) <= {0, 1}
+def test_a_study_skips_what_is_finished_and_starts_sft_first(started):
+    _, jobs = started
+    demo = study.STUDIES["demo"]
+    study.train(demo, [1, 2], [0, 1])
+    outs = [re.search(r"--out (\S+)", " ".join(command)).group(1) for command, _ in jobs]
+    expected = {demo.run_folder(arm, seed) for arm in demo.arms for seed in (1, 2)} - {"runs/demo/sft-1"}
+    assert outs[0] == "data/demo/sasrec-2" and set(outs[1:]) == expected and len(outs) == len(expected) + 1
+    assert max(outs.index(f"runs/demo/{arm}-2") for arm in ("sft", "titles")) < outs.index("runs/demo/dpo-1")
+    assert {core for _, core in jobs} <= {0, 1}
+    assert study.STUDIES["demo"].splits == ["test", "test_hard"] and jobs[-1][0][-2:] == ["test", "test_hard"]
+
+
+def test_a_run_of_other_options_is_not_taken_for_the_arms_run(started):
+    folder, _ = started
+    command = study.training_command(study.STUDIES["demo"], "sft", 1)
+    assert study.finished(command) and not study.finished(study.training_command(study.STUDIES["demo"], "sft", 2))
+    config = json.loads((folder / "runs/demo/sft-1/config.json").read_text())
+    config["options"]["seed"] = 7
+    (folder / "runs/demo/sft-1/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trained with another seed"):
+        study.finished(command)
 
 
 def test_a_study_replaces_its_section_alone(tmp_path):
     page = tmp_path / "results.md"
     text = "before\n<!-- study a -->\nold\n<!-- end of study a -->\nafter\n"
     page.write_text(text)
-    study.write_section(page, "a", "new\n")
+    tables.write_section(page, "a", "new\n")
     assert page.read_text() == text.replace("old", "new")
     with pytest.raises(ValueError, match="lacks the marks"):
-        study.write_section(page, "b", "new\n")
+        tables.write_section(page, "b", "new\n")

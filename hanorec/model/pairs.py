@@ -1,7 +1,7 @@
 """The preference pairs of DPO: their kinds, the items that are rejected, and their prompt trees."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -128,15 +128,17 @@ class Pairs(Samples):
 def pools(examples: Sequence[Example], rejected: int, source: str) -> list[list[int]]:
     """Return for each example the items that can be rejected: negatives among its candidates, `rejected` first.
 
-    From the data these are the first ones that --rejected needs. The other sources draw among all of them. An item of
-    the history is none of them.
+    They are negatives among the candidates. From the data these are the first ones that --rejected needs. The other
+    sources draw among all of them. An item of the history, and another target of the same history, is none of them.
 
     Raises:
         UserError: an example has too few negatives.
     """
-    found = []
+    found, targets = [], defaultdict(set)
     for example in examples:
-        excluded = {example.target, example.rejected, *example.history}
+        targets[example.user, *example.history].add(example.target)
+    for example in examples:
+        excluded = {example.rejected, *example.history} | targets[example.user, *example.history]
         found.append([example.rejected, *(item for item in example.candidates if item not in excluded)])
     fewest = min(map(len, found))
     most = fewest - 1 if source in ("model", "self") else fewest
@@ -167,7 +169,7 @@ def draw_from_the_harder(logps: torch.Tensor, count: int, seed: int, epoch: int 
 
     Returns columns [E, count].
     """
-    order = logps.argsort(dim=1, descending=True, stable=True)
+    order = logps.nan_to_num(0.0).argsort(dim=1, descending=True, stable=True)
     half = max((logps.shape[1] + 1) // 2, count + 1)
     generator = np.random.default_rng([seed, 1, epoch])
     places = generator.permuted(np.tile(np.arange(1, half), (len(logps), 1)), axis=1)[:, :count]

@@ -1,0 +1,158 @@
+"""The arms of bench/study.py: which runs a study compares, with their options. Options are data, not code."""
+
+from dataclasses import dataclass
+
+DPO = "--hardness none --responsiveness none --sigma 0"  # plain DPO: without HaRS and NoDO
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a study.
+
+    Args:
+        label: name of the row.
+        options: options of the script, besides those of its family and of the study.
+        family: arms of a family share a learning rate and a beta, which `study.py --grid` compares on validation.
+        script: `sft.py`, or `dpo_hano.py`, which starts from the arm `sft`.
+        group: number of the table.
+    """
+
+    label: str
+    options: str = ""
+    family: str = ""
+    script: str = "dpo_hano.py"
+    group: int = 1
+
+
+START = {
+    "sft": Arm("SFT", script="sft.py", group=0),
+    "titles": Arm("SFT without posters", "--blank-images", script="sft.py", group=0),
+}
+CONTROLS = {
+    "continued": Arm("SFT continued", f"--objective sft {DPO}", "continued"),
+    "softmax": Arm("softmax over 10 titles, no reference", f"--objective softmax --rejected 9 {DPO}", "softmax"),
+}
+PREFERENCE = {
+    "dpo": Arm("DPO", DPO, "dpo", group=2),
+    "dpo_model": Arm("DPO, rejected from the model", f"--rejected-from model {DPO}", "dpo", group=2),
+    "sdpo9": Arm("S-DPO, 9 rejected", f"--rejected 9 {DPO}", "sdpo", group=2),
+    "sdpo3": Arm("S-DPO, 3 rejected", f"--rejected 3 {DPO}", "sdpo", group=2),
+    "sdpo3_model": Arm(
+        "S-DPO, 3 rejected from the model", f"--rejected 3 --rejected-from model {DPO}", "sdpo", group=2
+    ),
+    "sdpo8_model": Arm(
+        "S-DPO, 8 rejected from the model", f"--rejected 8 --rejected-from model {DPO}", "sdpo", group=2
+    ),
+}
+
+
+def hars(label: str, hardness: str, responsiveness: str = "none") -> Arm:
+    """Return an arm with a lambda or an eta, without noise."""
+    options = f"--hardness {hardness} --responsiveness {responsiveness} --sigma 0"
+    return Arm(label, options, "dpo", group=3)
+
+
+HARS = {
+    "topk": hars("lambda topk (the paper)", "topk"),
+    "clusters": hars("lambda clusters", "clusters"),
+    "cosine": hars("lambda cosine", "cosine"),
+    "margin": hars("lambda margin", "margin"),
+    "constant": hars("lambda constant", "constant"),
+    "margin_turned": hars("lambda margin, sign turned", "margin --hardness-sign -1"),
+    "clusters_turned": hars("lambda clusters, sign turned", "clusters --hardness-sign -1"),
+    "eta": hars("eta batch (the paper)", "none", "batch"),
+    "eta_ema": hars("eta ema", "none", "ema"),
+}
+
+
+def nodo(label: str, noise: str) -> Arm:
+    """Return an arm with a perturbation, without lambda and eta."""
+    return Arm(label, f"--hardness none --responsiveness none {noise}", "dpo", group=4)
+
+
+NODO = {
+    "nodo_05": nodo("NoDO relative .05 (the paper's sigma)", "--sigma 0.05"),
+    "nodo_1": nodo("NoDO relative .1", "--sigma 0.1"),
+    "nodo_3": nodo("NoDO relative .3", "--sigma 0.3"),
+    "absolute_005": nodo("NoDO absolute .005", "--noise absolute --sigma 0.005"),
+    "absolute_05": nodo("NoDO absolute .05 (the authors' code)", "--noise absolute --sigma 0.05"),
+}
+PAPER = {
+    "paper": Arm("HaNoRec, the paper's settings", "--sigma 0.05 --lora-dropout 0.05", "paper", group=5),
+    "wo_hars": Arm(
+        "w/o HaRS", "--sigma 0.05 --hardness none --responsiveness none --lora-dropout 0.05", "paper", group=5
+    ),
+    "wo_nodo": Arm("w/o NoDO", "--sigma 0 --lora-dropout 0.05", "paper", group=5),
+    "wo_sam": Arm("w/o SAM", "--sigma 0.05 --hardness cosine --lora-dropout 0.05", "paper", group=5),
+    "wo_all": Arm("w/o ALL", f"{DPO} --lora-dropout 0.05", "paper", group=5),
+}
+
+RATES = [f"--lr {lr} --beta {beta}" for lr in ("1e-3", "3e-3") for beta in ("0.1", "1")]
+GRID = {  # the recipes that each family tries, four each
+    "continued": [f"--lr {lr} --beta 0.1" for lr in ("1e-4", "3e-4", "1e-3", "3e-3")],  # without a beta in the loss
+    "softmax": RATES,
+    "dpo": RATES,
+    "sdpo": RATES,
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Args:
+        prepare: options of prepare_data.py.
+        options: of each script, by script.
+        recipes: the learning rate and beta of each family, chosen on validation.
+        arms: the arms by name; `sft` and `continued` are among them.
+        splits: the splits to evaluate.
+    """
+
+    name: str
+    prepare: str
+    options: dict[str, str]
+    recipes: dict[str, str]
+    arms: dict[str, Arm]
+    splits: list[str]
+    seeds: list[int]
+
+    def run_folder(self, arm: str, seed: int) -> str:
+        """Return the run folder of an arm and a seed."""
+        return f"runs/{self.name}/{arm}-{seed}"
+
+    def grid_folder(self, family: str, recipe: str) -> str:
+        """Return the run folder of a recipe of the grid."""
+        _, lr, _, beta = recipe.split()
+        return f"runs/{self.name}/grid/{family}-{lr}-{beta}-1"
+
+
+STUDIES = {
+    "demo": Study(
+        name="demo",
+        prepare="",
+        options={"sft.py": "", "dpo_hano.py": "--max-steps 300"},
+        recipes={
+            "continued": "--lr 3e-4 --beta 0.1",
+            "softmax": "--lr 3e-3 --beta 1",
+            "dpo": "--lr 1e-3 --beta 1",
+            "sdpo": "--lr 3e-3 --beta 1",
+            "paper": "--lr 1e-4 --beta 0.1",
+        },
+        arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER,
+        splits=["test", "test_hard"],
+        seeds=[1, 2, 3, 4, 5],
+    ),
+    "movielens-small": Study(
+        name="movielens-small",
+        prepare="--dataset movielens --source movielens-small/ --out data/movielens-small --history 20 "
+        "--max-windows-per-user 0 --max-pixels 784 --further-tests popularity 99",
+        options={
+            "sft.py": "--warmup-steps 4000 --dropout 0 --lr 3e-4 --max-steps 1500 --eval-limit 0 --dtype float32",
+            "dpo_hano.py": "--max-steps 200 --eval-limit 0",
+        },
+        recipes={},
+        arms=START | CONTROLS | PREFERENCE | PAPER,
+        splits=["test", "test_popularity"],
+        seeds=[1, 2, 3],
+    ),
+}

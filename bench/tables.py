@@ -1,0 +1,257 @@
+"""Measure the finished runs of a study, and write its tables and its figure into docs/."""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+from arms import GRID, Study
+
+import evaluate
+from hanorec.data.folder import DataFolder, Example
+from hanorec.ranking.baselines import baseline_scores
+from hanorec.ranking.ceiling import ceiling_scores
+from hanorec.ranking.exchange import read_scores
+from hanorec.ranking.markdown import cell, markdown
+from hanorec.ranking.metrics import Result, differences, pool
+from hanorec.ranking.sasrec import trained_scores
+from hanorec.ranking.scoring import target_columns
+from hanorec.ranking.slices import Slicings, measure_slices
+from hanorec.run.files import read_json, replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+COLUMNS = ("NDCG@3", "HR@3", "AUC")
+TITLES = (
+    "Start",
+    "1. Controls",
+    "2. Rejected answers",
+    "3. HaRS",
+    "4. NoDO and its rivals",
+    "5. HaNoRec and its ablations",
+)
+# Of the paper, MicroLens with Qwen2.5-VL-3B: AUC, HR@3, NDCG@3 in percent
+PUBLISHED = {
+    "paper": (78.52, 73.60, 56.73),
+    "wo_hars": (75.18, 67.93, 51.26),
+    "wo_nodo": (77.24, 71.45, 54.38),
+    "wo_sam": (76.89, 70.12, 53.91),
+    "wo_all": (74.03, 65.87, 49.82),
+}
+
+
+def predictions_name(split: str) -> str:
+    """Return the name of the file that evaluate.py writes for a split."""
+    return "predictions.jsonl" if split == "test" else f"{split}_predictions.jsonl"
+
+
+class Measured:
+    """The results of a study's runs in one split.
+
+    Attributes:
+        runs: for each arm the Result of each seed.
+        minus: for each arm the difference to SFT continued, paired by seed and user, pooled over the seeds.
+        others: the ceilings, SASRec and the baselines.
+    """
+
+    def __init__(self, study: Study, seeds: list[int], split: str):
+        data = DataFolder(ROOT / "data" / study.name)
+        examples, sequences = data.examples(split), [*data.sequences().values()]
+        targets, slicings = target_columns(examples), slicings_of(data, examples, sequences)
+        self.users, self.runs = len(examples), {}
+        for arm in study.arms:
+            folders = [ROOT / study.run_folder(arm, seed) for seed in seeds]
+            scores = [read_scores(run / predictions_name(split), data.items.ids, examples) for run in folders]
+            self.runs[arm] = [measure_slices(*own, targets, slicings, 0) for own in scores]
+        self.minus = differences(self.runs, "continued", 0)
+
+        def measured(scores: np.ndarray) -> Result:
+            return measure_slices(scores, scores, targets, {}, 0)
+
+        self.others = {name: measured(scores) for name, scores in ceiling_scores(data, split, examples).items()}
+        for name, own in trained_scores(data, split, examples).items():
+            self.others[name] = pool([measured(scores) for scores in own])
+        for name, scores in baseline_scores(sequences, len(data.items), examples).items():
+            self.others[name] = measured(scores)
+
+
+def slicings_of(data: DataFolder, examples: list[Example], sequences: list[list[int]]) -> Slicings:
+    """Return the slices of the examples, by the item vectors of the tiny backbone's encoding."""
+    import argparse
+
+    options = argparse.Namespace(trust_remote_code=False)
+    return evaluate.slicings_of({}, data, examples, sequences, options)
+
+
+def difference(result: Result, metric: str) -> str:
+    """Return a difference with its interval, in bold if the interval excludes 0."""
+    low, high = result.interval(metric)
+    text = cell(result, metric)
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
+    """Return the table of a group of arms: values, and differences to SFT continued."""
+    header = [f"{split}, {measured.users} users", *COLUMNS, *(f"{metric} minus SFT continued" for metric in COLUMNS)]
+    rows = [header]
+    if group == 0:
+        rows += [
+            [name, *(cell(result, metric) for metric in COLUMNS), "", "", ""]
+            for name, result in measured.others.items()
+        ]
+    for name, arm in study.arms.items():
+        if arm.group == group:
+            own = pool(measured.runs[name])
+            minus = measured.minus.get(name)
+            compared = [difference(minus, metric) for metric in COLUMNS] if minus else ["", "", ""]
+            rows.append([arm.label, *(cell(own, metric) for metric in COLUMNS), *compared])
+    return markdown(rows)
+
+
+def slices_table(study: Study, measured: Measured, split: str) -> str:
+    """Return NDCG@3 minus SFT continued in the slices of the examples."""
+    slicings = next(iter(measured.minus.values())).slices
+    columns = [(slicing, name) for slicing in slicings for name in slicings[slicing] if "popularity" not in slicing]
+    rows = [[f"{split}: NDCG@3 minus SFT continued", *(f"{slicing}, {name}" for slicing, name in columns)]]
+    for name, arm in study.arms.items():
+        if name in measured.minus and arm.group:
+            parts = measured.minus[name].slices
+            rows.append([arm.label, *(difference(parts[slicing][label], "NDCG@3") for slicing, label in columns)])
+    return markdown(rows)
+
+
+def training_table(study: Study, seeds: list[int]) -> str:
+    """Return what the logs say of the training: means over the seeds and over the last 50 steps."""
+    names = {
+        "chosen_change": "change of the chosen answer, nats",
+        "accuracy": "pairs ranked right",
+        "margin": "reward gap",
+        "lambda": "lambda, 1% to 99%",
+        "eta": "eta",
+        "noise_kl": "KL of the noise, nats a token",
+    }
+    rows = [["arm", *names.values()]]
+    for name, arm in study.arms.items():
+        if arm.script != "dpo_hano.py":
+            continue
+        lines = []
+        for seed in seeds:
+            text = (ROOT / study.run_folder(name, seed) / "metrics.jsonl").read_text()
+            logged = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+            lines += logged[-50:]
+        means = {}
+        for key in ("chosen_change", "accuracy", "margin", "eta", "noise_kl", "lambda_p01", "lambda_p99"):
+            values = [line[key] for line in lines if line.get(key) is not None]
+            means[key] = statistics.fmean(values)
+        means["lambda"] = f"{means['lambda_p01']:.3f} to {means['lambda_p99']:.3f}"
+        cells = [means[key] if isinstance(means[key], str) else f"{means[key]:.3g}" for key in names]
+        rows.append([arm.label, *cells])
+    return markdown(rows)
+
+
+def published_table(study: Study, measured: Measured) -> str:
+    """Return the paper's ablation beside ours, as differences to the full method."""
+    rows = [["minus HaNoRec", "paper: NDCG@3", "here: NDCG@3", "paper: HR@3", "here: HR@3", "paper: AUC", "here: AUC"]]
+    here = differences({arm: measured.runs[arm] for arm in PUBLISHED}, "paper", 0)
+    for arm, result in here.items():
+        auc, hr, ndcg = ((ours - full) / 100 for ours, full in zip(PUBLISHED[arm], PUBLISHED["paper"], strict=True))
+        cells = []
+        for value, metric in ((ndcg, "NDCG@3"), (hr, "HR@3"), (auc, "AUC")):
+            cells += [f"{value:.3f}".replace("0.", "."), difference(result, metric)]
+        rows.append([study.arms[arm].label, *cells])
+    return markdown(rows)
+
+
+def grid_table(study: Study) -> str | None:
+    """Return the validation metrics of the recipes that were tried, or None without any."""
+    rows = [["family", "recipe", *COLUMNS, ""]]
+    for family, recipes in GRID.items():
+        for recipe in recipes:
+            run = ROOT / study.grid_folder(family, recipe)
+            if (run / "result.json").exists():
+                best = read_json(run / "result.json", {"best": dict}, "delete it")["best"]
+                taken = "taken" if study.recipes.get(family) == recipe else ""
+                rows.append([family, f"`{recipe}`", *(f"{best[metric]:.4f}".lstrip("0") for metric in COLUMNS), taken])
+    return markdown(rows) if len(rows) > 1 else None
+
+
+def figure(study: Study, by_split: dict[str, Measured]) -> str:
+    """Return an SVG: for each arm and split the difference to SFT continued in NDCG@3, with its interval."""
+    arms = [name for name in study.arms if name in next(iter(by_split.values())).minus and study.arms[name].group]
+    ends = [end for one in by_split.values() for arm in arms for end in one.minus[arm].interval("NDCG@3")]
+    low, high = min(ends), max(ends)
+    left, width, line = 290, 300, 20
+    height = 50 + line * len(arms)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + (width + 30) * len(by_split)} {height}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+    ]
+    for number, name in enumerate(arms):
+        parts.append(f'<text x="10" y="{54 + line * number}">{study.arms[name].label}</text>')
+    for panel, (split, measured) in enumerate(by_split.items()):
+        start = left + (width + 30) * panel
+
+        def x(value: float, start: int = start) -> float:
+            return round(start + width * (value - low) / (high - low), 1)
+
+        parts.append(f'<text x="{start}" y="18" font-weight="bold">{split}: NDCG@3 minus SFT continued</text>')
+        for value in sorted({0.0, round(low, 2), round(high, 2)}):
+            parts.append(f'<text x="{x(value)}" y="34" fill="#57606a" text-anchor="middle">{value:+.2f}</text>')
+        parts.append(f'<path d="M{x(0)} 38V{height - 6}" stroke="#c9c7c0"/>')
+        for number, name in enumerate(arms):
+            result, y = measured.minus[name], 50 + line * number
+            begin, end = result.interval("NDCG@3")
+            colour = "#b9c4d0" if begin <= 0 <= end else "#3b8f4d" if begin > 0 else "#b5473c"
+            parts.append(f'<path d="M{x(begin)} {y}H{x(end)}" stroke="{colour}" stroke-width="3"/>')
+            parts.append(f'<circle cx="{x(result.values["NDCG@3"])}" cy="{y}" r="4" fill="{colour}"/>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def section(study: Study, seeds: list[int], commands: list[list[str]]) -> str:
+    """Return the study's section of docs/results.md, and write its figure beside it."""
+    by_split = {split: Measured(study, seeds, split) for split in study.splits}
+    with replacing(PAGE.with_name(f"study_{study.name}.svg")) as new:
+        new.write_text(figure(study, by_split), encoding="utf-8")
+    texts = [f"![differences to SFT continued](study_{study.name}.svg)", "", "```"]
+    texts += [f"python {' '.join(command)}" for command in commands]
+    texts += ["```", "", f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers.", ""]
+    texts += ["A difference is in bold if its interval excludes 0.", ""]
+    for group, title in enumerate(TITLES):
+        if any(arm.group == group for arm in study.arms.values()):
+            texts += [f"### {title}: {study.name}", ""]
+            for split, measured in by_split.items():
+                texts += [arms_table(study, measured, group, split), ""]
+    if set(PUBLISHED) <= set(study.arms):
+        texts += [published_table(study, by_split["test"]), ""]
+    texts += [f"### Slices: {study.name}", "", slices_table(study, by_split["test"], "test"), ""]
+    texts += [f"### What the logs say: {study.name}", "", training_table(study, seeds), ""]
+    if grid := grid_table(study):
+        texts += [f"### Recipes on validation, seed 1: {study.name}", "", grid, ""]
+    return "\n".join(texts)
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines between which a study's section stands."""
+    return f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
+
+
+def check_marks(name: str, page: Path = PAGE) -> None:
+    """Raise ValueError if a page has no place for the study's section."""
+    text = page.read_text(encoding="utf-8")
+    if not all(mark in text for mark in marks(name)):
+        raise ValueError(f"{page} lacks the marks of the study {name}")
+
+
+def write(study: Study, seeds: list[int], commands: list[list[str]], page: Path = PAGE) -> None:
+    """Evaluate nothing, but measure the predictions of the runs, and replace the study's section of the page."""
+    write_section(page, study.name, section(study, seeds, commands))
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the two marks of a study in a page."""
+    check_marks(name, page)
+    start, end = marks(name)
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    after = rest.partition(end)[2]
+    with replacing(page) as new:
+        new.write_text(f"{before}{start}{text}{end}{after}", encoding="utf-8")

@@ -1,0 +1,159 @@
+"""The mechanism that the paper claims: how alike a model holds an item's title and image, before and after training.
+
+The paper's picture is that preference optimisation makes weakly aligned items weaker still ("the weak get weaker"), and
+that noise in the weights mends it. Here the alignment of an item is the cosine of the mean last hidden states over its
+title's tokens and over its image's tokens, in the prompt of a history that has this item alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+
+from hanorec.data.demo import make_world
+from hanorec.data.folder import DataFolder, Example
+from hanorec.model.images import ImageTokens
+from hanorec.model.packing import PackedMLLM
+from hanorec.model.prompts import Prompts
+from hanorec.model.trees import Node
+from hanorec.ranking.metrics import Result, measure
+
+THIRDS = ("lowest", "middle", "highest")
+CHUNK = 32  # items in a forward
+
+
+def item_prompt(prompts: Prompts, item: int) -> tuple[Node, list[int], list[int]]:
+    """Return (prompt of a history with one item, offsets of the title's tokens, offsets of the image's tokens).
+
+    The tokens after the first title token are scored, because the model computes only what predicts scored tokens.
+    """
+    root = Node(None, list(prompts.template.head))
+    (title,) = prompts.add_history(root, [item])
+    image = [offset for offset, token in enumerate(root.ids) if token == prompts.template.image_token]
+    root.ids += prompts.template.tail
+    root.scored = range(title[0] + 1, image[-1] + 2)
+    return root, list(title), image
+
+
+def alignments(packed: PackedMLLM, prompts: Prompts, tokens: ImageTokens, device) -> np.ndarray:
+    """Return the alignment of each item: [N]. It is NaN for an item without an image."""
+    items = [item for item, length in enumerate(tokens.lengths) if length]
+    found = np.full(len(tokens.lengths), np.nan)
+    states = []
+    decoder = packed.core.get_decoder()
+    hook = decoder.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state[0].float()))
+    packed.eval()
+    try:
+        for start in tqdm(range(0, len(items), CHUNK), desc="alignment", unit="batch", leave=False):
+            own = [(item, *item_prompt(prompts, item)) for item in items[start : start + CHUNK]]
+            batch = packed.collate([[root] for _, root, _, _ in own], tokens).to(device)
+            states.clear()
+            with torch.no_grad():
+                packed(batch)
+            hidden = torch.cat(states)[batch.predicted_from]  # [S, d], of the tokens before the scored ones
+            for number, (item, _, title, image) in enumerate(own):
+                of_item = hidden[batch.answer == number]  # of the tokens from the title's first on
+                title_mean = of_item[[offset - title[0] for offset in title]].mean(0)
+                image_mean = of_item[[offset - title[0] for offset in image]].mean(0)
+                found[item] = float(torch.cosine_similarity(title_mean, image_mean, dim=0))
+    finally:
+        hook.remove()
+    return found
+
+
+def slope(start: np.ndarray, change: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, list[float]]:
+    """Return the least-squares slope of the change on the start, and its 95% bootstrap interval over items.
+
+    A slope above 0 says that items which start low gain less, or lose more, than items which start high.
+
+    Args:
+        start, change: [N], without NaN.
+    """
+
+    def fitted(rows: np.ndarray) -> float:
+        x, y = start[rows] - start[rows].mean(), change[rows]
+        return float((x * y).sum() / (x * x).sum())
+
+    rng, everything = np.random.default_rng(seed), np.arange(len(start))
+    draws = [fitted(rng.choice(everything, len(start))) for _ in range(resamples)]
+    return fitted(everything), np.percentile(draws, [2.5, 97.5]).tolist()
+
+
+@dataclass
+class Change:
+    """How a training changed the alignment of the items.
+
+    Args:
+        mean: mean alignment after it. change: mean change.
+        slope, interval: of the change on the start, see `slope`.
+        thirds: mean change of the items that start lowest, in the middle and highest.
+    """
+
+    mean: float
+    change: float
+    slope: float
+    interval: list[float]
+    thirds: dict[str, float]
+
+
+def third_of(values: np.ndarray) -> np.ndarray:
+    """Return the third of each value, 0 to 2, the lowest first: [N]; -1 for NaN."""
+    edges = np.nanquantile(values, [1 / 3, 2 / 3])
+    return np.where(np.isnan(values), -1, (values[:, None] > edges).sum(1))
+
+
+def changes(start: np.ndarray, end: np.ndarray, seed: int = 0) -> Change:
+    """Compare the alignments of the items before and after a training: [N] each."""
+    known = ~np.isnan(start)
+    third, difference = third_of(start), end - start
+    thirds = {name: float(difference[third == number].mean()) for number, name in enumerate(THIRDS)}
+    fitted, interval = slope(start[known], difference[known], seed)
+    return Change(float(end[known].mean()), float(difference[known].mean()), fitted, interval, thirds)
+
+
+def by_alignment(
+    scores: np.ndarray, yes_scores: np.ndarray | None, examples: Sequence[Example], start: np.ndarray, seed: int = 0
+) -> dict[str, Result]:
+    """Return the metrics of the examples whose targets start lowest, in the middle and highest."""
+    target = np.array([example.candidates.index(example.target) for example in examples])
+    third = third_of(start)[[example.target for example in examples]]
+    results = {}
+    for number, name in enumerate(THIRDS):
+        mask = third == number
+        own_yes_scores = None if yes_scores is None else yes_scores[mask]
+        results[name] = measure(scores[mask], own_yes_scores, target[mask], seed)
+    return results
+
+
+def misleading_items(data: DataFolder) -> set[int]:
+    """Return the demo's films whose titles name another genre than their posters show. No other data has any."""
+    if data.manifest["options"]["dataset"] != "demo":
+        return set()
+    world = make_world(data.manifest["seed"])
+    numbers = [int(name.removeprefix("film")) for name in data.items.ids]
+    return {item for item, film in enumerate(numbers) if world.word[film] not in (-1, world.genre[film])}
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Return the rank of each candidate, 0 for the best: [R, C]. Equal scores share their mean rank."""
+    above = (scores[:, None, :] > scores[:, :, None]).sum(2)
+    return above + ((scores[:, None, :] == scores[:, :, None]).sum(2) - 1) / 2
+
+
+def follows_the_poster(
+    scores: np.ndarray, ceiling: np.ndarray, titles: np.ndarray, examples: Sequence[Example], items: set[int]
+) -> tuple[float, int]:
+    """Return (the share of decided candidates that a model ranks by the poster, their number).
+
+    A candidate among `items` is decided if its rank is nearer to that by the ceiling, which sees the poster, than to
+    that by the ceiling of titles, or the other way round.
+
+    Args:
+        scores, ceiling, titles: [R, C].
+    """
+    to_poster, to_title = (np.abs(ranks(scores) - ranks(other)) for other in (ceiling, titles))
+    mask = np.array([[candidate in items for candidate in example.candidates] for example in examples])
+    mask &= to_poster != to_title
+    return float((to_poster < to_title)[mask].mean()), int(mask.sum())
