@@ -42,6 +42,9 @@ def test_dpo_adapter_lies_in_the_language_model_alone(dpo_run):
         "--hardness none --responsiveness none --sigma 0",
         "--hardness cosine --responsiveness ema",
         "--noise absolute --sigma 0.05 --gradient-checkpointing",
+        "--rejected 9 --hardness clusters --hardness-sign -1 --noise embeddings",
+        "--rejected 3 --rejected-from model --hardness margin --lora-dropout 0.1",
+        "--rejected 2 --rejected-from popular --hardness constant --sft-weight 0.5",
     ],
 )
 def test_dpo_ablations_run(sft_run, tmp_path, capsys, switches):
@@ -55,6 +58,19 @@ def test_dpo_ablations_run(sft_run, tmp_path, capsys, switches):
         assert log[0]["eta"] == 1
     if "absolute" in switches:
         assert log[0]["noise"] > 0.1
+
+
+def test_the_controls_train_another_objective(sft_run, tmp_path):
+    """SFT continued lowers the chosen answers' nll and has it as its loss; softmax starts at -log of their share."""
+    plain = "--hardness none --responsiveness none --sigma 0 --batch-size 12 --max-steps 12".split()
+    first, *_, last = training(dpo(sft_run, tmp_path / "sft", *plain, "--objective", "sft") / "metrics.jsonl")
+    assert first["loss"] == first["chosen_nll"] and last["chosen_change"] > 0
+    softmax = training(dpo(sft_run, tmp_path / "softmax", *plain, "--objective", "softmax") / "metrics.jsonl")
+    dpo_log = training(dpo(sft_run, tmp_path / "dpo", *plain) / "metrics.jsonl")
+    assert softmax[0]["chosen_change"] == dpo_log[0]["chosen_change"] == pytest.approx(0, abs=1e-4)
+    assert softmax[0]["loss"] != pytest.approx(np.log(2), abs=1e-3)  # no reference: the start is not log 2
+    weighted = training(dpo(sft_run, tmp_path / "both", *plain, "--sft-weight", 0.5) / "metrics.jsonl")
+    assert weighted[0]["loss"] == pytest.approx(dpo_log[0]["loss"] + 0.5 * dpo_log[0]["chosen_nll"], rel=1e-5)
 
 
 def test_dpo_refuses_micro_batches_whose_eta_is_always_1(sft_run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Runs that are killed or stopped continue and end like a run that was never stopped; wrong options are refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from stages import refused, training
 import dpo_hano
 import prepare_data
 import sft
+from hanorec.data.folder import DataFolder
 from hanorec.model.supervised import supervised_step
 from hanorec.run.files import delete, locked
 
@@ -53,6 +55,31 @@ def test_dpo_killed_and_its_moving_average(sft_run, tmp_path):
     dpo_hano.main([str(word) for word in [*argv, "--out", cut]])
     assert left(cut) == left(whole)
     assert [line["step"] for line in training(cut / "metrics.jsonl")] == list(range(1, 16))
+
+
+def test_dpo_that_draws_anew_in_each_epoch_continues_with_its_draw(sft_run, tmp_path, monkeypatch):
+    """Stopped in the second epoch, whose rejected items the policy of the first epoch's end has ranked."""
+    argv = ["--sft", sft_run, *"--rejected-from self --rejected 2 --epochs 2 --batch-size 6 --lr 0.01".split()]
+    argv = [str(word) for word in [*argv, "--eval-limit", 4, "--hardness", "margin"]]
+    examples = DataFolder.examples
+    monkeypatch.setattr(DataFolder, "examples", lambda self, split, limit=0: examples(self, split, limit or 6))
+    drawn = []
+
+    def step_with_signal(step, micro_batches, *args):
+        (batch,) = micro_batches
+        drawn.append((step, float(batch.reference.nansum())))
+        if step == 5 and len(drawn) == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(step, micro_batches, *args)
+
+    take_step = dpo_hano.take_step
+    monkeypatch.setattr(dpo_hano, "take_step", step_with_signal)
+    dpo_hano.main([*argv, "--out", str(tmp_path / "whole")])
+    for _ in range(2):
+        with contextlib.suppress(SystemExit):
+            dpo_hano.main([*argv, "--out", str(tmp_path / "cut")])
+    assert [step for step, _ in drawn] == [1, 2, 3, 4, 5, 6] * 2 and drawn[:6] == drawn[6:]
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
 
 
 def test_an_unfinished_data_folder_is_refused_and_prepared_again(prepared, capsys):
