@@ -22,6 +22,7 @@ from hanorec.model.load import load_image_processor, load_tokenizer
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)
+REJECTED = (1, 3, 9)
 IMAGES = 16
 LIVE_SIDES = (112, 224)
 NEIGHBOURS = (41_081, 2_048)  # items of MicroLens, width of Qwen2.5-VL-3B
@@ -31,13 +32,13 @@ def row(table: str, case: str, unit: str, ours: dict, **further) -> dict:
     return measure.result(table, case, unit, ours, {}, **further)
 
 
-def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int, dict]:
-    """Measure a DPO step.
+def dpo_seconds(folder: Path, history: int, batch: int, rejected: int = 1) -> tuple[dict, int, dict]:
+    """Measure a DPO step on ranking pairs with this number of rejected answers.
 
     Returns (seconds of a step, tokens of a pair's packed prompt and answers, the fields `flops` and `rate` of a row).
     """
     work, core = workload.make(folder, SHAPE, SIDE, examples=32, history=history)
-    steps = ours.Dpo(work, ours.trainable(core), batch)
+    steps = ours.Dpo(work, ours.trainable(core), batch, rejected=rejected)
     (seconds,), rate = measure.alternating(partial(several, steps.step))
     trees = [steps.pairs.tree(number) for number in range(len(steps.pairs))]
     tokens = sum(len(node.ids) for node in trees[0])
@@ -88,6 +89,16 @@ def batches(folder: Path) -> list[dict]:
         seconds, _, floor = dpo_seconds(folder / f"batch{batch}", 5, batch)
         pairs, case = batch / seconds["median"], "1 pair" if batch == 1 else f"{batch} pairs"
         rows.append(row("Scaling: batch", case, "s per step", seconds, pairs_per_second=pairs, **floor))
+    return rows
+
+
+def rejected(folder: Path) -> list[dict]:
+    """Measure a step with several rejected answers behind each prompt: S-DPO."""
+    rows = []
+    for count in REJECTED:
+        seconds, tokens, floor = dpo_seconds(folder / f"rejected{count}", 5, 4, count)
+        case, pairs = f"{count} rejected, {tokens} tokens", 4 / seconds["median"]
+        rows.append(row("Scaling: rejected", case, "s per step of 4", seconds, pairs_per_second=pairs, **floor))
     return rows
 
 
@@ -157,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     measure.cpu_only()
     rows = [neighbours(*NEIGHBOURS)]
     with tempfile.TemporaryDirectory() as name:
-        for part in (histories, batches, processes, encoding, live):
+        for part in (histories, batches, rejected, processes, encoding, live):
             rows += part(Path(name))
     return measure.save(options.json, {"rows": rows})
 
