@@ -87,6 +87,19 @@ PAPER = {
     "wo_all": Arm("w/o ALL", f"{DPO} --lora-dropout 0.05", "paper", group=5),
 }
 
+
+def combined(label: str, options: str) -> Arm:
+    """Return an arm that adds something to S-DPO with nine rejected answers."""
+    return Arm(f"S-DPO, 9 rejected, {label}", f"--rejected 9 --responsiveness none {options}", "sdpo", group=5)
+
+
+HERE = {
+    "sdpo9_margin": combined("lambda margin", "--hardness margin --sigma 0"),
+    "sdpo9_turned": combined("lambda margin, sign turned", "--hardness margin --hardness-sign -1 --sigma 0"),
+    "sdpo9_nodo": combined("NoDO relative .3", "--hardness none --sigma 0.3"),
+    "sdpo9_sft": combined("SFT weight .1", "--hardness none --sigma 0 --sft-weight 0.1"),
+}
+
 RATES = [f"--lr {lr} --beta {beta}" for lr in ("1e-3", "3e-3") for beta in ("0.1", "1")]
 GRID = {  # the recipes that each family tries, four each
     "continued": [f"--lr {lr} --beta 0.1" for lr in ("1e-4", "3e-4", "1e-3", "3e-3")],  # without a beta in the loss
@@ -138,7 +151,7 @@ STUDIES = {
             "sdpo": "--lr 3e-3 --beta 1",
             "paper": "--lr 1e-4 --beta 0.1",
         },
-        arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER,
+        arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | HERE,
         splits=["test", "test_hard"],
         seeds=[1, 2, 3, 4, 5],
     ),

@@ -118,8 +118,8 @@ NOTES = {
     "whole processes, with Python and its libraries: {}.",
     "Summaries": "The texts of `mllm_srec.summarize` for the demo's films and users, written by its own writer after "
     "400 steps of `mllm_srec.teach`. One by one, only every eighth text is written.",
-    "Scaling: rejected": "Ranking pairs, with several rejected answers behind one prompt (`--rejected`). Measured after "
-    "the other tables, on one core beside other work.",
+    "Scaling: rejected": "Ranking pairs, with several rejected answers behind one prompt (`--rejected`). Measured "
+    "after the other tables, on one core beside other work.",
     "Scaling: neighbours": "`neighbor_profiles` on as many items as MicroLens has. The memory of the item vectors is "
     "not counted.",
 }

@@ -13,7 +13,7 @@ from hanorec.ranking.baselines import baseline_scores
 from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores
 from hanorec.ranking.markdown import cell, markdown
-from hanorec.ranking.metrics import Result, differences, pool
+from hanorec.ranking.metrics import Result, pool
 from hanorec.ranking.sasrec import trained_scores
 from hanorec.ranking.scoring import target_columns
 from hanorec.ranking.slices import Slicings, measure_slices
@@ -49,7 +49,7 @@ class Measured:
     """The results of a study's runs in one split.
 
     Attributes:
-        runs: for each arm the Result of each seed.
+        runs: the Result of each finished seed, by arm and seed. An arm without any is left out.
         minus: for each arm the difference to SFT continued, paired by seed and user, pooled over the seeds.
         others: the ceilings, SASRec and the baselines.
     """
@@ -60,19 +60,30 @@ class Measured:
         targets, slicings = target_columns(examples), slicings_of(data, examples, sequences)
         self.users, self.runs = len(examples), {}
         for arm in study.arms:
-            folders = [ROOT / study.run_folder(arm, seed) for seed in seeds]
-            scores = [read_scores(run / predictions_name(split), data.items.ids, examples) for run in folders]
-            self.runs[arm] = [measure_slices(*own, targets, slicings, 0) for own in scores]
-        self.minus = differences(self.runs, "continued", 0)
+            for seed in seeds:
+                path = ROOT / study.run_folder(arm, seed) / predictions_name(split)
+                if path.exists():
+                    scores = read_scores(path, data.items.ids, examples)
+                    self.runs.setdefault(arm, {})[seed] = measure_slices(*scores, targets, slicings, 0)
+        self.minus = {arm: self.difference(arm, "continued") for arm in self.runs if arm != "continued"}
 
         def measured(scores: np.ndarray) -> Result:
             return measure_slices(scores, scores, targets, {}, 0)
 
-        self.others = {name: measured(scores) for name, scores in ceiling_scores(data, split, examples).items()}
+        self.others = {name: measured(scores) for name, (scores, _) in ceiling_scores(data, split, examples).items()}
         for name, own in trained_scores(data, split, examples).items():
             self.others[name] = pool([measured(scores) for scores in own])
+        shuffled = [ROOT / study.run_folder("sft", seed) / f"shuffled_{predictions_name(split)}" for seed in seeds]
+        found = [read_scores(path, data.items.ids, examples)[0] for path in shuffled if path.exists()]
+        if found:
+            self.others["SFT, posters shuffled at evaluation"] = pool([measured(scores) for scores in found])
         for name, scores in baseline_scores(sequences, len(data.items), examples).items():
             self.others[name] = measured(scores)
+
+    def difference(self, arm: str, other: str) -> Result:
+        """Return an arm minus another arm, paired by user and by the seeds that both have."""
+        both = self.runs[arm].keys() & self.runs[other].keys()
+        return pool([self.runs[arm][seed].minus(self.runs[other][seed]) for seed in sorted(both)])
 
 
 def slicings_of(data: DataFolder, examples: list[Example], sequences: list[list[int]]) -> Slicings:
@@ -92,19 +103,18 @@ def difference(result: Result, metric: str) -> str:
 
 def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
     """Return the table of a group of arms: values, and differences to SFT continued."""
-    header = [f"{split}, {measured.users} users", *COLUMNS, *(f"{metric} minus SFT continued" for metric in COLUMNS)]
-    rows = [header]
+    minus = [f"{metric} minus SFT continued" for metric in COLUMNS]
+    rows = [[f"{split}, {measured.users} users", "seeds", *COLUMNS, *minus]]
     if group == 0:
-        rows += [
-            [name, *(cell(result, metric) for metric in COLUMNS), "", "", ""]
-            for name, result in measured.others.items()
-        ]
+        for name, result in measured.others.items():
+            rows.append([name, "", *(cell(result, metric) for metric in COLUMNS), "", "", ""])
     for name, arm in study.arms.items():
-        if arm.group == group:
-            own = pool(measured.runs[name])
+        if arm.group == group and name in measured.runs:
+            own = pool([*measured.runs[name].values()])
             minus = measured.minus.get(name)
             compared = [difference(minus, metric) for metric in COLUMNS] if minus else ["", "", ""]
-            rows.append([arm.label, *(cell(own, metric) for metric in COLUMNS), *compared])
+            count = str(len(measured.runs[name]))
+            rows.append([arm.label, count, *(cell(own, metric) for metric in COLUMNS), *compared])
     return markdown(rows)
 
 
@@ -136,9 +146,12 @@ def training_table(study: Study, seeds: list[int]) -> str:
             continue
         lines = []
         for seed in seeds:
-            text = (ROOT / study.run_folder(name, seed) / "metrics.jsonl").read_text()
+            path = ROOT / study.run_folder(name, seed) / "metrics.jsonl"
+            text = path.read_text() if path.exists() else ""
             logged = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
             lines += logged[-50:]
+        if not lines:
+            continue
         means = {}
         for key in ("chosen_change", "accuracy", "margin", "eta", "noise_kl", "lambda_p01", "lambda_p99"):
             values = [line[key] for line in lines if line.get(key) is not None]
@@ -152,8 +165,10 @@ def training_table(study: Study, seeds: list[int]) -> str:
 def published_table(study: Study, measured: Measured) -> str:
     """Return the paper's ablation beside ours, as differences to the full method."""
     rows = [["minus HaNoRec", "paper: NDCG@3", "here: NDCG@3", "paper: HR@3", "here: HR@3", "paper: AUC", "here: AUC"]]
-    here = differences({arm: measured.runs[arm] for arm in PUBLISHED}, "paper", 0)
-    for arm, result in here.items():
+    for arm in PUBLISHED:
+        if arm == "paper" or arm not in measured.runs:
+            continue
+        result = measured.difference(arm, "paper")
         auc, hr, ndcg = ((ours - full) / 100 for ours, full in zip(PUBLISHED[arm], PUBLISHED["paper"], strict=True))
         cells = []
         for value, metric in ((ndcg, "NDCG@3"), (hr, "HR@3"), (auc, "AUC")):
@@ -217,11 +232,11 @@ def section(study: Study, seeds: list[int], commands: list[list[str]]) -> str:
     texts += ["```", "", f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers.", ""]
     texts += ["A difference is in bold if its interval excludes 0.", ""]
     for group, title in enumerate(TITLES):
-        if any(arm.group == group for arm in study.arms.values()):
+        if any(study.arms[arm].group == group for arm in by_split[study.splits[0]].runs):
             texts += [f"### {title}: {study.name}", ""]
             for split, measured in by_split.items():
                 texts += [arms_table(study, measured, group, split), ""]
-    if set(PUBLISHED) <= set(study.arms):
+    if "paper" in by_split["test"].runs:
         texts += [published_table(study, by_split["test"]), ""]
     texts += [f"### Slices: {study.name}", "", slices_table(study, by_split["test"], "test"), ""]
     texts += [f"### What the logs say: {study.name}", "", training_table(study, seeds), ""]
