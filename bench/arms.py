@@ -76,6 +76,9 @@ NODO = {
     "nodo_3": nodo("NoDO relative .3", "--sigma 0.3"),
     "absolute_005": nodo("NoDO absolute .005", "--noise absolute --sigma 0.005"),
     "absolute_05": nodo("NoDO absolute .05 (the authors' code)", "--noise absolute --sigma 0.05"),
+    # As large as NoDO relative .3, by the KL divergence that bench/noise.py prints
+    "embeddings": nodo("noise on the embeddings .03", "--noise embeddings --sigma 0.03"),
+    "dropout": nodo("LoRA dropout .05", "--sigma 0 --lora-dropout 0.05"),
 }
 PAPER = {
     "paper": Arm("HaNoRec, the paper's settings", "--sigma 0.05 --lora-dropout 0.05", "paper", group=5),
