@@ -5,8 +5,10 @@ that noise in the weights mends it. Here the alignment of an item is the cosine 
 title's tokens and over its image's tokens, in the prompt of a history that has this item alone.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +16,16 @@ from accelerate.utils import tqdm
 
 from hanorec.data.demo import make_world
 from hanorec.data.folder import DataFolder, Example
+from hanorec.model.check import load_packed
+from hanorec.model.encoding import Encoding
+from hanorec.model.finished import load_finished
 from hanorec.model.images import ImageTokens
+from hanorec.model.load import load_model, pick_dtype
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.prompts import Prompts
+from hanorec.model.template import load_template
 from hanorec.model.trees import Node
+from hanorec.ranking.markdown import markdown, short
 from hanorec.ranking.metrics import Result, measure
 
 THIRDS = ("lowest", "middle", "highest")
@@ -157,3 +165,59 @@ def follows_the_poster(
     mask = np.array([[candidate in items for candidate in example.candidates] for example in examples])
     mask &= to_poster != to_title
     return float((to_poster < to_title)[mask].mean()), int(mask.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def alignments_of(run: Path | None, encoding: Encoding, options: argparse.Namespace, accelerator) -> np.ndarray:
+    """Return the alignments [N] under the model of a finished run; None: under the backbone."""
+    dtype = pick_dtype(options.dtype, accelerator)
+    model = load_finished(run, encoding, dtype) if run else load_model(encoding.source, dtype, trust=encoding.trust)
+    packed = load_packed(model, encoding, not options.no_pack, accelerator.device)
+    prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
+    return alignments(packed, prompts, encoding.tokens, accelerator.device)
+
+
+def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, options, accelerator) -> dict[Path, dict]:
+    """Compare each run's alignments with those before its training: the backbone's, or for DPO those of its SFT run.
+
+    Args:
+        configs: config.json of each run. scored: (ranking scores, Yes/No scores or None) of each run.
+        ceilings: the same of each ceiling, by row.
+
+    Returns JSON values of each run: the fields of `Change`; `NDCG@3` of the targets by third of the start; and, where
+    the data have misleading items, `follows_poster` with the number of decided candidates.
+    """
+    before: dict[Path | None, np.ndarray] = {}
+    misleading, found = misleading_items(data), {}
+    for run, config in configs.items():
+        trained = config["options"]
+        images = trained.get("images")
+        encoding = Encoding(data, trained["model"], trained["blank_images"], images, options.trust_remote_code)
+        first = Path(trained["sft"]) if config["stage"] == "dpo_hano" else None
+        for name in (first, run):
+            if name not in before:
+                before[name] = alignments_of(name, encoding, options, accelerator)
+        found[run] = vars(changes(before[first], before[run], options.seed))
+        by_third = by_alignment(*scored[run], examples, before[first], options.seed)
+        found[run]["NDCG@3"] = {name: result.values["NDCG@3"] for name, result in by_third.items()}
+        if misleading and len(ceilings) == 2:
+            best = [scores for scores, _ in ceilings.values()]
+            found[run]["follows_poster"] = follows_the_poster(scored[run][0], *best, examples, misleading)
+    return found
+
+
+def alignment_table(found: dict[Path, dict]) -> str:
+    """Return what `measure_alignment` found as a Markdown table."""
+    header = ["", "mean cosine", "change", "slope of the change", *(f"change, {name}" for name in THIRDS)]
+    rows = [[*header, *(f"NDCG@3, {name}" for name in THIRDS), "follows the poster"]]
+    for run, values in found.items():
+        low, high = values["interval"]
+        row = [str(run), short(values["mean"]), short(values["change"])]
+        row.append(f"{short(values['slope'])} [{short(low)}, {short(high)}]")
+        row += [short(values[field][name]) for field in ("thirds", "NDCG@3") for name in THIRDS]
+        share, count = values.get("follows_poster", (None, 0))
+        rows.append([*row, f"{short(share)} of {count}" if count else "-"])
+    return markdown(rows)
