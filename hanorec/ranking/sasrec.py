@@ -12,10 +12,11 @@ splits, such as val_predictions.jsonl.
 import argparse
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hanorec.run.files import UserError, one_line_errors, printable, read_json, replacing, write_json
+from hanorec.run.files import UserError, one_line_errors, printable, read_json, replacing, require, write_json
 from hanorec.run.options import DATA, Option, Parser, non_negative_int, positive_float, positive_int, probability
 from hanorec.run.runs import check_out, json_options, versions
 
@@ -68,7 +69,7 @@ from hanorec.ranking.scoring import target_columns
 STAGE = "sasrec"
 CONFIG = {"stage": str, "options": dict, "files": dict}  # the fields of config.json that are read, and their types
 SCORED_AT_ONCE = 256  # number of examples
-NO_TARGET = -100  # the target at a padded position; cross_entropy ignores it
+NO_TARGET = -100  # stands for the target at a padded position, which has no loss
 
 
 class SASRec(nn.Module):
@@ -155,13 +156,14 @@ def training_batches(
 
 
 def known_items(example: Example, sequences: dict[str, list[int]]) -> list[int]:
-    """Return all items of the example's user that come before its target, as far as the data folder tells them.
+    """Return the items of the example's user before its target: those of the training sequence, then the history.
 
-    The history is the last of them. Before it stands what the user's training sequence has before the history.
+    If the history begins within the training sequence, the sequence counts up to there.
     """
     sequence = sequences.get(example.user, [])
     first = example.history[0]
-    return sequence[: sequence.index(first) if first in sequence else None] + example.history
+    before = sequence[: sequence.index(first)] if first in sequence else sequence
+    return before + example.history
 
 
 @torch.inference_mode()
@@ -201,20 +203,24 @@ def train_epoch(model: SASRec, optimizer, batches: Iterator[list[Sequence[int]]]
 def train(options: argparse.Namespace, data: DataFolder) -> tuple[SASRec, dict]:
     """Train until validation no longer improves.
 
+    The model sees at most one item less than the longest training sequence has, also if --length is larger: the
+    vectors of later positions would never be trained, and validation and test would use them.
+
     Returns (the model of the best epoch, a dict with this `epoch` and its `val_ndcg3`).
     """
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     sequences, validation = data.sequences(), data.examples("val")
-    if max(map(len, sequences.values())) < 2:
+    longest = max(map(len, sequences.values()))
+    if longest < 2:
         raise UserError(f"{data.folder / 'sequences.jsonl'} has no sequence of two items; prepare more data")
-    columns = target_columns(validation)
-    model = SASRec(len(data.items), options.width, options.blocks, options.heads, options.length, options.dropout)
+    columns, length = target_columns(validation), min(options.length, longest - 1)
+    model = SASRec(len(data.items), options.width, options.blocks, options.heads, length, options.dropout)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, betas=(0.9, 0.98))
     best, weights = {"epoch": 0, "val_ndcg3": -1.0}, {}
     for epoch in range(1, options.epochs + 1):
-        batches = training_batches([*sequences.values()], options.length, options.batch_size, rng)
+        batches = training_batches([*sequences.values()], length, options.batch_size, rng)
         loss = train_epoch(model, optimizer, batches)
         scores = score_candidates(model, sequences, validation)
         if not np.isfinite(scores).all():

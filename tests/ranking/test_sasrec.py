@@ -130,6 +130,19 @@ def test_a_cycle_is_learned():
     assert learned > 0.9 > 0.3 > popular and best["val_ndcg3"] > 0.9
 
 
+def test_no_position_is_used_that_was_never_trained():
+    """A training sequence of L items trains positions 0 to L - 2; validation and test know more items than that."""
+    options = sasrec.parse(["--epochs", "1", "--width", "8", "--length", "50"])
+    model, _ = sasrec.train(options, Cycle)
+    longest = max(map(len, Cycle.sequences().values()))
+    assert model.positions.num_embeddings == longest - 1 == 8
+    torch.manual_seed(options.seed)
+    before = sasrec.SASRec(len(Cycle.items), 8, options.blocks, options.heads, longest - 1, options.dropout)
+    assert (model.positions.weight != before.positions.weight).any(1).all()
+    long, cut = ([Example("u", items, 0, [0, 19], 19)] for items in ([*range(1, 13)], [*range(5, 13)]))
+    assert (sasrec.score_candidates(model, {}, long) == sasrec.score_candidates(model, {}, cut)).all()
+
+
 def train_on(folder, *argv):
     sasrec.main(["--data", str(folder), *QUICK, *argv])
     return folder / "sasrec"
