@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hanorec.run.files import UserError, one_line_errors, printable, read_json, replacing, require, write_json
 from hanorec.run.options import DATA, Option, Parser, non_negative_int, positive_float, positive_int, probability
-from hanorec.run.runs import check_out, json_options, versions
+from hanorec.run.runs import COMMANDS, check_out, json_options, versions
 
 OPTIONS = {
     "": [
@@ -58,73 +58,16 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
 
 from hanorec.data.folder import DataFolder, Example
 from hanorec.ranking.exchange import read_scores, write_predictions
 from hanorec.ranking.metrics import ranking_metrics
+from hanorec.ranking.sasrec_model import SASRec, next_item_loss, padded
 from hanorec.ranking.scoring import target_columns
 
 STAGE = "sasrec"
 CONFIG = {"stage": str, "options": dict, "files": dict}  # the fields of config.json that are read, and their types
 SCORED_AT_ONCE = 256  # number of examples
-NO_TARGET = -100  # stands for the target at a padded position, which has no loss
-
-
-class SASRec(nn.Module):
-    """SASRec with one table of item vectors for input and output.
-
-    Args:
-        items: the number of items N.
-    """
-
-    def __init__(self, items: int, width: int, blocks: int, heads: int, length: int, dropout: float):
-        super().__init__()
-        self.items, self.positions = nn.Embedding(items, width), nn.Embedding(length, width)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList()
-        for _ in range(blocks):
-            self.blocks.append(
-                nn.TransformerEncoderLayer(width, heads, width, dropout, batch_first=True, norm_first=True)
-            )
-            self.blocks[-1].self_attn.dropout = 0.0  # dropout of attention weights is slow on a CPU
-        self.norm = nn.LayerNorm(width)
-        for table in (self.items, self.positions):
-            nn.init.normal_(table.weight, std=width**-0.5)
-
-    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Return the state [B, L, d] that predicts the item after each position. sequences: [B, L] item indices.
-
-        The score of an item is the product of its vector and the state. A sequence is padded at its end, where no
-        position of the sequence sees the padding.
-        """
-        length = sequences.shape[1]
-        states = self.dropout(self.items(sequences) + self.positions.weight[:length])
-        causal = nn.Transformer.generate_square_subsequent_mask(length, device=sequences.device)
-        for block in self.blocks:
-            states = block(states, src_mask=causal, is_causal=True)
-        return self.norm(states)
-
-
-def padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Return the sequences as a tensor [B, L], each filled up with `value` at its end."""
-    tensors = [torch.tensor(sequence) for sequence in sequences]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-def next_item_loss(model: SASRec, windows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the mean cross-entropy, over all items, of each next item of the windows.
-
-    Args:
-        windows: item indices, oldest first; each has two items or more.
-    """
-    device = model.items.weight.device
-    states = model(padded([window[:-1] for window in windows], 0).to(device))
-    targets = padded([window[1:] for window in windows], NO_TARGET).to(device)
-    there = targets != NO_TARGET
-    logits = states[there] @ model.items.weight.T  # [positions, N]
-    return functional.cross_entropy(logits, targets[there])
 
 
 def training_windows(sequences: Sequence[Sequence[int]], length: int, rng: np.random.Generator) -> list[Sequence[int]]:
@@ -245,26 +188,59 @@ def predictions_name(split: str) -> str:
     return "predictions.jsonl" if split == "test" else f"{split}_predictions.jsonl"
 
 
-def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> dict[str, list[np.ndarray]]:
-    """Return the scores [R, C] of each SASRec in <data>/sasrec* that was trained on this data, by row of the results.
+def training_command(data: DataFolder, out: Path, options: dict) -> str:
+    """Return the command that trains a SASRec of these options again. options: those of its config.json."""
+    words = ["--data", data.folder, "--out", out]
+    for option in itertools.chain(OPTIONS["model"], OPTIONS["training"]):
+        if option.attribute in options:
+            words += [option.name, options[option.attribute]]
+    return f"{COMMANDS[STAGE]} {shlex.join(map(str, words))}"
 
-    A row has the seeds of one set of options. If the data folder was prepared again since training, print so.
+
+def trained_folders(data: DataFolder, split: str) -> list[dict[int, Path]]:
+    """Return the folders <data>/sasrec* that were trained on this data: by seed, for each set of options.
+
+    If the data folder was prepared again since training, or a folder lacks the split's predictions, print so.
+
+    Raises:
+        UserError: a folder is not of this script, or two folders have equal options and seeds.
     """
-    seeds: dict[str, dict[int, np.ndarray]] = {}  # scores by seed, for each set of options
+    folders: dict[str, dict[int, Path]] = {}
     for path in sorted(data.folder.glob("sasrec*/config.json")):
-        config = read_json(path, CONFIG, "delete that folder")
-        predictions = path.with_name(predictions_name(split))
-        if config["files"] != data.manifest["files"] or not predictions.exists():
-            remedy = f"train it again with python -m hanorec.ranking.sasrec --data {data.folder} --out {path.parent}"
-            print(printable(f"{path.parent} was trained on other data and is left out; {remedy}, or delete it"))
+        folder, remedy = path.parent, f"move or delete {path.parent}"
+        config = read_json(path, CONFIG, remedy)
+        options = require(config["options"], {"seed": int}, str(path), remedy)
+        if config["stage"] != STAGE:
+            raise UserError(f"{path} is of {config['stage']}, not of {COMMANDS[STAGE]}; {remedy}")
+        fault = None
+        if config["files"] != data.manifest["files"]:
+            fault = "was trained on other data"
+        elif not (folder / predictions_name(split)).exists():
+            fault = f"has no {predictions_name(split)}"
+        if fault:
+            command = training_command(data, folder, options)
+            print(printable(f"{folder} {fault} and is left out; train it again with {command}, or delete it"))
             continue
-        options = {name: value for name, value in config["options"].items() if name not in ("seed", "out", "data")}
-        scores = read_scores(predictions, data.items.ids, examples)[0]
-        seeds.setdefault(json.dumps(options), {})[config["options"]["seed"]] = scores
+        compared = {name: value for name, value in options.items() if name not in ("seed", "out", "data")}
+        by_seed = folders.setdefault(json.dumps(compared, sort_keys=True), {})
+        other = by_seed.setdefault(options["seed"], folder)
+        if other != folder:
+            raise UserError(f"{other} and {folder} have the same options and the seed {options['seed']}; delete one")
+    return [*folders.values()]
+
+
+def trained_scores(data: DataFolder, split: str, examples: Sequence[Example]) -> dict[str, list[np.ndarray]]:
+    """Return the scores [R, C] of each SASRec of `trained_folders`, by row of the results.
+
+    A row has the seeds of one set of options.
+    """
+    groups = trained_folders(data, split)
     rows = {}
-    for number, by_seed in enumerate(seeds.values(), 1):
-        name = "SASRec" if len(seeds) == 1 else f"SASRec {number}"
-        rows[name if len(by_seed) == 1 else f"{name} ({len(by_seed)} seeds)"] = [*by_seed.values()]
+    for number, by_seed in enumerate(groups, 1):
+        name = "SASRec" if len(groups) == 1 else f"SASRec {number}"
+        paths = [folder / predictions_name(split) for folder in by_seed.values()]
+        scores = [read_scores(path, data.items.ids, examples)[0] for path in paths]
+        rows[name if len(scores) == 1 else f"{name} ({len(scores)} seeds)"] = scores
     return rows
 
 

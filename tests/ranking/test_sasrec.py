@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from hanorec.ranking import sasrec
 from hanorec.ranking.baselines import popularity_scores
 from hanorec.ranking.metrics import ranking_metrics
 from hanorec.ranking.scoring import target_columns
+from hanorec.run.files import UserError
 
 QUICK = ["--epochs", "2", "--width", "8", "--length", "6"]
 
@@ -164,7 +166,7 @@ def test_the_same_seed_gives_the_same_bytes(data, tmp_path):
 
 
 def test_the_test_split_and_the_targets_are_not_seen(data):
-    """With other test targets, other test candidates and no training examples, all shared scores are the same."""
+    """With other test targets, candidates in another order and one training example, all scores are the same."""
     before = train_on(data)
     old = {name: scores_of(before / name) for name in ("predictions.jsonl", "val_predictions.jsonl")}
     rows = lines(data / "test.jsonl")
@@ -207,7 +209,45 @@ def test_evaluate_reads_the_scores_only_of_this_data(data, capsys):
     sign(data)
     assert sasrec.trained_scores(DataFolder(data), "test", examples["test"]) == {}
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"train it again with python -m hanorec.ranking.sasrec --data {data}" in said
+    assert said.count("\n") == 1 and f"{data / 'sasrec'} was trained on other data and is left out" in said
+
+
+def test_the_command_that_trains_again_gives_the_same_folder(data, capsys):
+    """It names every option, also --seed. A folder without a split's predictions is not told to be of other data."""
+    out = data / "sasrec of mine"
+    sasrec.main(["--data", str(data), "--out", str(out), *QUICK, "--seed", "7", "--lr", "0.01"])
+    config, scores = ((out / name).read_bytes() for name in ("config.json", "predictions.jsonl"))
+    (out / "predictions.jsonl").unlink()
+    capsys.readouterr()
+    folder = DataFolder(data)
+    assert sasrec.trained_scores(folder, "test", folder.examples("test")) == {}
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out} has no predictions.jsonl and is left out; train it again with python -m ")
+    command = shlex.split(printed.partition("train it again with ")[2].rpartition(", or delete it")[0])
+    assert command[:3] == ["python", "-m", "hanorec.ranking.sasrec"]
+    sasrec.main(command[3:])
+    assert (out / "config.json").read_bytes() == config and (out / "predictions.jsonl").read_bytes() == scores
+
+
+def test_folders_that_cannot_be_a_seed_are_refused(data):
+    train_on(data)
+    folder = DataFolder(data)
+    config = json.loads((data / "sasrec" / "config.json").read_text())
+
+    def refusal(**changes):
+        (data / "sasrec-2" / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError) as error:
+            sasrec.trained_scores(folder, "test", folder.examples("test"))
+        return str(error.value)
+
+    shutil.copytree(data / "sasrec", data / "sasrec-2")
+    same = f"{data / 'sasrec'} and {data / 'sasrec-2'} have the same options and the seed 42; delete one"
+    assert refusal() == same
+    options = config["options"]
+    assert refusal(options=dict(reversed(options.items()))) == same  # their order does not matter
+    assert "config.json is of sft, not of python -m hanorec.ranking.sasrec; move or" in refusal(stage="sft")
+    options = {name: value for name, value in options.items() if name != "seed"}
+    assert "sasrec-2/config.json: no 'seed'; move or delete" in refusal(options=options)
 
 
 def test_hard_candidates_are_scored_if_there_are_any(data):
