@@ -59,6 +59,8 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
     all_users = list(raw.interactions.user_codes)
     user_ids = [all_users[code] for code in user_codes]
     images = [raw.images.get(item) for item in item_ids]
+    if options.images and not any(images):
+        raise UserError(f"--images {options.images} has no picture of an item; name them like {item_ids[0]}.jpg")
     titles = [raw.titles[item] for item in item_ids]
     title = np.unique(np.array(titles), return_inverse=True)[1]
     counts |= {

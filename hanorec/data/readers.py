@@ -201,7 +201,7 @@ def read_microlens(options: argparse.Namespace) -> Raw:
     else:
         rows = text_rows(pairs)
         header = header_of(rows, pairs)
-        positions = [column(header, None, (n,), pairs, "a header line") for n in ("user", "item", "timestamp")]
+        positions = [column(header, None, (n,), pairs, "add a header line") for n in ("user", "item", "timestamp")]
         interactions = read_interactions(rows, pairs, *positions)
     images = find_images(options, "*_covers", "covers", "images")
     return Raw(interactions, item_titles(titles), images, [pairs, titles])
@@ -263,16 +263,16 @@ def read_two_tables(
     usual_names = {"user": f"user{suffix}", "item": f"item{suffix}", "time": "timestamp", "rating": "rating"}
     positions = {}
     for name, usual in usual_names.items():
-        chosen = getattr(options, f"{name}_column")
+        chosen, remedy = getattr(options, f"{name}_column"), f"name it with --{name}-column"
         absent = name in ("time", "rating") and not chosen and usual not in header
-        positions[name] = None if absent else column(header, chosen, (usual,), interactions, f"--{name}-column")
+        positions[name] = None if absent else column(header, chosen, (usual,), interactions, remedy)
     if positions["time"] is None:
         print(f"{interactions} has no column timestamp: the order of its lines is used (see --time-column)")
     in_order = read_interactions(rows, interactions, **positions)
     rows = rows_of(items)
     header = header_of(rows, items, typed=bool(suffix))
-    item = column(header, options.item_column, (f"item{suffix}",), items, "--item-column")
-    title = column(header, options.title_column, titled, items, "--title-column")
+    item = column(header, options.item_column, (f"item{suffix}",), items, "name it with --item-column")
+    title = column(header, options.title_column, titled, items, "name it with --title-column")
     titles = read_titles(items, rows, item, title, len(header))
     return Raw(in_order, titles, find_images(options, "images"), [interactions, items])
 

@@ -19,7 +19,7 @@ def find_file(source: Path | None, *patterns: str) -> Path:
     for pattern in patterns:
         paths = sorted(source.glob(pattern))
         if len(paths) > 1:
-            raise UserError(f"{source} holds {len(paths)} files {pattern}; keep one dataset in a folder")
+            raise UserError(f"{source} holds {len(paths)} files named {pattern}; keep one dataset in a folder")
         if paths:
             return paths[0]
     raise UserError(f"{source} holds no {' or '.join(patterns)}; --source must be the folder of this file")
@@ -33,6 +33,9 @@ def find_images(options: argparse.Namespace, *names: str) -> dict[str, Path]:
 
     Args:
         names: patterns of folders in --source. Without --images, the first folder that exists is read.
+
+    Raises:
+        UserError: --images is no folder or holds no picture, or two pictures have the same item id.
     """
     folder = options.images
     if folder and not folder.is_dir():
@@ -41,7 +44,12 @@ def find_images(options: argparse.Namespace, *names: str) -> dict[str, Path]:
         matches = itertools.chain.from_iterable(sorted(options.source.glob(name)) for name in names)
         folder = next(filter(Path.is_dir, matches), None)
     paths = sorted(folder.iterdir()) if folder else []
-    images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS}
+    images: dict[str, Path] = {}
+    for path in paths:
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.is_dir():
+            if path.stem in images:
+                raise UserError(f"{images[path.stem]} and {path} are pictures of one item; keep one")
+            images[path.stem] = path
     if options.images and not images:
         raise UserError(f"--images {folder} holds no picture named <item>{', '.join(IMAGE_ENDINGS)}; rename them")
     return images
@@ -72,16 +80,19 @@ def text_rows(
 
 
 def encoding_of(path: Path) -> str:
-    """Return utf-8 if the complete file is valid UTF-8, as MovieLens 10M is, else latin-1, as MovieLens 1M is."""
+    """Return UTF-8 if the complete file is valid UTF-8, as MovieLens 10M is, else latin-1, as MovieLens 1M is.
+
+    The name of UTF-8 is utf-8-sig, with which a byte order mark is no part of the first field.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             while file.read(1 << 20):
                 pass
-        return "utf-8"
+        return "utf-8-sig"
     except UnicodeDecodeError:
         return "latin-1"
     except OSError:
-        return "utf-8"  # text_rows will report the error
+        return "utf-8-sig"  # text_rows will report the error
 
 
 def json_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
@@ -108,45 +119,62 @@ def field_text(value) -> str:
         raise ValueError(f"expected a text or a number, got {value}")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # an id: Parquet stores integers as floats if the column has nulls
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return str(value)
 
 
 def header_of(rows: Iterator[tuple[int, list[str]]], path: Path, typed: bool = False) -> list[str]:
-    """Take the first row, the header, from the rows. typed: remove RecBole's types from it (`user_id:token`)."""
-    for _, row in rows:
-        return [name.split(":")[0] for name in row] if typed else row
-    raise UserError(f"{path} is empty")
+    """Return the fields of the first row, the header. The iterator then stands at the second row.
+
+    Args:
+        typed: remove RecBole's types from the names (`user_id:token` becomes `user_id`).
+    """
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path} is empty")
+    return [name.split(":")[0] for name in first[1]] if typed else first[1]
 
 
-def column(header: list[str], chosen: str | None, usual: tuple[str, ...], path: Path, option: str) -> int:
+def column(header: list[str], chosen: str | None, usual: tuple[str, ...], path: Path, remedy: str) -> int:
     """Return the position of a column in a header.
 
     Args:
-        chosen: the name that the user gave with `option`. If None, the first of the usual names is used.
+        chosen: the name that the user gave. If None, the first of the usual names is used.
+        remedy: what to do if there is no such column, for the error.
     """
     names = (chosen,) if chosen else usual
     for name in names:
         if name in header:
             return header.index(name)
-    raise UserError(f"{path} has no column {' or '.join(names)}, only {', '.join(header)}; name it with {option}")
+    raise UserError(f"{path} has no column {' or '.join(names)}, only {', '.join(header)}; {remedy}")
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, fields) of a CSV, TSV or Parquet file (with pyarrow). The header comes first."""
+    """Yield (line number, fields) of a CSV, TSV or Parquet file (with pyarrow). The header comes first.
+
+    Of a Parquet file only columns of text, numbers and times are read.
+    """
     if path.suffix != ".parquet":
         yield from text_rows(path, "\t" if path.suffix == ".tsv" else ",")
         return
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError as error:
         raise UserError(f"{path}: Parquet needs pyarrow; install it, or give a CSV file") from error
+
+    def readable(kind) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+        return is_text or is_number or types.is_temporal(kind)
+
     try:
         with parquet.ParquetFile(path) as file:
-            yield 1, list(file.schema_arrow.names)
+            header = [field.name for field in file.schema_arrow if readable(field.type)]
+            yield 1, header
             number = 1
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(columns=header):
                 for row in zip(*(values.to_pylist() for values in batch.columns), strict=True):
                     number += 1
                     yield number, [field_text(value) for value in row]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

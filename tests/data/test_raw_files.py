@@ -48,11 +48,16 @@ def timed(time):
     return rows_of(lambda rows: [(u, i, time if n == 3 else t, r) for n, (u, i, t, r) in enumerate(rows)])
 
 
+def edit_pictures(change):
+    """An edit that calls change(path) for each picture."""
+    return lambda folder: [change(path) for path in sorted((folder / "images").iterdir())]
+
+
 # layout, edit of the raw folder, further options, a word of the error or what the manifest counts
 RAW = {
     "no such folder": ("recbole", lambda folder: shutil.rmtree(folder), "", "is not a folder"),
     "empty folder": ("recbole", lambda f: [p.unlink() for p in f.iterdir()], "", "holds no *.inter"),
-    "two datasets": ("recbole", put("other.inter", b""), "", "holds 2 files *.inter"),
+    "two datasets": ("recbole", put("other.inter", b""), "", "holds 2 files named *.inter"),
     "a folder for a file": ("csv", lambda f: ((f / "log.csv").unlink(), (f / "log.csv").mkdir()), "", "log.csv"),
     "no such column": ("csv", None, "--user-column who", "has no column who"),
     "wrong delimiter": ("csv", put("log.csv", lambda b: b.replace(b",", b";")), "", "has no column user"),
@@ -80,6 +85,24 @@ RAW = {
     "null for an id": ("amazon", put("Beauty.jsonl", lambda b: b.replace(b'"u4"', b"null")), "", "without an id"),
     "an endless time": ("amazon", put("Beauty.jsonl", lambda b: b.replace(b"1003", b"1" * 400)), "", "line 4"),
     "a list for a title": ("amazon", put("meta_Beauty.jsonl", lambda b: b.replace(b'"Equal"', b"[]")), "", "line 4"),
+    "pictures of other items": (
+        "csv",
+        edit_pictures(lambda path: path.rename(path.with_stem(f"{path.stem}x"))),
+        "--images raw/images",
+        "raw/images has no picture of an item; name them like i0.jpg",
+    ),
+    "two pictures of one item": (
+        "csv",
+        edit_pictures(lambda path: shutil.copy(path, path.with_suffix(".png"))),
+        "--images raw/images",
+        "raw/images/i1.jpg and raw/images/i1.png are pictures of one item; keep one",
+    ),
+    "a folder named like a picture": (
+        "csv",
+        lambda folder: (folder / "images" / "i0.jpg").mkdir(),
+        "--images raw/images",
+        {"items_without_image": 1},
+    ),
     "no picture folder": ("csv", None, "--images /nowhere", "/nowhere is not a folder"),
     "NaN for a time": ("csv", timed("nan"), "", "log.csv, line 5"),
     "an infinite time": ("csv", timed("-inf"), "", "log.csv, line 5"),

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from hanorec.data import readers
+from hanorec.data import readers, tables
+from hanorec.run.files import UserError
 
 USERS = [f"u{number}" for number in range(12)]
 ITEMS = [f"i{number}" for number in range(30)]
@@ -169,18 +170,52 @@ def test_parquet(tmp_path, monkeypatch):
     )
 
 
+def test_parquet_columns_that_nobody_uses_are_not_read(tmp_path, monkeypatch):
+    """Lists, bytes and maps beside the columns of text, numbers and times. Text may be a category, as in pandas."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from datetime import datetime
+
+    from pyarrow import parquet
+
+    rows = [row for row in interactions() if row[2] < 2000]
+    columns = {"user": pyarrow.array([row[0] for row in rows]).dictionary_encode()}
+    columns["genres"] = [["Drama"]] * len(rows)
+    columns["item"] = pyarrow.array([row[1] for row in rows], pyarrow.large_string())
+    columns["vector"] = [b"\xff\xfe"] * len(rows)
+    columns["timestamp"] = [datetime(2024, 1, row[2] - 999) for row in rows]
+    columns["counts"] = pyarrow.array([[("a", 1)]] * len(rows), pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    parquet.write_table(pyarrow.table(columns), tmp_path / "log.parquet")
+    titles = {"picture": [b"\x89PNG"] * len(TITLES), "item": list(TITLES), "title": list(TITLES.values())}
+    parquet.write_table(pyarrow.table(titles), tmp_path / "items.parquet")
+    files = ["--interactions", tmp_path / "log.parquet", "--items", tmp_path / "items.parquet"]
+    check(*prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files), images=0)
+
+
+def test_parquet_that_pyarrow_cannot_read_is_refused(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"user": ["u1"]}), tmp_path / "log.parquet")
+    for error in (pyarrow.ArrowNotImplementedError, pyarrow.ArrowTypeError):
+
+        def fail(*_, error=error, **__):
+            raise error("not this type")
+
+        monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
+        with pytest.raises(UserError, match=r"log\.parquet cannot be read: not this type"):
+            list(tables.table_rows(tmp_path / "log.parquet"))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
-def test_movielens_titles_in_either_encoding(tmp_path, encoding):
-    (tmp_path / "ratings.dat").write_text("1::2::3.5::4\n")
+def test_movielens_titles_in_either_encoding(tmp_path, encoding, mark):
+    """A byte order mark is no part of the first user's id."""
+    (tmp_path / "ratings.dat").write_text(f"{mark}1::2::3.5::4\n", encoding="utf-8")
     (tmp_path / "movies.dat").write_text("2::Léon: The Professional (1994)::Crime\n", encoding=encoding)
     options = prepare_data.parse(["--dataset", "movielens", "--source", str(tmp_path)])
     raw = readers.read_movielens(options)
-    assert raw.titles == {"2": "Léon: The Professional (1994)"} and [c.tolist() for c in raw.columns] == [
-        [0],
-        [0],
-        [4],
-        [3.5],
-    ]
+    assert raw.titles == {"2": "Léon: The Professional (1994)"} and list(raw.interactions.user_codes) == ["1"]
+    assert [column.tolist() for column in raw.columns] == [[0], [0], [4], [3.5]]
 
 
 def test_without_times_the_input_order_counts_and_is_said(tmp_path, monkeypatch, capsys):
@@ -254,7 +289,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
     (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1,One\ni1,\ni1,Another\n")
     assert "line 4: item i1 is 'One' above and 'Another' here" in refused(capsys, monkeypatch, *argv, raw)
     (raw / "second_pairs.tsv").write_text("u1\ti1\n")
-    assert "holds 2 files *_pairs.tsv" in refused(capsys, monkeypatch, *argv, raw)
+    assert "holds 2 files named *_pairs.tsv" in refused(capsys, monkeypatch, *argv, raw)
     assert "needs --interactions FILE and --items FILE" in refused(capsys, monkeypatch, out, "--dataset", "csv")
     error = refused(capsys, monkeypatch, out, "--dataset", "hanorec", "--source", raw, "--split", "user")
     assert "or --split with --dataset hanorec" in error
