@@ -284,7 +284,10 @@ def raw(folder, **files):
         ({"ratings_csv": ""}, "ratings.csv is empty"),
         ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,five,9\n"}, "line 2: expected user, item, time, rating"),
         ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5\n"}, "line 2: expected user, item, time, rating"),
-        ({"ratings_csv": "userId,movieId,rating,timestamp\n1,2,5,9\n"}, "no user has 6 interactions; lower --min-"),
+        (
+            {"ratings_csv": "userId,movieId,rating,timestamp\n1,100,5,9\n1,101,5,9\n"},
+            "(2 interactions read, 1 repeated items dropped, 1 users too short); lower --min-interactions\n",
+        ),
         (
             {"movies_csv": "movieId,title,genres\n100,Alone,Drama\n"},
             "items have interactions but no title, the first is",
@@ -295,7 +298,7 @@ def raw(folder, **files):
 def test_bad_raw_files(tmp_path, capsys, files, message):
     folder = raw(tmp_path / "raw", **files)
     error = refused(capsys, prepare_data.main, "--dataset", "movielens", "--source", folder, "--out", tmp_path / "data")
-    assert message in error and error.startswith("prepare_data.py: error: ")
+    assert message in f"{error}\n" and error.startswith("prepare_data.py: error: ")
     assert [p for p in (tmp_path / "data").glob("*") if p.name != ".lock"] == []
 
 
@@ -314,7 +317,7 @@ def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
     assert "holds no ratings.dat or ratings.csv" in error
     folder = raw(tmp_path / "raw")
     common = ["--dataset", "movielens", "--source", folder, "--out", tmp_path / "data"]
-    assert "has seen all except" in refused(capsys, run, *common, "--negatives", 58)
+    assert "has touched all except" in refused(capsys, run, *common, "--negatives", 58)
     assert "cannot be loaded" in refused(capsys, run, *common, "--model", "nobody/no-such-model")
     (folder / "posters").mkdir()
     (folder / "posters" / "100.jpg").write_text("this is no picture")

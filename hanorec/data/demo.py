@@ -24,7 +24,7 @@ PLACES = """
     Yarrow
 """.split()
 GENRES = ["Romance", "Mystery", "Western", "Comedy", "Horror", "Fantasy"]
-COLOURS = {  # of the posters of each genre, in the order of GENRES
+COLOURS = {  # RGB of the posters' upper part, one for each genre, in the order of GENRES
     "orange": (240, 140, 20),
     "blue": (40, 60, 200),
     "yellow": (240, 220, 40),
@@ -35,7 +35,8 @@ COLOURS = {  # of the posters of each genre, in the order of GENRES
 BANDS = {"black": (15, 15, 15), "white": (240, 240, 240)}
 KINDS = len(GENRES) * len(BANDS)
 FILMS_OF_A_KIND = 25
-UNTITLED, MISLEADING = 5, 3  # films of a kind whose title names no genre, and another genre
+UNTITLED = 5  # films of a kind whose title names no genre
+MISLEADING = 3  # films of a kind whose title names another genre
 POPULARITY = 0.4  # the weight of the r-th film of a kind is r ** -POPULARITY
 
 USERS = 700
@@ -47,7 +48,7 @@ OWN_BAND = 0.9  # probability that a film has the taste's band; otherwise it has
 
 @dataclass
 class World:
-    """The films and users of the demo, with what only their maker knows. Films are numbers.
+    """The films and users of the demo, and the hidden facts that decide what the users choose. Films are numbers.
 
     Args:
         titles: [N].
@@ -77,7 +78,7 @@ def item_id(film: int) -> str:
 
 @functools.cache
 def make_world(seed: int) -> World:
-    """Make the films and the users. The same seed gives the same world; do not change it."""
+    """Make the films and the users. Every caller with the same seed gets the same object: do not change it."""
     rng = np.random.default_rng([seed, 7])
     kind = np.repeat(np.arange(KINDS), FILMS_OF_A_KIND)
     genre, band = kind // len(BANDS), kind % len(BANDS)
@@ -111,7 +112,8 @@ def draw_titles(word: np.ndarray, rng: np.random.Generator) -> list[str]:
 def spread(places: list[str], count: int, rng: np.random.Generator) -> list[str]:
     """Return `count` different names of places in random order: first the places, then "New" ones."""
     names = [*places, *(f"New {place}" for place in places)]
-    return [names[number] for number in rng.permutation(min(len(names), max(count, len(places))))[:count]]
+    names = names[: max(count, len(places))]
+    return [names[number] for number in rng.permutation(len(names))[:count]]
 
 
 def kind_probabilities() -> np.ndarray:
@@ -148,6 +150,12 @@ def draw_history(kind: np.ndarray, weight: np.ndarray, rng: np.random.Generator)
 # Files
 
 
+def labels_of(world: World) -> list[tuple[str, str]]:
+    """Return the labels of each film: its genre, and whether its title names this genre."""
+    honest = world.word == world.genre
+    return [(f"{genre}", f"{own}") for genre, own in zip(world.genre, honest, strict=True)]
+
+
 def read_demo(options: argparse.Namespace) -> Raw:
     """Make the world of --seed, draw its posters and write its descriptions into the data folder."""
     folder, world = options.out, make_world(options.seed)
@@ -167,9 +175,8 @@ def read_demo(options: argparse.Namespace) -> Raw:
     rows = [(user, ids[film], time) for user, films in world.histories.items() for time, film in enumerate(films)]
     interactions = read_interactions(enumerate(rows), folder, user=0, item=1, time=2)
     images = {name: folder / "images" / f"{name}.png" for name in ids}
-    honest = world.word == world.genre  # the title names the film's own genre
-    alike = {name: (f"{world.genre[film]}", f"{honest[film]}") for film, name in enumerate(ids)}
-    return Raw(interactions, dict(zip(ids, world.titles, strict=True)), images, [], alike=alike)
+    titles = dict(zip(ids, world.titles, strict=True))
+    return Raw(interactions, titles, images, [], labels=dict(zip(ids, labels_of(world), strict=True)))
 
 
 def read_descriptions(folder: Path) -> list[str]:

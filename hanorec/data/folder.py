@@ -1,4 +1,4 @@
-"""Read a data folder, data/<name>/. This module defines the fields of its files and a class for each.
+"""The files of a data folder, data/<name>/: their fields, and how they are read.
 
 An item has an item index, its line number in items.jsonl from 0, and an item id, its name in the source. Files contain
 item ids; objects in memory contain item indices.
@@ -21,7 +21,7 @@ SEQUENCE = {"user": str, "items": list}
 MANIFEST = {"options": dict, "seed": int, "files": dict}
 ENCODING = {"backbone": str, "max_pixels": int, "dtype": str, "items": str, "tokens": (str, type(None))}
 
-PREPARE_AGAIN = "prepare the data with prepare_data.py"
+PREPARE = "prepare the data with prepare_data.py"
 
 
 class Items:
@@ -40,28 +40,28 @@ class Items:
         self.images = [line.get("image") for line in lines]
         self.index_of = {item: index for index, item in enumerate(self.ids)}
         if len(self.index_of) < len(lines):
-            raise UserError("items.jsonl has an item twice; prepare the data again")
+            raise UserError(f"items.jsonl has an item twice; {PREPARE}")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def indices(self, ids: list, user: str) -> list[int]:
-        """Convert item ids to item indices. Raise UserError, with the user's name, for an id that is unknown."""
+        """Convert a user's item ids to item indices. Raise UserError for an id that items.jsonl lacks."""
         for item in ids:
             if not isinstance(item, str) or item not in self.index_of:
-                raise UserError(f"user {user}: {item!r} is not in items.jsonl; prepare the data again")
+                raise UserError(f"user {user}: {item!r} is not in items.jsonl; {PREPARE}")
         return [self.index_of[item] for item in ids]
 
 
 @dataclass
 class Example:
-    """A line of train.jsonl, val.jsonl or test.jsonl. Items are item indices.
+    """A line of train.jsonl or of a split in EVALUATED. Items are item indices.
 
     Args:
-        history: items before the target, oldest first.
+        history: the user's last items before the candidates that the user took, oldest first.
         target: the item to predict.
-        candidates: items to rank, with the target.
-        rejected: one of the negatives among the candidates.
+        candidates: items to rank, the target among them.
+        rejected: a candidate other than the target, which training rejects.
     """
 
     user: str
@@ -81,15 +81,15 @@ class DataFolder:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.manifest = read_json(self.folder / "manifest.json", MANIFEST, PREPARE_AGAIN)
+        self.manifest = read_json(self.folder / "manifest.json", MANIFEST, PREPARE)
         self.items = Items(self.lines("items", ITEM))
 
     def lines(self, name: str, fields: dict) -> list[dict]:
         """Read <name>.jsonl. Raise UserError if its hash is not the one in manifest.json."""
         path = self.folder / f"{name}.jsonl"
-        lines = read_jsonl(path, fields, PREPARE_AGAIN)
+        lines = read_jsonl(path, fields, PREPARE)
         if not lines or self.manifest["files"].get(path.name) != file_hash(path):
-            raise UserError(f"{path} is empty, or not what manifest.json lists; {PREPARE_AGAIN}")
+            raise UserError(f"{path} is empty, or not what manifest.json lists; {PREPARE}")
         return lines
 
     def evaluated(self) -> list[str]:
@@ -97,35 +97,49 @@ class DataFolder:
         return [split for split in EVALUATED if f"{split}.jsonl" in self.manifest["files"]]
 
     def examples(self, split: str, limit: int = 0) -> list[Example]:
-        """Return the examples of train, val or test; only the first `limit` if `limit` is not 0.
+        """Return the examples of train or of a split in EVALUATED; only the first `limit` if `limit` is not 0.
 
         Raises:
-            UserError: an example has an unknown item, an empty history or wrong candidates.
+            UserError: an example has an unknown item, no history, or candidates that do not fit.
         """
         lines = self.lines(split, EXAMPLE)
         if len({len(line["candidates"]) for line in lines}) != 1:
-            raise UserError(f"{self.folder / split}.jsonl has candidates of several lengths; {PREPARE_AGAIN}")
+            raise UserError(f"{self.folder / split}.jsonl has candidates of several lengths; {PREPARE}")
         examples = []
         for line in lines[: limit or None]:
             user = line["user"]
             history = self.items.indices(line["history"], user)
             candidates = self.items.indices(line["candidates"], user)
             target, rejected = self.items.indices([line["target"], line["rejected"]], user)
-            if not history or target not in candidates or len(set(candidates)) < len(candidates):
-                fault = "an example has no history, or its candidates lack the target or repeat an item"
-                raise UserError(f"user {user}: {fault}; {PREPARE_AGAIN}")
+            faults = {
+                "an example has no history": not history,
+                "the candidates lack the target": target not in candidates,
+                "the candidates lack the rejected item": rejected not in candidates,
+                "the rejected item is the target": rejected == target,
+                "the candidates have an item twice": len(set(candidates)) < len(candidates),
+            }
+            for fault, is_there in faults.items():
+                if is_there:
+                    raise UserError(f"{self.folder / split}.jsonl, user {user}: {fault}; {PREPARE}")
             examples.append(Example(user, history, target, candidates, rejected))
         return examples
 
     def sequences(self) -> dict[str, list[int]]:
         """Return the complete training sequence of each training user: item indices, oldest first."""
-        lines = self.lines("sequences", SEQUENCE)
-        return {line["user"]: self.items.indices(line["items"], line["user"]) for line in lines}
+        sequences: dict[str, list[int]] = {}
+        for line in self.lines("sequences", SEQUENCE):
+            if line["user"] in sequences:
+                raise UserError(f"{self.folder / 'sequences.jsonl'} has user {line['user']} twice; {PREPARE}")
+            sequences[line["user"]] = self.items.indices(line["items"], line["user"])
+        return sequences
 
     def encodings(self) -> dict[str, tuple[Path, dict]]:
         """Return (folder, manifest) of each encoding of this data folder, by backbone."""
-        encodings = {}
+        encodings: dict[str, tuple[Path, dict]] = {}
         for path in sorted(self.folder.glob("encoded/[!.]*/manifest.json")):
-            manifest = read_json(path, ENCODING, PREPARE_AGAIN)
-            encodings[manifest["backbone"]] = (path.parent, manifest)
+            manifest = read_json(path, ENCODING, f"encode again: prepare_data.py --encode-only --out {self.folder}")
+            backbone = manifest["backbone"]
+            if backbone in encodings:
+                raise UserError(f"{encodings[backbone][0]} and {path.parent} are both of {backbone}; delete one")
+            encodings[backbone] = (path.parent, manifest)
         return encodings

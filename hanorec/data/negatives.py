@@ -1,6 +1,6 @@
 """Draw the negatives of each target once, from the seed.
 
-A split's negatives leave out only what the user had touched up to that split's stage, see `seen_stages`. If training
+A split's negatives leave out only what the user had touched up to that split's stage, see `touched_stages`. If training
 negatives also left out the later test target, a model could rule out every test candidate that it had met as a training
 negative of the user.
 """
@@ -12,19 +12,19 @@ import numpy as np
 from hanorec.data.protocol import Sequences
 from hanorec.run.files import UserError
 
-VIEWS = {"train": 0, "val": 1, "test": 2}  # the last stage that a split sees, see `seen_stages`
+VIEWS = {"train": 0, "val": 1, "test": 2}  # the last stage that a split sees, see `touched_stages`
 
 
-def seen_stages(data: Sequences, training: np.ndarray, leave_one_out: bool) -> np.ndarray:
-    """Return the stage in which each user touched each title of data.seen: [P], numbers in VIEWS.
+def touched_stages(data: Sequences, training: np.ndarray, leave_one_out: bool) -> np.ndarray:
+    """Return the stage in which each user touched each title of data.touched: [P].
 
-    With leave-one-out, stage 0 ends with the user's last training item, and stage 1 with the validation target. With
-    other splits a user belongs to one split, and everything is stage 0.
+    With leave-one-out, stage 0 ends with the user's last training item, stage 1 with the validation target, and the
+    rest is stage 2. With other splits a user belongs to one split, and everything is stage 0.
 
     Args:
         training: [U], number of each user's items that belong to training.
     """
-    users, _, places = data.seen.T
+    users, _, places = data.touched.T
     if not leave_one_out:
         return np.zeros(len(users), dtype=int)
     last = data.start[:-1] + training - 1  # each user's last training item
@@ -37,33 +37,44 @@ class Negatives:
 
     Args:
         training: [U], number of each user's items that belong to training.
-        options: of which `negatives` (their number), `negative_sampling` and `split` are used. The sampling is
-            `uniform` over items, or `popularity`, with the weight of one more than an item's training interactions.
-            (Without the one, an item that nobody has in training could be a target and never a negative.)
+        count: number of negatives for each target.
+        sampling: `uniform` over items, or `popularity`: the weight of an item is one more than its training
+            interactions. (Without the one, an item without training interactions could be a target and never a
+            negative.)
+        leave_one_out: whether the split is leave-one-out.
+        option: the option that sets `count`, for errors.
+
+    Raises:
+        UserError: a user has touched so many titles that fewer than `count` remain.
     """
 
-    def __init__(self, data: Sequences, training: np.ndarray, options: argparse.Namespace):
-        self.data, self.count, self.title = data, options.negatives, data.title
-        weight = np.ones(len(self.title), dtype=int)
-        if options.negative_sampling == "popularity":
+    def __init__(
+        self, data: Sequences, training: np.ndarray, count: int, sampling: str, leave_one_out: bool, option: str
+    ):
+        self.data, self.count, self.title_codes = data, count, data.title_codes
+        weight = np.ones(len(self.title_codes), dtype=int)
+        if sampling == "popularity":
             place = np.arange(len(data.items)) - np.repeat(data.start[:-1], np.diff(data.start))
             trained = place < np.repeat(training, np.diff(data.start))
-            weight += np.bincount(data.items[trained], minlength=len(self.title))
+            weight += np.bincount(data.items[trained], minlength=len(weight))
         self.cumulative = np.cumsum(weight)
-        self.seen = data.seen[:, 0] * len(self.title) + data.seen[:, 1]  # a sorted key for each (user, title)
-        self.stage = seen_stages(data, training, options.split == "leave-one-out")
-        available = len(np.unique(self.title)) - int(np.bincount(self.seen // len(self.title)).max())
-        if available < self.count:
-            raise UserError(
-                f"no {self.count} negatives: one user has seen all except {available} titles; ask for fewer"
-            )
+        users, titles, _ = data.touched.T
+        self.touched_keys = users * len(weight) + titles  # sorted
+        self.stages = touched_stages(data, training, leave_one_out)
+        available = len(np.unique(self.title_codes)) - int(np.bincount(users).max())
+        fewer = min(available, count - 1)
+        self.remedy = f"leave out {option}" if option != "--negatives" else f"give --negatives {fewer} or fewer"
+        if available < count:
+            remedy = self.remedy if fewer else "add items"
+            raise UserError(f"no {count} negatives: one user has touched all except {available} titles; {remedy}")
 
-    def draw(self, split: str, positions: np.ndarray, users: np.ndarray, rng) -> np.ndarray:
+    def draw(self, split: str, positions: np.ndarray, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw the negatives of R targets: [R, count] item indices. Touched and repeated titles are drawn again.
 
         Args:
             split: train, val, test or one of FURTHER_TESTS. test_hard gets those most alike to the target.
-            positions: [R], of the targets in data.items. users: [R].
+            positions: [R], of the targets in data.items.
+            users: [R], the user of each target.
         """
         if split == "test_hard":
             return np.array([self.most_alike(*target, rng) for target in zip(positions, users, strict=True)])
@@ -76,39 +87,51 @@ class Negatives:
             draws = rng.random(len(rows)) * self.cumulative[-1]
             drawn[rows, columns] = np.searchsorted(self.cumulative, draws, side="right")
             changed = np.unique(rows)  # the other rows are complete
-            titles = self.title[drawn[changed]]
+            titles = self.title_codes[drawn[changed]]
             redraw[changed] = self.touched(split, users[changed, None], titles) | repeated(titles)
-        raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; ask for fewer")
+        raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; {self.remedy}")
 
-    def most_alike(self, position: int, user: int, rng) -> np.ndarray:
+    def most_alike(self, position: int, user: int, rng: np.random.Generator) -> np.ndarray:
         """Return the negatives of a target that share most labels with it: [count]. The first label counts most.
 
-        Items that share the same labels are taken in random order.
+        Items that share equally many labels are taken in random order.
         """
-        labels = self.data.alike
+        labels = self.data.labels
         shared = np.cumprod(labels == labels[self.data.items[position]], axis=1).sum(1)
         order = np.lexsort((rng.random(len(shared)), -shared))
-        order = order[~self.touched("test_hard", user, self.title[order])]
-        first = np.sort(np.unique(self.title[order], return_index=True)[1])  # the first item of each title
+        order = order[~self.touched("test_hard", user, self.title_codes[order])]
+        first = np.sort(np.unique(self.title_codes[order], return_index=True)[1])  # the first item of each title
         return order[first[: self.count]]
 
     def touched(self, split: str, users: np.ndarray, titles: np.ndarray) -> np.ndarray:
-        """Return True for each title that its user has touched as the split sees it. Shapes broadcast."""
-        keys = users * len(self.title) + titles
-        nearest = np.minimum(np.searchsorted(self.seen, keys), len(self.seen) - 1)
-        return (self.seen[nearest] == keys) & (self.stage[nearest] <= VIEWS[split.split("_")[0]])
+        """Return True for each title that its user has touched as the split sees it.
+
+        Args:
+            users, titles: user numbers and codes of titles, in shapes that broadcast.
+        """
+        keys = users * len(self.title_codes) + titles
+        nearest = np.minimum(np.searchsorted(self.touched_keys, keys), len(self.touched_keys) - 1)
+        return (self.touched_keys[nearest] == keys) & (self.stages[nearest] <= VIEWS[split.split("_")[0]])
+
+
+def sampling_of(split: str, options: argparse.Namespace) -> str:
+    """Return how the negatives of a split are drawn: `uniform`, `popularity`, or `alike` (see `most_alike`)."""
+    further_tests = {"test_popularity": "popularity", "test_99": "uniform", "test_hard": "alike"}
+    return further_tests.get(split, options.negative_sampling)
 
 
 def negatives_of_splits(data: Sequences, training: np.ndarray, options: argparse.Namespace) -> dict[str, Negatives]:
     """Return what draws the negatives of each split that the data folder gets. For the arguments see `Negatives`."""
-    of_split = dict.fromkeys(VIEWS, Negatives(data, training, options))
-    if data.alike.size:
-        of_split["test_hard"] = of_split["test"]
-    uniform = {"negatives": 99, "negative_sampling": "uniform"}
-    changes = {"popularity": {"negative_sampling": "popularity"}, "99": uniform}
+    leave_one_out = options.split == "leave-one-out"
+    option = "--protocol official" if options.positives > 1 else "--negatives"
+    usual = Negatives(data, training, options.negatives, options.negative_sampling, leave_one_out, option)
+    of_split = dict.fromkeys(VIEWS, usual)
+    if data.labels.size:
+        of_split["test_hard"] = usual
     for name in options.further_tests:
-        changed = argparse.Namespace(**vars(options) | changes[name])
-        of_split[f"test_{name}"] = Negatives(data, training, changed)
+        split, count = f"test_{name}", 99 if name == "99" else options.negatives
+        further = f"--further-tests {name}"
+        of_split[split] = Negatives(data, training, count, sampling_of(split, options), leave_one_out, further)
     return of_split
 
 

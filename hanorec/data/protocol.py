@@ -23,14 +23,14 @@ class Sequences:
         user_ids: [U].
         item_ids, titles, images: [N], by item index.
         items: [M] item indices, user by user.
-        places: [M], the place of each interaction in the order of the raw data by user and time.
+        places: [M], the place of each interaction among all interactions of the source by user and time.
         start: [U + 1], position of each user's first item in `items`.
-        title: [N], a code of each item's title.
-        seen: [P, 3], sorted by user and title: (user, code of a title, place) of each title of a kept item that a kept
-            user touched, also with a rating below --min-rating.
+        title_codes: [N], a number for each item's title; equal titles have the same number.
+        touched: [P, 3], a row (user, code of the title, place) for each title that a kept user touched with any rating,
+            also one below --min-rating. Only titles of kept items count. Sorted by user and title.
         counts: numbers of interactions, users and items that were read, dropped and kept, for the manifest.
         split: [U], train, val or test, or empty if the source has no split of its own.
-        alike: [N, L], codes of the labels in Raw.alike; L is 0 if the source has none.
+        labels: [N, L], the labels of each item (see Raw.labels); L is 0 if the source has none.
     """
 
     user_ids: list[str]
@@ -40,11 +40,11 @@ class Sequences:
     items: np.ndarray
     places: np.ndarray
     start: np.ndarray
-    title: np.ndarray
-    seen: np.ndarray
+    title_codes: np.ndarray
+    touched: np.ndarray
     counts: dict[str, int]
     split: np.ndarray
-    alike: np.ndarray
+    labels: np.ndarray
 
 
 def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
@@ -62,7 +62,7 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
     if options.images and not any(images):
         raise UserError(f"--images {options.images} has no picture of an item; name them like {item_ids[0]}.jpg")
     titles = [raw.titles[item] for item in item_ids]
-    title = np.unique(np.array(titles), return_inverse=True)[1]
+    title_codes = np.unique(np.array(titles), return_inverse=True)[1]
     counts |= {
         "users": len(user_ids),
         "items": len(item_ids),
@@ -79,11 +79,11 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
         items=index_of[items],
         places=places,
         start=np.append(0, lengths.cumsum()),
-        title=title,
-        seen=seen_titles(raw, order, user_codes, np.where(index_of < 0, -1, title[index_of]), places),
+        title_codes=title_codes,
+        touched=touched_titles(raw, order, user_codes, np.where(index_of < 0, -1, title_codes[index_of]), places),
         counts=counts,
         split=np.array([raw.split.get(user, "") for user in user_ids]),
-        alike=np.array([raw.alike.get(item, ()) for item in item_ids]),
+        labels=np.array([raw.labels.get(item, ()) for item in item_ids]),
     )
 
 
@@ -119,8 +119,8 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     unlisted = "" if options.drop_untitled else "unlisted"
     untitled = np.array([not raw.titles.get(item, unlisted) for item in raw.interactions.item_codes])
     places = np.flatnonzero(rated & ~untitled[items])
-    codes: dict[str, int] = {}
-    names = (raw.titles.get(item) or item for item in raw.interactions.item_codes)
+    codes: dict[str | tuple[str, str], int] = {}  # by title; by ("id", item) for an item without one
+    names = (raw.titles.get(item) or ("id", item) for item in raw.interactions.item_codes)
     title_of = np.array([codes.setdefault(name, len(codes)) for name in names])
     keys = users[places] * len(codes) + title_of[items[places]]
     first = places[np.sort(np.unique(keys, return_index=True)[1])]  # each title of a user at its first place
@@ -134,8 +134,9 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     }
     kept = first[long_enough[users[first]]]
     if not len(kept):
-        least = options.min_interactions
-        raise UserError(f"no user has {least} interactions; lower --min-interactions or --min-rating")
+        counted = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+        remedy = "lower --min-interactions" + (" or --min-rating" if options.min_rating is not None else "")
+        raise UserError(f"no user has {options.min_interactions} interactions ({counted}); {remedy}")
     return users[kept], items[kept], kept, times[kept], counts
 
 
@@ -156,13 +157,17 @@ def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return index_of, [item_ids[code] for code in codes]
 
 
-def seen_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: np.ndarray, kept: np.ndarray):
-    """Return Sequences.seen, [P, 3]: the titles that the kept users touched, with any rating, and where.
+def touched_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: np.ndarray, kept: np.ndarray):
+    """Return Sequences.touched: [P, 3].
+
+    The place of a title is that of the user's kept interaction with it, even if the user gave it a low rating before.
+    Otherwise training negatives would leave it out before it is a target, and so reveal it.
 
     Args:
-        title_of: the code of the title of each item code; -1: the item is not kept.
-        kept: the places of the kept interactions. A title counts as touched there, even if it got a low rating before.
-            Otherwise training negatives would leave it out, and so reveal it as a later target.
+        order: [M], positions of all interactions in the input, by user and time.
+        user_codes: [U], codes of the kept users.
+        title_of: code of the title for each item code; -1: the item is not kept.
+        kept: places of the kept interactions.
     """
     users, items, _, _ = (column[order] for column in raw.columns)
     number_of = np.full(len(raw.interactions.user_codes), -1)
@@ -180,7 +185,7 @@ def seen_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: n
 
 
 def items_before(options: argparse.Namespace) -> int:
-    """Return how many items a user must have before a target."""
+    """Return how many items of a user must come before a target. With several positives they fill the history."""
     return 1 if options.positives == 1 else options.history + options.positives - 1
 
 
@@ -196,7 +201,8 @@ def split_targets(data: Sequences, options: argparse.Namespace) -> tuple[dict[st
     With several positives, a user's first items_before() items are no training targets. --max-windows-per-user keeps
     the last targets.
 
-    Returns (positions of the targets in data.items by split, [U] number of each user's items that belong to training).
+    Returns (positions in data.items of the targets of each split; [U], number of each user's items that belong to
+    training, counted from the first).
     """
     length, end = np.diff(data.start), data.start[1:]
     training = length.copy()

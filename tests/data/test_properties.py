@@ -188,7 +188,7 @@ def compare_with_the_rewrite(drawn, options, dropping):
         barren = "protocol" in options or any(len(own) < short for own in sequences.values())  # may train nothing
         assert (
             available < negatives
-            if "has seen all except" in found
+            if "has touched all except" in found
             else re.search("no (train|val|test) examples from", found) and (too_few or barren)
         )
         SEEN["refused"] += 1

@@ -248,6 +248,16 @@ def test_negative_ratings_are_kept_unless_asked(tmp_path, monkeypatch):
         prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files, "--min-rating", "0")
 
 
+def test_an_id_is_not_taken_for_a_title(tmp_path, monkeypatch, capsys):
+    """An item that the titles do not list is refused, also if its id is the title of an item before it."""
+    rows = "".join(f"{user},{item}\n" for user in USERS for item in sequence(user))
+    (tmp_path / "log.csv").write_text(f"user,item\n{rows}{USERS[0]},Title i9\n")
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{i},{quoted(t)}\n" for i, t in TITLES.items()))
+    files = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
+    error = refused(capsys, monkeypatch, tmp_path / "data", "--dataset", "csv", *files)
+    assert "1 items have interactions but no title, the first is Title i9" in error and "i9" in sequence(USERS[0])
+
+
 def test_official_examples_never_hold_a_title_twice(tmp_path, monkeypatch):
     microlens(tmp_path / "raw")
     text = "".join(f"u{n}\t{' '.join(ITEMS[7 + n : 13 + n])} i5 i6\n" for n in range(11))  # i5 and i6 share a title

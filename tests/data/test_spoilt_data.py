@@ -1,12 +1,17 @@
 """Data folders that were spoilt between the stages."""
 
+import json
+import shutil
+
 import pytest
 from conftest import ROOT
 from forked import start
 from safetensors.torch import load_file, save_file
-from spoilt import SPOILT, changed, refused, set_, spoil
+from spoilt import SPOILT, changed, refused, set_, sign, spoil
 
 import sft
+from hanorec.data.folder import DataFolder
+from hanorec.run.files import UserError
 
 STAGED = ["items.jsonl", "train.jsonl", "val.jsonl", "sequences.jsonl", "manifest.json", "tiny/config.json"]
 STAGED += ["encoded/tiny/manifest.json", "encoded/tiny/items.safetensors", "encoded/tiny/image_tokens.safetensors"]
@@ -36,8 +41,22 @@ TYPES = {  # file, change, a word of the error
     "an unknown id": ("train.jsonl", set_(target="nothing"), "'nothing' is not in items.jsonl"),
     "a user that is a number": ("train.jsonl", set_(user=1), "'user' cannot be 1"),
     "no user": ("train.jsonl", lambda row: {"history": []}, "no 'user'"),
-    "a target that is no candidate": ("train.jsonl", lambda row: row | {"target": row["history"][0]}, "lack the"),
-    "a candidate twice": ("train.jsonl", lambda row: row | {"candidates": [row["target"]] * 10}, "repeat an item"),
+    "a target that is no candidate": (
+        "train.jsonl",
+        lambda row: row | {"target": row["history"][0]},
+        "lack the target",
+    ),
+    "a rejected target": ("train.jsonl", lambda row: row | {"rejected": row["target"]}, "rejected item is the target"),
+    "a rejected item of the history": (
+        "train.jsonl",
+        lambda row: row | {"rejected": row["history"][0]},
+        "the candidates lack the rejected item",
+    ),
+    "a candidate twice": (
+        "train.jsonl",
+        lambda row: row | {"candidates": [row["target"], *[row["rejected"]] * 9]},
+        "have an item twice",
+    ),
     "fewer candidates": ("val.jsonl", lambda row: row | {"candidates": [row["target"]]}, "several lengths"),
     "unknown items of a sequence": ("sequences.jsonl", set_(items=["nothing"]), "'nothing' is not in items.jsonl"),
     "options that are a list": ("manifest.json", set_(options=[]), "'options' cannot be []"),
@@ -56,6 +75,21 @@ def test_wrong_types_in_data_folders(name, data, capsys):
     changed(file, change)(data)
     argv = ["--data", data, "--out", data.parent / "sft", "--max-steps", 1, "--batch-size", 2, "--warmup-steps", 0]
     assert expected in refused(capsys, sft.main, *argv)
+
+
+def test_what_stands_twice_is_refused(data):
+    folder = DataFolder(data)
+    shutil.copytree(data / "encoded" / "tiny", data / "encoded" / "copy")
+    with pytest.raises(UserError, match=r"copy and .*/tiny are both of tiny; delete one"):
+        folder.encodings()
+    (data / "encoded" / "copy" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=f"encode again: prepare_data.py --encode-only --out {data}"):
+        folder.encodings()
+    first, *others = (data / "sequences.jsonl").read_text().splitlines(keepends=True)
+    (data / "sequences.jsonl").write_text("".join([first, *others, first]))
+    sign(data)
+    with pytest.raises(UserError, match=f"sequences.jsonl has user {json.loads(first)['user']} twice"):
+        DataFolder(data).sequences()
 
 
 def test_tensors_of_other_items_are_refused(data, capsys):
