@@ -92,9 +92,9 @@ class Negatives:
         raise UserError(f"no {self.count} negatives found for {redraw.any(1).sum()} examples; {self.remedy}")
 
     def most_alike(self, position: int, user: int, rng: np.random.Generator) -> np.ndarray:
-        """Return the negatives of a target that share most labels with it: [count]. The first label counts most.
+        """Return the negatives of a target that share most labels with it: [count].
 
-        Items that share equally many labels are taken in random order.
+        Labels are counted up to the first one that differs. Items that share equally many are taken in random order.
         """
         labels = self.data.labels
         shared = np.cumprod(labels == labels[self.data.items[position]], axis=1).sum(1)

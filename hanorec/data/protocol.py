@@ -83,7 +83,7 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
         touched=touched_titles(raw, order, user_codes, np.where(index_of < 0, -1, title_codes[index_of]), places),
         counts=counts,
         split=np.array([raw.split.get(user, "") for user in user_ids]),
-        labels=np.array([raw.labels.get(item, ()) for item in item_ids]),
+        labels=item_labels(raw, item_ids),
     )
 
 
@@ -155,6 +155,14 @@ def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
     index_of = np.full(len(item_ids), -1)
     index_of[codes] = np.arange(len(codes))
     return index_of, [item_ids[code] for code in codes]
+
+
+def item_labels(raw: Raw, item_ids: list[str]) -> np.ndarray:
+    """Return Sequences.labels: [N, L]. Raise ValueError if the reader gave some items fewer labels than others."""
+    labels = [raw.labels.get(item, ()) for item in item_ids]
+    if len(set(map(len, labels))) > 1:
+        raise ValueError("every item needs the same number of labels")
+    return np.array(labels)
 
 
 def touched_titles(raw: Raw, order: np.ndarray, user_codes: np.ndarray, title_of: np.ndarray, kept: np.ndarray):

@@ -71,8 +71,8 @@ class Raw:
         images: path of the image by item id.
         files: the files that were read, for the manifest.
         split: train, val or test by user id, if the source has its own split.
-        labels: labels of each item by item id, the most important first. The candidates of test_hard.jsonl share them.
-            All items have equally many. Without labels there is no test_hard.jsonl.
+        labels: labels by item id, the most important first, equally many for each item. The candidates of
+            test_hard.jsonl share them; without labels there is no test_hard.jsonl.
     """
 
     interactions: Interactions
@@ -87,10 +87,6 @@ class Raw:
         for text in filter(NOT_TEXT.search, itertools.chain(*ids, self.titles.values())):
             names = " and ".join(map(str, self.files))
             raise UserError(f"{names}: {text!r} is no text (perhaps UTF-16); save the files as UTF-8")
-        if self.labels:
-            unlabelled = self.interactions.item_codes.keys() - self.labels.keys()
-            if unlabelled or len(set(map(len, self.labels.values()))) > 1:
-                raise ValueError(f"every item needs the same number of labels; {len(unlabelled)} items have none")
         read = self.interactions
         # User codes, item codes, times and ratings: [M] each, in input order
         self.columns = tuple(np.frombuffer(v, v.typecode) for v in (read.users, read.items, read.times, read.ratings))

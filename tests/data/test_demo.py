@@ -1,15 +1,16 @@
-"""The demo's world: what its maker says of it holds, and its ceilings are the exact probabilities."""
+"""The demo's world has the properties that docs/data.md lists, and its ceilings are the exact probabilities."""
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from layouts import lines
 from PIL import Image
-from stages import lines
 
 import prepare_data
-from hanorec.data import demo
+from hanorec.data import demo, protocol
 from hanorec.ranking import ceiling
 from hanorec.ranking.metrics import group_auc, ranking_metrics
 
@@ -24,10 +25,10 @@ def folder(tmp_path_factory):
 
 
 def scores_of(path):
+    """The scores [R, C] of a predictions file, and the target's column [R]."""
     read = lines(path)
-    return np.array([line["scores"] for line in read]), np.array(
-        [line["candidates"].index(line["target"]) for line in read]
-    )
+    columns = [line["candidates"].index(line["target"]) for line in read]
+    return np.array([line["scores"] for line in read]), np.array(columns)
 
 
 def test_a_seed_makes_the_same_world_again():
@@ -90,24 +91,62 @@ def test_the_ceiling_is_calibrated(folder, name):
 
 
 def test_posters_tell_more_than_titles_and_titles_more_than_nothing(folder):
-    for split in ("", "test_hard_"):
-        (whole, target), (titles, _) = (scores_of(folder / f"{split}{n}.jsonl") for n in ("oracle", "oracle_titles"))
-        seen, read = ranking_metrics(whole, target)["NDCG@3"].mean(), ranking_metrics(titles, target)["NDCG@3"].mean()
-        assert seen > read + 0.1 and read > 0.25
-    assert group_auc(*scores_of(folder / "oracle.jsonl")).mean() > 0.8
+    (whole, target), (titles, _) = (scores_of(folder / f"{name}.jsonl") for name in ("oracle", "oracle_titles"))
+    seen, read = (ranking_metrics(scores, target)["NDCG@3"].mean() for scores in (whole, titles))
+    assert seen > read + 0.1 and read > 0.25  # chance has 0.21
+    assert group_auc(whole, target).mean() > 0.8
+
+
+def ceilings_of(out):
+    return {path.name.removesuffix(".jsonl") for path in out.glob("*oracle*")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"val_oracle", "val_oracle_titles", "oracle", "oracle_titles", "test_hard_oracle"}),
+        # 20 alike films are not left for every target
+        ("--negatives 20", {"val_oracle", "val_oracle_titles", "oracle", "oracle_titles"}),
+        (
+            "--negative-sampling popularity --further-tests 99 popularity",
+            {"test_hard_oracle", "test_99_oracle", "test_99_oracle_titles"},
+        ),
+        ("--protocol official --min-interactions 7 --further-tests 99", set()),
+    ],
+)
+def test_only_lists_that_tell_nothing_get_a_ceiling(options, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "encode", lambda options: None)
+    prepare_data.main(["--out", str(tmp_path / "demo"), *options.split()])
+    assert ceilings_of(tmp_path / "demo") == expected
+    for name in ("test_hard_oracle", "test_99_oracle"):
+        if name in expected:
+            best, target = scores_of(tmp_path / "demo" / f"{name}.jsonl")
+            films = [line["candidates"] for line in lines(tmp_path / "demo" / f"{name}.jsonl")]
+            weight = demo.make_world(42).weight
+            popular = np.array([[weight[int(film.removeprefix("film"))] for film in row] for row in films])
+            found, without = (ranking_metrics(scores, target)["NDCG@3"].mean() for scores in (best, popular))
+            assert found > without + 0.05  # a ceiling is above a ranking that needs no history
 
 
 def test_long_histories_tell_more_than_short_ones():
     world = demo.make_world(42)
     probabilities = ceiling.film_probabilities(world, titles_only=False)
-    known = []
+    means = []  # of the log-probability of the last film
     for length in (1, 3, 12):
         logs = []
         for own in world.histories.values():
             belief = ceiling.forward(probabilities, own[:-1][-length:])
             logs.append(np.log(belief @ probabilities[:, own[-1]]))
-        known.append(np.mean(logs))
-    assert known[0] < known[1] < known[2]
+        means.append(np.mean(logs))
+    assert means[0] < means[1] < means[2]
+
+
+def test_every_item_needs_its_labels():
+    labels = {"film1": ("0", "True"), "film2": ("0", "True")}
+    assert protocol.item_labels(SimpleNamespace(labels=labels), ["film2", "film1"]).shape == (2, 2)
+    assert protocol.item_labels(SimpleNamespace(labels={}), ["film2", "film1"]).size == 0
+    with pytest.raises(ValueError, match="every item needs the same number of labels"):
+        protocol.item_labels(SimpleNamespace(labels=labels), ["film1", "film3"])
 
 
 def test_hard_candidates_are_alike(folder):
@@ -135,10 +174,9 @@ def test_preparing_again_replaces_the_hard_candidates_and_ceilings(folder, tmp_p
     manifest = json.loads((out / "manifest.json").read_text())
     assert "test_hard.jsonl" in manifest["files"]
     assert len(lines(out / "test_99_oracle.jsonl")[0]["candidates"]) == 100
-    prepare_data.main(
-        ["--out", str(out), "--seed", "2", "--protocol", "official", "--min-interactions", "7"]
-    )  # no exact ceiling is known
-    assert not list(out.glob("*oracle*")) and not (out / "test_99.jsonl").exists()
+    official = ["--protocol", "official", "--min-interactions", "7"]
+    prepare_data.main(["--out", str(out), "--seed", "2", *official])  # no ceiling is known
+    assert not ceilings_of(out) and not (out / "test_99.jsonl").exists()
     prepare_data.main(["--out", str(out), "--seed", "2"])
     test = {(line["user"], tuple(line["candidates"])) for line in lines(out / "test.jsonl")}
     assert {(line["user"], tuple(line["candidates"])) for line in lines(out / "oracle.jsonl")} == test

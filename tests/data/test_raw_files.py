@@ -1,5 +1,5 @@
-"""Bad raw files and options: they end in one line on stderr and exit code 2, or are handled as the README says and
-counted in manifest.json; never in a traceback, a hang or wrong output."""
+"""Bad raw files and options: they end in one line on stderr and exit code 2, or are handled as docs/reliability.md says
+and counted in manifest.json; never in a traceback, a hang or wrong output."""
 
 import json
 import os
@@ -149,13 +149,21 @@ RAW = {
     "out has a name of 300": ("csv", None, f"--out {'x' * 300}", "cannot be written"),
     "out holds a thesis": ("csv", lambda f: (f.parent / "data" / "x").mkdir(parents=True), "", "other files"),
 }
-RAW |= {
-    f"{what} {layout}": (layout, lambda folder, change=change: [
-        path.write_bytes(change(path.read_bytes())) for path in [sorted(folder.iterdir())[0]]
-    ], "", "")
-    for layout in layouts.LAYOUTS
-    for what, change in (("junk", lambda _: JUNK), ("empty", lambda _: b""), ("cut", half))
-}  # fmt: skip
+
+
+def first_file(change):
+    """An edit that changes the bytes of the folder's first file."""
+
+    def edit(folder):
+        path = min(folder.iterdir())
+        path.write_bytes(change(path.read_bytes()))
+
+    return edit
+
+
+for layout in layouts.LAYOUTS:
+    for what, change in (("junk", lambda _: JUNK), ("empty", lambda _: b""), ("cut", half)):
+        RAW[f"{what} {layout}"] = (layout, first_file(change), "", "")
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -3,9 +3,12 @@
 import gzip
 import json
 import os
+import re
 
+import layouts
 import pytest
-from PIL import Image
+from layouts import lines, table
+from spoilt import refused
 
 import prepare_data
 from hanorec.data import readers, tables
@@ -36,26 +39,17 @@ def shuffle_key(row):
     return (row[2] * 7919) % 31, row
 
 
-def quoted(text):
-    return '"' + text.replace('"', '""') + '"'
-
-
-def draw(folder, items=ITEMS[1:], ending=".jpg"):
-    folder.mkdir(parents=True)
-    for item in items:
-        Image.new("RGB", (30, 30)).save(folder / f"{item}{ending}")
+def draw(folder, ending=".jpg"):
+    layouts.draw(folder, ending, ITEMS)
 
 
 def prepare(monkeypatch, out, *argv):
     """Prepare without encoding; (rows by split, items, manifest)."""
     monkeypatch.setattr(prepare_data, "encode", lambda options: None)
     prepare_data.main([*map(str, argv), "--out", str(out)])
-
-    def lines(name):
-        return [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    splits = {name: lines(name) for name in ("train", "val", "test")}
-    return splits, {item["item"]: item for item in lines("items")}, json.loads((out / "manifest.json").read_text())
+    splits = {name: lines(out / f"{name}.jsonl") for name in ("train", "val", "test")}
+    items = {item["item"]: item for item in lines(out / "items.jsonl")}
+    return splits, items, json.loads((out / "manifest.json").read_text())
 
 
 def check(splits, items, manifest, images=29):
@@ -78,8 +72,8 @@ def microlens(folder, layout="tsv"):
     else:
         text = "user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t, _ in interactions())
         (folder / "MicroLens-50k_pairs.csv").write_text(text)
-    text = "\ufeffitem,title\r\n" + "".join(f"{item},{quoted(title)}\r\n" for item, title in TITLES.items())
-    (folder / "MicroLens-50k_titles.csv").write_text(text, encoding="utf-8", newline="")
+    titles = "\ufeff".encode() + table(["item", "title"], TITLES.items()).replace(b"\n", b"\r\n")
+    (folder / "MicroLens-50k_titles.csv").write_bytes(titles)
 
 
 @pytest.mark.parametrize("layout", ["tsv", "csv"])
@@ -94,7 +88,7 @@ def test_hanorec_keeps_the_published_split(tmp_path, monkeypatch):
     split = {"train": USERS[:8], "val": USERS[8:10], "test": USERS[10:]}
     for name, users in split.items():
         (raw / f"{name}.tsv").write_text("".join(f"{user}\t{' '.join(sequence(user))}\n" for user in users))
-    (raw / "Netflix_titles.csv").write_text("".join(f"{item},{quoted(title)}\n" for item, title in TITLES.items()))
+    (raw / "Netflix_titles.csv").write_bytes(table(None, TITLES.items()))
     argv = ["--dataset", "hanorec", "--source", raw]
     splits, items, manifest = prepare(monkeypatch, tmp_path / "data", *argv)
     assert {name: {row["user"] for row in rows} for name, rows in splits.items()} == {
@@ -118,8 +112,8 @@ def test_amazon(tmp_path, monkeypatch, zipped):
     rows += [{"user_id": user, "parent_asin": "untitled", "timestamp": 1, "rating": 1.0} for user in USERS]
     meta = [{"parent_asin": item, "title": title.replace('"', "&quot;")} for item, title in TITLES.items()]
     meta += [{"parent_asin": "unknown", "title": "Never bought"}, {"parent_asin": "untitled", "title": None}]
-    for name, lines in (("All_Beauty", rows), ("meta_All_Beauty", meta)):
-        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    for name, values in (("All_Beauty", rows), ("meta_All_Beauty", meta)):
+        text = "".join(json.dumps(value) + "\n" for value in values).encode()
         path = raw / (f"{name}.jsonl" + ".gz" * zipped)
         path.write_bytes(gzip.compress(text) if zipped else text)
     splits, items, manifest = prepare(monkeypatch, tmp_path / "data", "--dataset", "amazon", "--source", raw)
@@ -130,10 +124,10 @@ def test_amazon(tmp_path, monkeypatch, zipped):
 def test_recbole(tmp_path, monkeypatch):
     raw = tmp_path / "raw"
     draw(raw / "images", ending=".png")
-    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-    (raw / "ml.inter").write_text(header + "".join(f"{u}\t{i}\t{r}\t{t}\n" for u, i, t, r in interactions()))
-    header = "item_id:token\tmovie_title:token_seq\tgenre:token_seq\n"
-    (raw / "ml.item").write_text(header + "".join(f"{item}\t{title}\tDrama\n" for item, title in TITLES.items()))
+    header = ["user_id:token", "item_id:token", "timestamp:float", "rating:float"]
+    (raw / "ml.inter").write_bytes(table(header, interactions(), "\t", quote=False))
+    header = ["item_id:token", "movie_title:token_seq", "genre:token_seq"]
+    (raw / "ml.item").write_bytes(table(header, [(*title, "Drama") for title in TITLES.items()], "\t", quote=False))
     check(*prepare(monkeypatch, tmp_path / "data", "--dataset", "recbole", "--source", raw))
 
 
@@ -144,8 +138,8 @@ def test_csv_with_named_columns_and_dates(tmp_path, monkeypatch):
     draw(tmp_path / "pictures", ending=".webp")
     rows = "".join(f"{i},2024-01-{t - 999:02} 12:00:00,{u}\n" for u, i, t, _ in interactions() if t < 2000)
     (tmp_path / "log.csv").write_text("asin,when,who\n" + rows)
-    titles = "".join(f"{quoted(title)},{item}\n" for item, title in TITLES.items())
-    (tmp_path / "items.csv").write_text("name,asin\n" + titles + "Never bought,i99\n", encoding="utf-8")
+    titles = [*((title, item) for item, title in TITLES.items()), ("Never bought", "i99")]
+    (tmp_path / "items.csv").write_bytes(table(["name", "asin"], titles))
     files = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
     argv = ["--dataset", "csv", *files, "--images", tmp_path / "pictures"]
     check(*prepare(monkeypatch, tmp_path / "data", *argv, *TABLES))
@@ -218,43 +212,35 @@ def test_movielens_titles_in_either_encoding(tmp_path, encoding, mark):
     assert [column.tolist() for column in raw.columns] == [[0], [0], [4], [3.5]]
 
 
+def write_tables(folder, rows, header=("user", "item")):
+    """Write log.csv with these rows, and items.csv. Returns the options that name them."""
+    (folder / "log.csv").write_bytes(table(header, rows))
+    (folder / "items.csv").write_bytes(table(["item", "title"], TITLES.items()))
+    return ["--dataset", "csv", "--interactions", folder / "log.csv", "--items", folder / "items.csv"]
+
+
 def test_without_times_the_input_order_counts_and_is_said(tmp_path, monkeypatch, capsys):
-    draw(tmp_path / "pictures")
-    rows = "".join(f"{user},{item}\n" for user in USERS for item in sequence(user))
-    (tmp_path / "log.csv").write_text("user,item\n" + rows)
-    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{i},{quoted(t)}\n" for i, t in TITLES.items()))
-    files = [
-        "--interactions",
-        tmp_path / "log.csv",
-        "--items",
-        tmp_path / "items.csv",
-        "--images",
-        tmp_path / "pictures",
-    ]
-    found = prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files)
-    check(*found)
+    argv = write_tables(tmp_path, [(user, item) for user in USERS for item in sequence(user)])
+    splits, items, manifest = prepare(monkeypatch, tmp_path / "data", *argv)
+    check(splits, items, manifest, images=0)
     assert "has no column timestamp" in capsys.readouterr().out
-    assert found[2]["counts"]["interactions_tied_in_time"] == 0
+    assert manifest["counts"]["interactions_tied_in_time"] == 0
 
 
-def test_negative_ratings_are_kept_unless_asked(tmp_path, monkeypatch):
-    rows = "".join(f"{user},{item},-1\n" for user in USERS for item in sequence(user))
-    (tmp_path / "log.csv").write_text("user,item,rating\n" + rows)
-    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{i},{quoted(t)}\n" for i, t in TITLES.items()))
-    files = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
-    _, _, manifest = prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files)
+def test_negative_ratings_are_kept_unless_asked(tmp_path, monkeypatch, capsys):
+    rows = [(user, item, -1) for user in USERS for item in sequence(user)]
+    argv = write_tables(tmp_path, rows, ("user", "item", "rating"))
+    _, _, manifest = prepare(monkeypatch, tmp_path / "data", *argv)
     assert manifest["counts"]["below_min_rating"] == 0
-    with pytest.raises(SystemExit):
-        prepare(monkeypatch, tmp_path / "data", "--dataset", "csv", *files, "--min-rating", "0")
+    error = refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data", "--min-rating", "0")
+    assert "84 below min rating, 12 users too short); lower --min-interactions or --min-rating" in error
 
 
-def test_an_id_is_not_taken_for_a_title(tmp_path, monkeypatch, capsys):
+def test_an_id_is_not_taken_for_a_title(tmp_path, capsys):
     """An item that the titles do not list is refused, also if its id is the title of an item before it."""
-    rows = "".join(f"{user},{item}\n" for user in USERS for item in sequence(user))
-    (tmp_path / "log.csv").write_text(f"user,item\n{rows}{USERS[0]},Title i9\n")
-    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{i},{quoted(t)}\n" for i, t in TITLES.items()))
-    files = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
-    error = refused(capsys, monkeypatch, tmp_path / "data", "--dataset", "csv", *files)
+    rows = [(user, item) for user in USERS for item in sequence(user)]
+    argv = write_tables(tmp_path, [*rows, (USERS[0], "Title i9")])
+    error = refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data")
     assert "1 items have interactions but no title, the first is Title i9" in error and "i9" in sequence(USERS[0])
 
 
@@ -269,49 +255,55 @@ def test_official_examples_never_hold_a_title_twice(tmp_path, monkeypatch):
         assert len({TITLES[item] for item in row["candidates"]}) == len(row["candidates"]) == 10
 
 
-def refused(capsys, monkeypatch, *argv):
-    with pytest.raises(SystemExit) as stop:
-        prepare(monkeypatch, *argv)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and len(error.splitlines()) == 1
-    return error
+MISTAKES = {  # what Small_titles.csv holds, and the error
+    "too few fields": ("item,title\ni1\n", "line 2: expected an item and its title, 2 fields, got ['i1']"),
+    "a comma": ("item,title\ni1,Good, bad and ugly\n", "2 fields, got ['i1', 'Good', ' bad and ugly']"),
+    "an open quote": ('item,title\ni1,"One\ni2,Two\n', "cannot be read: unexpected end of data"),
+    "two titles": ("item,title\ni1,One\ni1,\ni1,Another\n", "line 4: item i1 is 'One' above and 'Another' here"),
+}
 
 
-def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_titles_are_named(name, tmp_path, capsys):
+    text, expected = MISTAKES[name]
+    argv = layouts.write("microlens-tsv", tmp_path / "raw")
+    (tmp_path / "raw" / "Small_titles.csv").write_text(text)
+    assert expected in refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data")
+
+
+def test_mistakes_in_the_source_are_named(tmp_path, monkeypatch, capsys):
     raw, out = tmp_path / "raw", tmp_path / "data"
-    microlens(raw)
-    argv = [out, "--dataset", "microlens", "--source"]
-    assert "holds no *_pairs.tsv or *_pairs.csv" in refused(capsys, monkeypatch, *argv, tmp_path)
-    assert "is not a folder; give the unpacked dataset" in refused(capsys, monkeypatch, *argv, tmp_path / "nowhere")
-    with open(raw / "MicroLens-50k_pairs.tsv", "a") as file:
-        file.write(f"new\t{' '.join(['ghost', *ITEMS[:8]])}\n")
-    error = refused(capsys, monkeypatch, *argv, raw)
+    argv = layouts.write("microlens-tsv", raw)[:-1]
+
+    def error_of(*more):
+        return refused(capsys, prepare_data.main, *more, "--out", out)
+
+    assert "holds no *_pairs.tsv or *_pairs.csv" in error_of(*argv, tmp_path)
+    assert "is not a folder; give the unpacked dataset" in error_of(*argv, tmp_path / "nowhere")
+    assert "or --split with --dataset hanorec" in error_of("--dataset", "hanorec", "--source", raw, "--split", "user")
+    with open(raw / "Small_pairs.tsv", "a") as file:
+        file.write(f"new\t{' '.join(['ghost', *layouts.ITEMS[:8]])}\n")
+    error = error_of(*argv, raw)
     assert "1 items have interactions but no title, the first is ghost" in error and "--drop-untitled" in error
     assert not os.listdir(out) or os.listdir(out) == [".lock"]
-    _, items, manifest = prepare(monkeypatch, *argv, raw, "--drop-untitled")
+    _, items, manifest = prepare(monkeypatch, out, *argv, raw, "--drop-untitled")
     assert "ghost" not in items and manifest["counts"]["of_untitled_items"] == 1
-    (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1\n")
-    assert "line 2: expected an item and its title, 2 fields, got ['i1']" in refused(capsys, monkeypatch, *argv, raw)
-    (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1,Good, bad and ugly\n")
-    assert "2 fields, got ['i1', 'Good', ' bad and ugly']" in refused(capsys, monkeypatch, *argv, raw)
-    (raw / "MicroLens-50k_titles.csv").write_text('item,title\ni1,"One\ni2,Two\n')
-    assert "cannot be read: unexpected end of data" in refused(capsys, monkeypatch, *argv, raw)
-    (raw / "MicroLens-50k_titles.csv").write_text("item,title\ni1,One\ni1,\ni1,Another\n")
-    assert "line 4: item i1 is 'One' above and 'Another' here" in refused(capsys, monkeypatch, *argv, raw)
     (raw / "second_pairs.tsv").write_text("u1\ti1\n")
-    assert "holds 2 files named *_pairs.tsv" in refused(capsys, monkeypatch, *argv, raw)
-    assert "needs --interactions FILE and --items FILE" in refused(capsys, monkeypatch, out, "--dataset", "csv")
-    error = refused(capsys, monkeypatch, out, "--dataset", "hanorec", "--source", raw, "--split", "user")
-    assert "or --split with --dataset hanorec" in error
-    (tmp_path / "log.csv").write_text("user,item,timestamp\nu1,i1,yesterday\n")
-    (tmp_path / "items.csv").write_text("item,title\ni1,One\n")
-    tables = ["--interactions", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
-    argv = [tmp_path / "tables", "--dataset", "csv", *tables]
-    error = refused(capsys, monkeypatch, *argv)
-    assert "log.csv, line 2: expected user, item, time, got ['u1', 'i1', 'yesterday']" in error
-    for time in ("nan", "inf", ""):
-        (tmp_path / "log.csv").write_text(f"user,item,timestamp\nu1,i1,{time}\n")
-        assert "log.csv, line 2: expected user, item, time" in refused(capsys, monkeypatch, *argv)
-    assert "--source does not go with --dataset csv" in refused(capsys, monkeypatch, *argv, "--source", raw)
-    error = refused(capsys, monkeypatch, *argv, "--user-column", "who")
+    assert "holds 2 files named *_pairs.tsv" in error_of(*argv, raw)
+    (raw / "second_pairs.tsv").unlink()
+    (raw / "Small_pairs.tsv").rename(raw / "Small_pairs.csv")
+    assert re.search("Small_pairs.csv has no column user, .*; add a header line", error_of(*argv, raw))
+
+
+@pytest.mark.parametrize("time", ["yesterday", "nan", "inf", ""])
+def test_mistakes_in_tables_are_named(time, tmp_path, capsys):
+    argv = write_tables(tmp_path, [("u1", "i1", time)], ("user", "item", "timestamp"))
+
+    def error_of(*more):
+        return refused(capsys, prepare_data.main, *more, "--out", tmp_path / "data")
+
+    assert f"log.csv, line 2: expected user, item, time, got ['u1', 'i1', '{time}']" in error_of(*argv)
+    assert "needs --interactions FILE and --items FILE" in error_of("--dataset", "csv")
+    assert "--source does not go with --dataset csv" in error_of(*argv, "--source", tmp_path)
+    error = error_of(*argv, "--user-column", "who")
     assert "log.csv has no column who, only user, item, timestamp; name it with --user-column" in error

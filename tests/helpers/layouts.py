@@ -38,11 +38,11 @@ def sequences(rows, users):
     return "".join(f"{user}\t{' '.join(row[1] for row in rows if row[0] == user)}\n" for user in users).encode()
 
 
-def draw(folder, ending=".jpg"):
+def draw(folder, ending=".jpg", items=ITEMS):
     """Write a picture of each item but the first."""
     folder.mkdir(parents=True)
-    for number, item in enumerate(ITEMS[1:]):
-        Image.new("RGB", (30, 30), (10 * number, 99, 0)).save(folder / f"{item}{ending}")
+    for number, item in enumerate(items[1:]):
+        Image.new("RGB", (30, 30), (8 * number, 99, 0)).save(folder / f"{item}{ending}")
 
 
 def write(layout, folder, images=False):
