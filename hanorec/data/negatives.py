@@ -121,7 +121,7 @@ def sampling_of(split: str, options: argparse.Namespace) -> str:
 
 
 def negatives_of_splits(data: Sequences, training: np.ndarray, options: argparse.Namespace) -> dict[str, Negatives]:
-    """Return what draws the negatives of each split that the data folder gets. For the arguments see `Negatives`."""
+    """Return the `Negatives` of each split that the data folder gets. For the arguments see there."""
     leave_one_out = options.split == "leave-one-out"
     option = "--protocol official" if options.positives > 1 else "--negatives"
     usual = Negatives(data, training, options.negatives, options.negative_sampling, leave_one_out, option)

@@ -2,12 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 
 METRICS = ("AUC", "GAUC", "HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
 LONG_METRICS = ("Recall@5", "Recall@10", "Recall@20", "NDCG@10", "NDCG@20")
-LIST_LENGTH = 20  # more candidates than this have LONG_METRICS too
+LIST_LENGTH = 20  # longer lists of candidates have LONG_METRICS too
+NORMAL = 1.96  # the 97.5% quantile of the normal distribution
+# The 97.5% quantiles of Student's t with 1, 2, 3, ... degrees of freedom; the last one also serves for more
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def above_and_tied(scores: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each example the number of candidates above its target, and of those that tie with it: [R] each.
+
+    Args:
+        scores: [R, C].
+        target: [R], the target's column. The target itself is not counted.
+    """
+    target_score = np.take_along_axis(scores, target[:, None], axis=1)
+    return (scores > target_score).sum(1), (scores == target_score).sum(1) - 1
 
 
 def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
@@ -25,9 +40,7 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     >>> ranking_metrics(np.array([[0.5, 0.5, 0.1]]), np.array([0]))["HR@1"]
     array([0.5])
     """
-    target_score = np.take_along_axis(scores, target[:, None], axis=1)
-    above = (scores > target_score).sum(1)
-    tied = (scores == target_score).sum(1)  # with the target itself
+    above, tied = above_and_tied(scores, target)
     rank = np.arange(1, scores.shape[1] + 1)
     gains = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 3, 5)}  # the metric of a target at each rank
     gains |= {f"NDCG@{k}": (rank <= k) / np.log2(1 + rank) for k in (3, 5)}
@@ -38,7 +51,7 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     metrics = {}
     for name, gain in gains.items():
         total = np.append(0, gain.cumsum())  # total[n] is the sum of the gains of ranks 1 to n
-        metrics[name] = (total[above + tied] - total[above]) / tied
+        metrics[name] = (total[above + tied + 1] - total[above]) / (tied + 1)
     return metrics
 
 
@@ -51,19 +64,15 @@ def rank_changes(scores: np.ndarray, other: np.ndarray, target: np.ndarray) -> f
     """
     ranks = []
     for values in (scores, other):
-        target_score = np.take_along_axis(values, target[:, None], axis=1)
-        ranks.append(
-            (values > target_score).sum(1) + (values >= target_score).sum(1)
-        )  # twice the rank, less a constant
+        above, tied = above_and_tied(values, target)
+        ranks.append(1 + above + tied / 2)
     return float((ranks[0] != ranks[1]).mean())
 
 
 def group_auc(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return for each example the share of its negatives below its target: [R]. A tie counts half. The mean is GAUC."""
-    target_score = np.take_along_axis(scores, target[:, None], axis=1)
-    below = (scores < target_score).sum(1)
-    tied_negatives = (scores == target_score).sum(1) - 1
-    return (below + tied_negatives / 2) / (scores.shape[1] - 1)
+    above, tied = above_and_tied(scores, target)
+    return 1 - (above + tied / 2) / (scores.shape[1] - 1)
 
 
 def pooled_auc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -93,8 +102,8 @@ class Result:
     """A system's metrics of one split, or the difference of two systems' metrics.
 
     Args:
-        values: by name; of several seeds the mean.
-        replicates: [S] by name, the metric of each of S bootstrap resamples.
+        values: the value of each metric by name; of several seeds the mean.
+        replicates: [S] by name, the metric in each of S bootstrap resamples, see `measure` and `pool`.
         examples: the number of examples.
         sd: of several seeds, the standard deviation over the seeds, by name.
         slices: results of parts of the examples, by name of the slicing and name of the slice.
@@ -159,32 +168,36 @@ def measure(
 
 
 def pool(results: Sequence[Result], seed: int = 0) -> Result:
-    """Pool the results of runs that differ in their seed: means, standard deviations, and a hierarchical bootstrap.
+    """Pool the results of runs that differ in their seed: means, standard deviations, and replicates for an interval.
 
-    A replicate draws runs with replacement, and then examples with replacement, which `measure` has drawn: the same
-    examples for every run. The same runs are drawn for every system with as many runs. So a difference is paired by
-    seed and by example if `results` are the differences of runs with equal seeds.
+    A replicate is the mean over the runs on the examples that `measure` has drawn, plus a normal random number for the
+    runs. The standard deviation of this number is the standard error of the mean over the runs, times Student's t over
+    1.96, because few runs tell little about their spread. The interval is one for the mean over training runs and
+    examples: a single run can lie outside it.
 
     Args:
-        results: one for each run, measured with the same `seed`. One result is returned as it is.
-        seed: of the bootstrap.
+        results: one for each run, measured with the same `seed`. One result is returned as it is. For a difference of
+            two systems, the differences of runs with equal seeds: it is then paired by seed and by example.
+        seed: of the random numbers.
     """
     if len(results) == 1:
         return results[0]
     first, count = results[0], len(results)
     resamples = len(next(iter(first.replicates.values())))
-    draws = np.random.default_rng([seed, 1]).multinomial(count, np.full(count, 1 / count), size=resamples)  # [S, runs]
-    by_run = {name: np.array([result.values[name] for result in results]) for name in first.values}
-    replicates = {}
-    for name in by_run:
-        own = np.stack([result.replicates[name] for result in results], axis=1)  # [S, runs]
-        replicates[name] = (draws * own).sum(1) / count
+    # The quantiles of the normal distribution in random order: their percentiles are exact
+    quantiles = [NormalDist().inv_cdf((number + 0.5) / resamples) for number in range(resamples)]
+    noise = np.random.default_rng([seed, 1]).permutation(quantiles)
+    widening = STUDENT[min(count - 2, len(STUDENT) - 1)] / NORMAL
+    values, sd, replicates = {}, {}, {}
+    for name in first.values:
+        by_run = np.array([result.values[name] for result in results])
+        values[name], sd[name] = float(by_run.mean()), float(by_run.std(ddof=1))
+        mean = np.mean([result.replicates[name] for result in results], axis=0)
+        replicates[name] = mean + widening * sd[name] / count**0.5 * noise
     slices = {
         slicing: {name: pool([result.slices[slicing][name] for result in results], seed) for name in parts}
         for slicing, parts in first.slices.items()
     }
-    values = {name: float(numbers.mean()) for name, numbers in by_run.items()}
-    sd = {name: float(numbers.std(ddof=1)) for name, numbers in by_run.items()}
     return Result(values, replicates, first.examples, sd, slices)
 
 
@@ -193,12 +206,13 @@ def differences(rows: dict[str, list[Result]], reference: str, seed: int) -> dic
 
     Args:
         rows: the results of each row's runs, in order of their seeds. Another system has one result.
-        seed: of the bootstrap.
+        seed: of `pool`.
     """
-    found = {}
+    differences_by_row = {}
     for name, results in rows.items():
         if name != reference:
             others = rows[reference]
             results = results * len(others) if len(results) == 1 else results
-            found[name] = pool([one.minus(other) for one, other in zip(results, others, strict=True)], seed)
-    return found
+            paired = [one.minus(other) for one, other in zip(results, others, strict=True)]
+            differences_by_row[name] = pool(paired, seed)
+    return differences_by_row
