@@ -11,7 +11,7 @@ from hanorec.data.tables import header_of, text_rows
 from hanorec.run.files import UserError, read_jsonl, replacing, write_jsonl
 
 # The fields of predictions.jsonl, and their types
-PREDICTION = {"user": object, "target": object, "candidates": list, "scores": (list, type(None))}
+PREDICTION = {"user": object, "target": object, "candidates": list, "scores": list}
 
 OTHER_CANDIDATES = "the file is of another split, or the data has been prepared again since; score these examples again"
 
@@ -66,12 +66,11 @@ def read_scores(path: Path, ids: list[str], examples: Sequence[Example]) -> tupl
         line = by_example.get((example.user, target))
         if line is None:
             raise UserError(f"{path} has no line for user {example.user} with target {target}: {OTHER_CANDIDATES}")
-        if line["scores"] is not None:
-            scores.append(ordered_scores(path, line, "scores", candidates))
+        scores.append(ordered_scores(path, line, "scores", candidates))
         if line.get("yes_scores") is not None:
             yes_scores.append(ordered_scores(path, line, "yes_scores", candidates))
-    if len(scores) < len(examples) or len(yes_scores) not in (0, len(examples)):
-        raise UserError(f"{path}: some examples have no scores, or only some have yes_scores; give them for all")
+    if len(yes_scores) not in (0, len(examples)):
+        raise UserError(f"{path}: only some examples have yes_scores; give them for all or for none")
     return np.array(scores, dtype=float), np.array(yes_scores, dtype=float) if yes_scores else None
 
 
@@ -85,7 +84,8 @@ def ordered_scores(path: Path, line: dict, key: str, candidates: list[str]) -> l
     if sorted(line_candidates) != sorted(candidates):
         raise UserError(f"{path}, user {line['user']}: not the candidates of this data: {OTHER_CANDIDATES}")
     values = line[key] if isinstance(line[key], list) else []
-    finite = all(isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in values)
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    finite = numbers and all(abs(value) <= sys.float_info.max for value in values)
     if not finite or len(values) != len(candidates):
         raise UserError(f"{path}, user {line['user']}: {key} must hold one finite number for each candidate")
     return [values[line_candidates.index(candidate)] for candidate in candidates]
@@ -100,21 +100,28 @@ def read_recbole_scores(path: Path) -> list[dict]:
     rows = text_rows(path, "\t", quotes=False)
     header = header_of(rows, path, typed=True)
     columns = ("user_id", "item_id", "label", "score")
-    if not set(columns) <= set(header):
-        raise UserError(f"{path} lacks {', '.join(columns)}; give the .candidates.inter that --export-recbole wrote")
+    absent = [name for name in columns if name not in header]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}; give the .candidates.inter that --export-recbole wrote")
     positions = [header.index(name) for name in columns]
     lines = {}
     for number, row in rows:
         try:
             user, item, label, score = (row[position] for position in positions)
-            is_target, score = float(label) > 0, float(score)
-        except (IndexError, ValueError) as error:
-            raise UserError(f"{path}, line {number}: expected {', '.join(header)}, got {row}") from error
+            is_target, score = {0.0: False, 1.0: True}[float(label)], float(score)
+        except (IndexError, ValueError, KeyError) as error:
+            fields = f"{', '.join(header)} with numbers in score and 0 or 1 in label"
+            raise UserError(f"{path}, line {number}: expected {fields}, got {row}") from error
         line = lines.setdefault(user, {"user": user, "target": None, "candidates": [], "scores": []})
         line["candidates"].append(item)
         line["scores"].append(score)
         if is_target:
+            if line["target"] is not None:
+                raise UserError(f"{path}, line {number}: user {user} has label 1 twice; the target alone has it")
             line["target"] = item
+    for user, line in lines.items():
+        if line["target"] is None:
+            raise UserError(f"{path}: user {user} has no line with label 1; give the target this label")
     return list(lines.values())
 
 
@@ -134,27 +141,28 @@ def write_recbole(
         scores: [R, C], of splits["candidates"].
         sequences: the training sequence of each user.
     """
-    ids, name = items.ids, folder.name
+    ids, name = items.ids, folder.resolve().name
     users = [example.user for examples in splits.values() for example in examples]
     for text in (*ids, *users, *sequences):
         if len(text.split()) != 1:
             raise UserError(f"RecBole's files cannot hold the id {text!r}: it is empty, or has white space")
-    for split, examples in splits.items():
-        lines = ["user_id:token\titem_id_list:token_seq\titem_id:token"]
-        if split == "candidates":
-            lines[0] += "\tlabel:float\tscore:float"
-        for number, example in enumerate(examples):
-            start = f"{example.user}\t{' '.join(ids[item] for item in example.history)}\t"
-            if split != "candidates":
-                lines.append(start + ids[example.target])
-                continue
-            for item, score in zip(example.candidates, scores[number], strict=True):
-                lines.append(f"{start}{ids[item]}\t{float(item == example.target)}\t{score}")
-        write_lines(folder / f"{name}.{'valid' if split == 'val' else split}.inter", lines)
-    interactions = [f"{user}\t{ids[item]}" for user, sequence in sequences.items() for item in sequence]
-    write_lines(folder / f"{name}.interactions.inter", ["user_id:token\titem_id:token", *interactions])
-    titles = ["\t".join(pair) for pair in zip(ids, items.titles, strict=True)]
-    write_lines(folder / f"{name}.item", ["item_id:token\ttitle:token_seq", *titles])
+
+    def start(example: Example) -> str:
+        return f"{example.user}\t{' '.join(ids[item] for item in example.history)}"
+
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token"
+    for split in splits.keys() - {"candidates"}:
+        lines = [f"{start(example)}\t{ids[example.target]}" for example in splits[split]]
+        write_lines(folder / f"{name}.{'valid' if split == 'val' else split}.inter", [header, *lines])
+    lines = []
+    for example, own_scores in zip(splits["candidates"], scores, strict=True):
+        for item, score in zip(example.candidates, own_scores, strict=True):
+            lines.append(f"{start(example)}\t{ids[item]}\t{float(item == example.target)}\t{score}")
+    write_lines(folder / f"{name}.candidates.inter", [f"{header}\tlabel:float\tscore:float", *lines])
+    lines = [f"{user}\t{ids[item]}" for user, sequence in sequences.items() for item in sequence]
+    write_lines(folder / f"{name}.interactions.inter", ["user_id:token\titem_id:token", *lines])
+    lines = [f"{item}\t{title}" for item, title in zip(ids, items.titles, strict=True)]
+    write_lines(folder / f"{name}.item", ["item_id:token\ttitle:token_seq", *lines])
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

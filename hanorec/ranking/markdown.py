@@ -10,9 +10,10 @@ SLICE_TABLE = ("AUC", "HR@3", "NDCG@3")
 
 
 def tables(results: dict[str, Result], corner: str = "") -> str:
-    """Return Markdown tables of the results, with a row for each system and each value with its 95% interval.
+    """Return Markdown tables of the results: a row for each system, and in each cell a value with its 95% interval.
 
-    Lists with more than 20 candidates have two tables more. Results with slices have one more for each slicing.
+    There are two tables. Lists with more than 20 candidates have two more, and results with slices one for each
+    slicing.
 
     Args:
         corner: the text above the names of the systems.
@@ -39,7 +40,8 @@ def slice_tables(results: dict[str, Result], corner: str) -> list[str]:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of texts as a Markdown table. The first row is the header."""
+    """Return rows of texts as a Markdown table. The first row is the header. A `|` in a text is escaped."""
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

@@ -6,11 +6,11 @@ import numpy as np
 
 from hanorec.run.files import UserError
 
-BLOCK = 10  # items of like popularity that exchange their images; at most one less than twice as many
+BLOCK = 10  # a block has BLOCK to 2 * BLOCK - 1 items of like popularity, or all items if they are fewer
 
 
 def other_images(images: Sequence[str | None], popularity: np.ndarray, seed: int) -> list[int]:
-    """Return for each item the item whose image it gets: another one of like popularity.
+    """Return for each item the item whose image it gets: another one of like popularity; itself if it has no image.
 
     The items with an image are sorted by popularity, with ties in random order, and cut into blocks. In each block the
     images move on by one in a random circle. So every image is used once, and no item keeps its own.

@@ -1,4 +1,4 @@
-"""Cut the examples into slices, and measure each: by history, popularity, hardest negative, and title and image."""
+"""Cut the examples into slices by a property, such as the length of the history, and measure each slice."""
 
 from collections.abc import Sequence
 
@@ -8,35 +8,38 @@ from hanorec.data.folder import Example
 from hanorec.ranking.markdown import short
 from hanorec.ranking.metrics import Result, measure
 
-NAMES = ("low", "middle", "high")
-Slicings = dict[str, dict[str, np.ndarray]]  # a mask [R] of the examples for each slice, by slicing and slice
+Slicings = dict[str, dict[str, np.ndarray]]  # slicing -> slice -> mask [R] of its examples
 
 
 def tertiles(values: np.ndarray) -> dict[str, np.ndarray]:
     """Cut examples into three slices of about equal size by a value. Equal values stay in one slice.
 
+    The middle of a value's ranks decides its slice: below a third of the examples, above two thirds, or between.
+
     Args:
         values: [R].
 
-    Returns a mask [R] for each slice, by its name and range. Many equal values make fewer slices.
+    Returns a mask [R] for each slice, by its name and range. Many equal values make fewer slices: two are `low` and
+    `high`, one is `all`.
 
-    >>> {name: mask.tolist() for name, mask in tertiles(np.array([5, 1, 2, 5])).items()}
-    {'low: 1 to 2': [False, True, True, False], 'middle: 5': [True, False, False, True]}
+    >>> {name: mask.tolist() for name, mask in tertiles(np.array([9, 1, 9, 9])).items()}
+    {'low: 1': [False, True, False, False], 'high: 9': [True, False, True, True]}
     """
-    edges = np.quantile(values, [1 / 3, 2 / 3])
-    number = (values[:, None] > edges).sum(1)
+    ordered = np.sort(values)
+    doubled_ranks = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    low, high = 3 * doubled_ranks < 2 * len(values), 3 * doubled_ranks > 4 * len(values)
+    masks = [mask for mask in (low, ~low & ~high, high) if mask.any()]
+    names = {1: ("all",), 2: ("low", "high"), 3: ("low", "middle", "high")}[len(masks)]
     text = str if np.issubdtype(values.dtype, np.integer) else short
     slices = {}
-    found = np.unique(number)
-    for index in found:
-        mask, name = number == index, NAMES[index] if len(found) > 1 else "all"
+    for name, mask in zip(names, masks, strict=True):
         ends = dict.fromkeys([text(values[mask].min()), text(values[mask].max())])
         slices[f"{name}: {' to '.join(ends)}"] = mask
     return slices
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the cosine of each pair of rows: [R]. It is 0 for a row of zeros."""
+    """Return the cosine of each row of `one`, [R, d], and `other`, [R, d] or [d]: [R]. It is 0 for a row of zeros."""
     norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     return (one * other).sum(-1) / np.maximum(norms, 1e-12)
 

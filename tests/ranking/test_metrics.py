@@ -110,6 +110,11 @@ def test_paired_difference_is_narrower_than_unpaired():
     assert one.minus(one).interval("MRR") == [0, 0]
 
 
+def test_a_line_in_a_name_makes_no_column():
+    table = markdown.markdown([["", "MRR"], ["runs/a|b", ".5"]])
+    assert table.splitlines()[2].replace("\\|", "").count("|") == 3 and r"runs/a\|b" in table
+
+
 def test_cells_lose_the_zero_before_the_point_and_no_other():
     result = metrics.Result({"MRR": 10.5}, {"MRR": np.array([-0.5, 20.25])})
     assert markdown.cell(result, "MRR") == "10.500 [.019, 19.731]"

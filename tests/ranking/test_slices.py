@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hanorec.data.folder import Example
 from hanorec.ranking import markdown, metrics, slices
@@ -12,7 +13,6 @@ ITEMS, EXAMPLES = 30, 50
 
 def made(seed=0):
     """Random examples and vectors; a third of the items has no image."""
-    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(seed)
     text, image = rng.normal(size=(2, ITEMS, 4))
     image[::3] = 0
@@ -59,9 +59,21 @@ def test_slices_partition_the_examples():
 
 @pytest.mark.parametrize("values", [[3], [2, 2, 2, 2], [1, 2], [1, 1, 1, 1, 9], [9, 1, 9, 9, 9], [0.5, 0.5001, 0.5002]])
 def test_tertiles_of_few_or_equal_values(values):
-    found = slices.tertiles(np.array(values))
-    assert (sum(mask.astype(int) for mask in found.values()) == 1).all()
-    assert len(set(values)) >= len(found)
+    """A partition that treats low and high values alike: the negative values are cut at the same places."""
+    parts = slices.tertiles(np.array(values))
+    assert (sum(mask.astype(int) for mask in parts.values()) == 1).all()
+    assert len(set(values)) >= len(parts)
+    names = {1: ["all"], 2: ["low", "high"], 3: ["low", "middle", "high"]}
+    assert [part.split(":")[0] for part in parts] == names[len(parts)]
+    mirrored = slices.tertiles(-np.array(values))
+    assert [mask.tolist() for mask in mirrored.values()] == [mask.tolist() for mask in parts.values()][::-1]
+
+
+def test_tertiles_of_many_equal_values_are_two():
+    for values in ([1, 1, 1, 1, 9], [9, 1, 9, 9, 9]):
+        assert len(slices.tertiles(np.array(values))) == 2
+    sizes = [mask.sum() for mask in slices.tertiles(np.arange(30)).values()]
+    assert sizes == [10, 10, 10]
 
 
 def test_the_mean_of_the_slices_is_the_whole():
