@@ -97,7 +97,7 @@ if __name__ == "__main__":
 import torch
 
 import hanorec_loss
-from hanorec.data.folder import DataFolder
+from hanorec.data.folder import DataFolder, Example
 from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
 from hanorec.model.export import export
@@ -131,6 +131,14 @@ def load_policy(options, encoding: Encoding, accelerator) -> PackedMLLM:
     count = sum(weight.numel() for weight in training.trained_weights(packed).values())
     accelerator.print(f"{encoding.backbone}: {count:,} trained weights, {dtype}")
     return packed
+
+
+def load_pairs(prompts, examples: list[Example], options: argparse.Namespace, accelerator) -> Pairs:
+    """Return the preference pairs of the examples, and print their number."""
+    kinds = [kind for task in options.tasks for kind in KINDS[task]]
+    accelerator.print(f"{options.data}: {len(examples)} examples x {len(kinds)} pairs ({', '.join(kinds)})")
+    pool = pools(examples, options.rejected, options.rejected_from)
+    return Pairs(prompts, examples, kinds, options.max_length, pool)
 
 
 def choose_rejected(pairs: Pairs, logps: torch.Tensor, data: DataFolder, options, epoch: int = 0) -> None:
@@ -235,11 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
     prompts = load_prompts(data, encoding, options.candidate_images, options.summaries)
     packed = load_policy(options, encoding, accelerator)
-    kinds = [kind for task in options.tasks for kind in KINDS[task]]
-    pool = pools(examples, options.rejected, options.rejected_from)
-    pairs = Pairs(prompts, examples, kinds, options.max_length, pool)
-    accelerator.print(f"{data.folder}: {len(examples)} examples x {len(kinds)} pairs ({', '.join(kinds)})")
-    batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(kinds), options, accelerator)
+    pairs = load_pairs(prompts, examples, options, accelerator)
+    batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(pairs.kinds), options, accelerator)
     optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=options.lr, fused=True)
     schedule = training.cosine(optimizer, steps)
     model, optimizer = accelerator.prepare(packed, optimizer)
@@ -248,9 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     planned = planned_pairs(pairs, steps, steps_per_epoch, options, accelerator)
     reference = reference_logps(packed, encoding, pairs, planned, hashes, options, accelerator)
     choose_rejected(pairs, reference, data, options)
-    hardness = pair_hardness(options, encoding, packed.core, pairs, reference)
-    low, high = hardness.nanquantile(torch.tensor([0.01, 0.99])).tolist()
-    accelerator.print(f"lambda ({options.hardness}): mean {hardness.nanmean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
+    hardness = pair_hardness(options, encoding, packed.core, pairs, reference, accelerator)
     response = Responsiveness(options.responsiveness)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 

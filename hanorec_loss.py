@@ -9,7 +9,6 @@ or K rejected answers. The log-probability of an answer (logp) is the sum over i
     profiles = neighbor_profiles(vectors)                                      # [N, k]
     distance = pair_distance(profiles, chosen_items, rejected_items)           # [pairs], all training pairs
     hardness = hardness_weight(distance, distance.mean())                      # [pairs], constant during training
-
     with noisy_lora(model, sigma=0.05):                              # around forward AND backward
         losses, metrics = hanorec_loss(chosen, rejected, reference_chosen, reference_rejected, hardness[batch])
         losses.mean().backward()
@@ -61,10 +60,9 @@ def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.
 
 
 def cosine_distance(item_vectors: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return the distance without neighbours, D = 1 - cosine of the pair's two items: [B].
+    """Return the distance without neighbours, D = 1 - cosine of the pair's two items: [B]; the paper's "w/o SAM".
 
-    It is the paper's ablation "w/o SAM". item_vectors: [N, d]. chosen, rejected: [B], item indices. For a lambda that
-    varies, standardise D over all training pairs: hardness_weight((D - D.mean()) / D.std(), 0).
+    item_vectors: [N, d]. chosen, rejected: [B], item indices. Standardise D over all training pairs before equation (6).
     """
     return 1 - F.cosine_similarity(item_vectors[chosen].float(), item_vectors[rejected].float(), dim=-1)
 
@@ -123,20 +121,17 @@ def hanorec_loss(
         policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K]. Where a prompt has fewer than K
             rejected answers, reference_rejected_logps is NaN, and the values of that place are not used.
         hardness: lambda of equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'.
-        eta: a number; or a function from the reward gaps R to eta; or None for `responsiveness`.
-        gather: a function such as `accelerator.gather` that joins the R of all processes before eta is computed.
+        eta: a number, a function of the reward gaps R, or None for `responsiveness`. gather: joins R of all processes.
     """
-    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    shapes = [tuple(tensor.shape) for tensor in (*logps, hardness)]
-    one, many = shapes[:2]  # [B], and [B] or [B, K]
-    if shapes[2:4] != [one, many] or shapes[4] not in (one, many) or len(one) != 1 or many[:1] != one or many[2:]:
-        raise ValueError(f"log-probabilities and hardness must be [B], of rejected answers [B] or [B, K]; got {shapes}")
+    check_shapes(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, hardness)
     chosen_log_ratio = policy_chosen_logps.float() - reference_chosen_logps.float().detach()
     rejected_log_ratio = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
-    rejected_log_ratio = rejected_log_ratio.reshape(*one, -1)  # [B, K]
-    absent = reference_rejected_logps.isnan().reshape(*one, -1)
+    rejected_log_ratio = rejected_log_ratio.reshape(len(chosen_log_ratio), -1)  # [B, K]
+    absent = reference_rejected_logps.isnan().reshape(rejected_log_ratio.shape)
     absent = absent & ~absent.all(1, keepdim=True)  # without any rejected answer the loss is NaN
-    hardness = hardness.detach().float().reshape(*one, -1).expand_as(rejected_log_ratio).masked_fill(absent, 1.0)
+    hardness = (
+        hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_log_ratio).masked_fill(absent, 1.0)
+    )
     log_ratio_gap = chosen_log_ratio[:, None] - rejected_log_ratio  # [B, K], the bracket of (7)
     eta = responsiveness if eta is None else eta
     if callable(eta):
@@ -147,8 +142,15 @@ def hanorec_loss(
     dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B, K]
     scores = (-dynamic_beta * log_ratio_gap).masked_fill(absent, -torch.inf)
     losses = -F.logsigmoid(-torch.logsumexp(scores, dim=1))  # (12), [B]
-    pairs = (rejected_log_ratio, hardness, dynamic_beta, scores)
-    return losses, preference_metrics(losses, chosen_log_ratio, *pairs, beta, eta)
+    tensors = (losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, scores)
+    return losses, preference_metrics(*tensors, beta, eta)
+
+
+def check_shapes(*logps_and_hardness: torch.Tensor) -> None:
+    """Raise ValueError for shapes other than those that `hanorec_loss` documents."""
+    one, many, *reference, hardness = shapes = [tuple(tensor.shape) for tensor in logps_and_hardness]
+    if reference != [one, many] or hardness not in (one, many) or len(one) != 1 or many[:1] != one or many[2:]:
+        raise ValueError(f"log-probabilities and hardness must be [B], of rejected answers [B] or [B, K]; got {shapes}")
 
 
 @torch.no_grad()

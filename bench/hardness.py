@@ -58,11 +58,12 @@ def main(argv: list[str] | None = None) -> dict[str, torch.Tensor]:
     prompts = load_prompts(data, encoding, trained["candidate_images"], None)
     pairs = Pairs(prompts, examples, ["rank"], trained["max_length"], pools(examples, 1, "data"))
     model = load_finished(given.sft, encoding)
-    reference = score_pairs(PackedMLLM(model), encoding, pairs, [*range(len(pairs))], start_accelerator())
+    accelerator = start_accelerator()
+    reference = score_pairs(PackedMLLM(model), encoding, pairs, [*range(len(pairs))], accelerator)
     found = {}
     for hardness in ("topk", "clusters", "cosine", "margin"):
         options = SimpleNamespace(hardness=hardness, hardness_sign=1, top_k=given.top_k)
-        found[hardness] = pair_hardness(options, encoding, model, pairs, reference)[:, 0]
+        found[hardness] = pair_hardness(options, encoding, model, pairs, reference, accelerator)[:, 0]
     text = mean_embeddings(model, load_tokenizer(encoding.source, encoding.trust), encoding.items.titles)
     vectors = hanorec_loss.fuse_item_vectors(text, encoding.tokens.means())
     chosen, rejected = [example.target for example in examples], [example.rejected for example in examples]

@@ -1,5 +1,6 @@
 """HaRS for training: lambda of every pair, and eta of a micro-batch. The equations are in hanorec_loss.py."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -53,8 +54,32 @@ def standardised(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     return (values - among.mean()) / among.std().clamp_min(1e-8)
 
 
-def pair_hardness(options, encoding: Encoding, model, pairs: Pairs, reference: torch.Tensor) -> torch.Tensor:
-    """Return lambda of each pair with each item of its pool: [pairs, P]. Smaller means harder.
+def margin_hardness(pairs: Pairs, reference: torch.Tensor, sign: int) -> torch.Tensor:
+    """Return lambda from the reference's margin: [pairs, P], NaN where a Yes/No pair has no answer.
+
+    Each kind of pairs is standardised by itself, because its answers have other lengths.
+    """
+    margin, hardness = reference[:, :1] - reference[:, 1:], torch.empty(len(pairs), len(pairs.pool[0]))
+    kinds = len(pairs.kinds)
+    for kind in range(kinds):
+        own = standardised(margin[kind::kinds], pairs.of_pool(margin, range(kind, len(pairs), kinds)))
+        hardness[kind::kinds] = 0.5 + (sign * own).sigmoid()
+    return hardness
+
+
+def distance_hardness(options, distance: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return lambda from the distances D of the pool: [E, P]. columns: [E, K], of the rejected items."""
+    sign, among = options.hardness_sign, distance.gather(1, columns)
+    if options.hardness in ("clusters", "cosine"):
+        return hanorec_loss.hardness_weight(sign * standardised(distance, among), 0.0)
+    hardness = hanorec_loss.hardness_weight(sign * distance, sign * among.mean())
+    if options.hardness == "constant":
+        return hardness.gather(1, columns).mean().expand_as(hardness)
+    return hardness
+
+
+def pair_hardness(options, encoding, model, pairs: Pairs, reference: torch.Tensor, accelerator) -> torch.Tensor:
+    """Return lambda of each pair with each item of its pool: [pairs, P], and print its range. Smaller means harder.
 
     topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
     standardised difference of the reference's log-probabilities, chosen minus rejected. constant: the mean of topk's
@@ -64,26 +89,17 @@ def pair_hardness(options, encoding: Encoding, model, pairs: Pairs, reference: t
     Args:
         reference: [pairs, 1 + P], the reference's log-probabilities. Read by margin only.
     """
-    kinds, sign = len(pairs.kinds), options.hardness_sign
     if options.hardness == "none":
-        return torch.ones(len(pairs), len(pairs.pool[0]))
-    if options.hardness == "margin":
-        margin, hardness = reference[:, :1] - reference[:, 1:], torch.empty(len(pairs), len(pairs.pool[0]))
-        for kind in range(kinds):  # the kinds have answers of other lengths
-            numbers = range(kind, len(pairs), kinds)
-            own = standardised(margin[kind::kinds], pairs.of_pool(margin, numbers))
-            hardness[kind::kinds] = 0.5 + (sign * own).sigmoid()
-        return hardness
-    distance = pool_distances(options, encoding, model, pairs)
-    among = distance.gather(1, pairs.columns)
-    if options.hardness in ("clusters", "cosine"):
-        distance = standardised(distance, among)
-        hardness = hanorec_loss.hardness_weight(sign * distance, 0.0)
+        hardness = torch.ones(len(pairs), len(pairs.pool[0]))
+    elif options.hardness == "margin":
+        hardness = margin_hardness(pairs, reference, options.hardness_sign)
     else:
-        hardness = hanorec_loss.hardness_weight(sign * distance, sign * among.mean())
-    if options.hardness == "constant":
-        hardness = hardness.gather(1, pairs.columns).mean().expand_as(hardness)
-    return hardness.repeat_interleave(kinds, dim=0)
+        distance = pool_distances(options, encoding, model, pairs)
+        hardness = distance_hardness(options, distance, pairs.columns).repeat_interleave(len(pairs.kinds), dim=0)
+    rejected = pairs.of_pool(hardness, range(len(pairs)))
+    low, high = (np.nanpercentile(rejected.numpy(), [1, 99])).tolist()
+    accelerator.print(f"lambda ({options.hardness}): mean {rejected.nanmean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
+    return hardness
 
 
 class Responsiveness:

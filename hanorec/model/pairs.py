@@ -113,7 +113,7 @@ class Pairs(Samples):
         Args:
             values: [all pairs, P], of every item of the pool. A Yes/No pair has one value, in the first column.
         """
-        numbers = torch.tensor(numbers)
+        numbers = torch.as_tensor(list(numbers))
         is_rank = torch.tensor([kind == "rank" for kind in self.kinds])[numbers % len(self.kinds)]
         columns = torch.where(is_rank[:, None], self.columns[numbers // len(self.kinds)], torch.arange(self.rejected))
         return values[numbers].gather(1, columns)
