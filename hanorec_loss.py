@@ -62,7 +62,7 @@ def pair_distance(profiles: torch.Tensor, chosen: torch.Tensor, rejected: torch.
 def cosine_distance(item_vectors: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return the distance without neighbours, D = 1 - cosine of the pair's two items: [B]; the paper's "w/o SAM".
 
-    item_vectors: [N, d]. chosen, rejected: [B], item indices. Standardise D over all training pairs before equation (6).
+    item_vectors: [N, d]. chosen, rejected: [B], item indices. Standardise D over all training pairs before (6).
     """
     return 1 - F.cosine_similarity(item_vectors[chosen].float(), item_vectors[rejected].float(), dim=-1)
 
@@ -129,9 +129,8 @@ def hanorec_loss(
     rejected_log_ratio = rejected_log_ratio.reshape(len(chosen_log_ratio), -1)  # [B, K]
     absent = reference_rejected_logps.isnan().reshape(rejected_log_ratio.shape)
     absent = absent & ~absent.all(1, keepdim=True)  # without any rejected answer the loss is NaN
-    hardness = (
-        hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_log_ratio).masked_fill(absent, 1.0)
-    )
+    hardness = hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_log_ratio)  # [B, K]
+    hardness = hardness.masked_fill(absent, 1.0)
     log_ratio_gap = chosen_log_ratio[:, None] - rejected_log_ratio  # [B, K], the bracket of (7)
     eta = responsiveness if eta is None else eta
     if callable(eta):
