@@ -117,21 +117,20 @@ def hanorec_loss(
     With K rejected answers a loss is softplus(logsumexp over k of -beta'_k * gap_k): S-DPO with a beta' of each pair. A
     smaller beta' gives a pair more gradient only if log_ratio_gap exceeds 1.278 / beta' (12.8 nats at 0.1).
 
-    Args:
-        policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K]. Where a prompt has fewer than K
-            rejected answers, reference_rejected_logps is NaN, and the values of that place are not used.
-        hardness: lambda of equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'.
-        eta: a number, a function of the reward gaps R, or None for `responsiveness`. gather: joins R of all processes.
+    policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K]. Where a prompt has fewer than K
+    rejected answers, reference_rejected_logps is NaN, and the values of that place are not used. hardness: lambda of
+    equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'. eta: a number, a function of the reward
+    gaps R, or None for `responsiveness`. gather: joins the R of all processes, such as `accelerator.gather`.
     """
     check_shapes(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, hardness)
-    chosen_log_ratio = policy_chosen_logps.float() - reference_chosen_logps.float().detach()
-    rejected_log_ratio = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
-    rejected_log_ratio = rejected_log_ratio.reshape(len(chosen_log_ratio), -1)  # [B, K]
-    absent = reference_rejected_logps.isnan().reshape(rejected_log_ratio.shape)
+    chosen_ratio = policy_chosen_logps.float() - reference_chosen_logps.float().detach()  # logarithms of ratios
+    rejected_ratio = policy_rejected_logps.float() - reference_rejected_logps.float().detach()
+    rejected_ratio = rejected_ratio.reshape(len(chosen_ratio), -1)  # [B, K]
+    absent = reference_rejected_logps.isnan().reshape(rejected_ratio.shape)
     absent = absent & ~absent.all(1, keepdim=True)  # without any rejected answer the loss is NaN
-    hardness = hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_log_ratio)  # [B, K]
+    hardness = hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_ratio)  # [B, K]
     hardness = hardness.masked_fill(absent, 1.0)
-    log_ratio_gap = chosen_log_ratio[:, None] - rejected_log_ratio  # [B, K], the bracket of (7)
+    log_ratio_gap = chosen_ratio[:, None] - rejected_ratio  # [B, K], the bracket of (7)
     eta = responsiveness if eta is None else eta
     if callable(eta):
         reward_gap = beta * log_ratio_gap.detach().flatten()  # (7), R, [B * K]
@@ -141,8 +140,7 @@ def hanorec_loss(
     dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B, K]
     scores = (-dynamic_beta * log_ratio_gap).masked_fill(absent, -torch.inf)
     losses = -F.logsigmoid(-torch.logsumexp(scores, dim=1))  # (12), [B]
-    tensors = (losses, chosen_log_ratio, rejected_log_ratio, hardness, dynamic_beta, scores)
-    return losses, preference_metrics(*tensors, beta, eta)
+    return losses, preference_metrics(losses, chosen_ratio, rejected_ratio, hardness, dynamic_beta, scores, beta, eta)
 
 
 def check_shapes(*logps_and_hardness: torch.Tensor) -> None:

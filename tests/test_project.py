@@ -89,7 +89,7 @@ def test_only_listed_libraries_are_imported():
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_and_functions_are_short(name):
     text = FILES[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= (255 if name == "hanorec_loss" else 300)
+    assert len(text.splitlines()) <= (250 if name == "hanorec_loss" else 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             limit = 60 if node.name == "main" else 40
