@@ -5,6 +5,7 @@
     python evaluate.py --run runs/ml-1m/dpo_hano --compare runs/ml-1m/sft # paired bootstrap of the difference
     python evaluate.py --run runs/x/sft-1 runs/x/sft-2 --pool             # one row for runs of several seeds
     python evaluate.py --data data/ml-1m --scores other.jsonl             # another system's scores, same candidates
+    python evaluate.py --run runs/demo/dpo_hano --compare runs/demo/sft --report   # writes report.html there
     python evaluate.py --run runs/demo/sft --user user007 --top-k 5       # recommendations by name
 
 HR, NDCG and MRR rank by the log-likelihood of each candidate's title after one shared prompt. AUC and GAUC use
@@ -17,13 +18,14 @@ from pathlib import Path
 
 from hanorec.data.folder import EVALUATED
 from hanorec.ranking.pooling import Groups, group_runs, reference_group
-from hanorec.run.files import UserError, one_line_errors, printable, read_json, write_json
+from hanorec.run.files import UserError, one_line_errors
 from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, positive_int
 from hanorec.run.runs import read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 SPLIT_HELP = "the split to evaluate; test_...: the targets of test among other candidates, if the data folder has them"
 COMPARE_HELP = "also print each other row minus this run; with --pool, minus the group that these runs form"
+REPORT_HELP = "write report.html into the run, a page to look at; of several runs: into FILE"
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
     "": [
@@ -37,6 +39,7 @@ OPTIONS = {
         Option("--compare", Path, [], COMPARE_HELP, nargs="+", metavar="RUN"),
         Option("--pool", bool, False, "one row for runs that differ in nothing but --seed"),
         Option("--slices", bool, False, "also print the metrics of parts of the examples"),
+        Option("--report", Path, None, REPORT_HELP, nargs="?", const=True, metavar="FILE"),
         Option("--scores", Path, [], "predictions.jsonl of other systems", nargs="+"),
         Option("--export-recbole", Path, None, RECBOLE_HELP, metavar="DIR"),
         Option("--batch-size", positive_int, 0, "number of examples in a batch", shown="2; tiny: 16"),
@@ -69,7 +72,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--compare takes several runs only with --pool")
     if options.blank_images and options.shuffle_images:
         parser.error("give --blank-images or --shuffle-images, not both")
-    for_metrics = ("pool", "slices", "scores", "compare", "export_recbole")
+    if isinstance(options.report, Path) and options.report.is_dir():
+        parser.error(
+            f"--report: {options.report} is a folder; give the file to write, such as {options.report}/report.html"
+        )
+    for_metrics = ("pool", "slices", "report", "scores", "compare", "export_recbole")
     if options.user and any(getattr(options, name) for name in for_metrics):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in for_metrics)
         parser.error(f"--user prints recommendations; do not give {names}")
@@ -77,10 +84,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @one_line_errors
-def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[Path, dict], Path, Groups]:
+def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict, Path, Groups, str | None]:
     """Parse the options and read the runs.
 
-    Returns (options, config of each run, data folder of all runs, groups of runs that become one row of the results).
+    Returns (options, config of each run, data folder of all runs, groups of runs that become one row of the results,
+    the name of the row to compare with or None). A report of several runs compares with the first one by itself.
     """
     options = parse(argv)
     runs = options.run or [run for run in DEMO_RUNS if run.exists() and not options.scores]
@@ -90,7 +98,11 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     # Without --pool each run is a group of its own; the seed 0 stands for any, so that --compare pairs every two
     groups = group_runs(configs) if options.pool else {str(run): {(0,): run} for run in configs}
     if options.compare:
-        reference_group(groups, options.compare)
+        reference = reference_group(groups, options.compare)
+    else:
+        reference = next(iter(groups), None) if options.report and not options.pool else None
+    if options.report is True and len(runs) != 1:
+        raise UserError("--report of several runs, or of none, needs a file: --report FILE")
     named = [options.data, *(Path(config["options"]["data"]) for config in configs.values())]
     folders = {folder.resolve(): folder for folder in named if folder}
     if not folders:
@@ -98,7 +110,7 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if len(folders) > 1:
         names = " and ".join(map(str, folders.values()))
         raise UserError(f"one data folder at a time, not {names}; give --run with runs of one, and leave out --data")
-    return options, configs, folders.popitem()[1], groups
+    return options, configs, folders.popitem()[1], groups, reference
 
 
 if __name__ == "__main__":
@@ -106,67 +118,20 @@ if __name__ == "__main__":
 
 import hanorec_loss
 from hanorec.data.folder import DataFolder, Example
-from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
-from hanorec.model.finished import load_finished
-from hanorec.model.load import pick_dtype
-from hanorec.ranking.baselines import baseline_scores, interaction_counts
+from hanorec.ranking.baselines import interaction_counts
 from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores, write_predictions, write_recbole
-from hanorec.ranking.markdown import tables
-from hanorec.ranking.metrics import Result, differences, pool, rank_changes
+from hanorec.ranking.gallery import System
+from hanorec.ranking.metrics import Result, rank_changes
 from hanorec.ranking.recommending import examples_of_user, print_recommendations
-from hanorec.ranking.sasrec import trained_scores
-from hanorec.ranking.scoring import score_examples, target_columns
-from hanorec.ranking.shuffling import other_images
-from hanorec.ranking.slices import Slicings, make_slicings, measure_slices
+from hanorec.ranking.report import write_report
+from hanorec.ranking.results import file_prefix, measure_all, write_results
+from hanorec.ranking.scoring import target_columns
+from hanorec.ranking.slices import Slicings, make_slicings
 from hanorec.run.launch import start_accelerator
-from mllm_srec.chain_of_thought import load_prompts, training_hash
-
-
-def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example], options, accelerator):
-    """Score the candidates with the model of a finished run.
-
-    Returns (ranking scores, Yes/No scores), each [examples, candidates], or None for a task that the run was not
-    trained on.
-    """
-    trained = config["options"]
-    blank, images = options.blank_images or trained["blank_images"], options.images or trained.get("images")
-    encoding = Encoding(data, trained["model"], blank, images, options.trust_remote_code)
-    summaries = trained.get("summaries")
-    if config["data"] != training_hash(data, encoding, summaries):
-        raise UserError(f"{run} was trained on an earlier {data.folder}; train it again, or prepare that data again")
-    if options.shuffle_images:
-        popularity = interaction_counts([*data.sequences().values()], len(data.items))
-        encoding.tokens.give_images(other_images(data.items.images, popularity, options.seed))
-    model = load_finished(run, encoding, pick_dtype(options.dtype, accelerator))
-    pack = not (options.no_pack or trained.get("no_pack"))
-    packed = load_packed(model, encoding, pack, accelerator.device)
-    prompts = load_prompts(data, encoding, trained["candidate_images"], summaries)
-    shortened: set[tuple[str, int]] = set()
-    batch_size = options.batch_size
-    scores = score_examples(packed, encoding, prompts, examples, trained, accelerator, batch_size, shortened)
-    if shortened:
-        accelerator.print(f"{run}: {len(shortened)} histories were cut to its --max-length {trained['max_length']}")
-    return scores
-
-
-def file_prefix(options: argparse.Namespace) -> str:
-    """Return the prefix of the names of metrics.json and predictions.jsonl, empty for all of test with its images."""
-    prefix = "" if options.split == "test" else f"{options.split}_"
-    prefix += "blank_" if options.blank_images else "shuffled_" if options.shuffle_images else ""
-    return prefix + (f"first{options.limit}_" if options.limit else "")
-
-
-def protocol(data: DataFolder, examples: list[Example], options: argparse.Namespace) -> str:
-    """Describe the data and the protocol of the results in one line. Other candidates have another hash."""
-    prepared, file = data.manifest["options"], f"{options.split}.jsonl"
-    further = {"test_hard": "hard", "test_popularity": "popularity", "test_99": "uniform"}
-    negatives = further.get(options.split, prepared["negative_sampling"])
-    text = f"{data.folder}: {options.split} ({prepared['split']}), {len(examples)} examples, "
-    text += f"{len(examples[0].candidates)} candidates, {negatives} negatives, seed {prepared['seed']}, "
-    images = ", blank images" if options.blank_images else ", shuffled images" if options.shuffle_images else ""
-    return text + f"{file} {data.manifest['files'][file][:8]}{images}"
+from mllm_srec.chain_of_thought import load_texts
+from mllm_srec.scored_runs import score_run, scoring_settings, true_scores
 
 
 def open_data(folder: Path, split: str) -> DataFolder:
@@ -184,11 +149,10 @@ def recommend(options: argparse.Namespace, configs: dict[Path, dict], data: Data
     """Print the recommendations of each run for the user of --user."""
     examples = examples_of_user(options.user, options.among, data, options.split)
     for run, config in configs.items():
-        scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
-        unit = "log p(Yes) - log p(No)" if scores is None else "log-likelihood"
-        ranked = yes_scores if scores is None else scores
+        scores, _ = score_run(run, config, data, examples, options, accelerator)
+        unit = "log-likelihood" if "rank" in config["options"]["tasks"] else "log p(Yes) - log p(No)"
         if accelerator.is_main_process:
-            print_recommendations(str(run), data, examples[0], ranked[0], options.top_k, unit)
+            print_recommendations(str(run), data, examples[0], scores[0], options.top_k, unit)
 
 
 def score_runs(options, configs: dict[Path, dict], data: DataFolder, examples: list[Example], accelerator):
@@ -198,12 +162,11 @@ def score_runs(options, configs: dict[Path, dict], data: DataFolder, examples: l
     """
     scored = {}
     for run, config in configs.items():
-        scores, yes_scores = score_run(run, config, data, examples, options, accelerator)
-        scored[run] = yes_scores if scores is None else scores, yes_scores
+        scored[run] = score_run(run, config, data, examples, options, accelerator)
         if accelerator.is_main_process:
             prefix = file_prefix(options)
             (run / f"{prefix}metrics.json").unlink(missing_ok=True)  # those of other predictions
-            write_predictions(run / f"{prefix}predictions.jsonl", data.items.ids, examples, scores, yes_scores)
+            write_predictions(run / f"{prefix}predictions.jsonl", data.items.ids, examples, *scored[run])
             if options.export_recbole and run == next(iter(configs)):
                 splits = {split: data.examples(split) for split in ("train", "val", "test")}
                 splits["candidates"] = examples
@@ -211,39 +174,36 @@ def score_runs(options, configs: dict[Path, dict], data: DataFolder, examples: l
     return scored
 
 
-def scoring_settings(run: Path, options: argparse.Namespace, accelerator) -> dict:
-    """Return what the scores of a run depend on, images aside: the weights, and what changes the last digits."""
-    settings = {name: getattr(options, name) for name in ("images", "dtype", "no_pack", "batch_size")}
-    weights = read_json(run / "result.json", {"weights": str}, "train the run again")["weights"]
-    return settings | {"weights": weights, "device": accelerator.device.type}
-
-
-def true_scores(run: Path, config: dict, data: DataFolder, examples: list[Example], options, accelerator):
-    """Return the scores [R, C] that rank with the items' own images: read from the run folder, or else computed."""
-    own = argparse.Namespace(**vars(options) | {"blank_images": False, "shuffle_images": False})
-    metrics, predictions = (run / f"{file_prefix(own)}{name}" for name in ("metrics.json", "predictions.jsonl"))
-    if metrics.exists() and predictions.exists():
-        settings = read_json(metrics, {}, "delete it").get("scored")
-        if settings == scoring_settings(run, options, accelerator):
-            return read_scores(predictions, data.items.ids, examples)[0]
-    scores, yes_scores = score_run(run, config, data, examples, own, accelerator)
-    return yes_scores if scores is None else scores
-
-
-def slicings_of(configs: dict[Path, dict], data: DataFolder, examples: list[Example], sequences, options) -> Slicings:
+def slicings_of(configs: dict[Path, dict], data: DataFolder, examples: list[Example], options) -> Slicings:
     """Return the slices of the examples, by the item vectors of the first run's encoding."""
     backbone = next((config["options"]["model"] for config in configs.values()), None)
     vectors = Encoding(data, backbone, blank_images=True, trust=options.trust_remote_code).tokens.vectors
     text, image = vectors["text"].float(), vectors["image"].float()
     fused = hanorec_loss.fuse_item_vectors(text, image).numpy()
-    popularity = interaction_counts(sequences, len(data.items))
+    popularity = interaction_counts([*data.sequences().values()], len(data.items))
     return make_slicings(examples, popularity, text.numpy(), image.numpy(), fused)
+
+
+def report(results, groups: Groups, configs, scored, others, data: DataFolder, examples, slicings, options) -> None:
+    """Write the report. Its gallery shows the run of the first seed of each group, and the systems of --scores."""
+    order = sorted(groups, key=lambda name: name != results.reference)  # the reference first
+    systems = []
+    for name in order:
+        run = next(iter(groups[name].values()))
+        trained = configs[run]["options"]
+        texts = load_texts(data, trained["model"], trained.get("summaries"), options.trust_remote_code)
+        systems.append(System(name, scored[run][0], texts, str(run) if name != str(run) else ""))
+    systems += [System(name, scores) for name, (scores, _) in others.items()]
+    path = next(iter(configs)) / f"{file_prefix(options)}report.html" if options.report is True else options.report
+    configs = {run: configs[run] for name in order for run in groups[name].values()}
+    write_report(path, results, systems, configs, data, examples, slicings, options)
+    print(f"\n{path}: open it in a browser")
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     """Run the script. Returns the rows of the table by name, on the main process; None with --user."""
-    options, configs, folder, groups = checked_options(argv)
+    options, configs, folder, groups, reference = checked_options(argv)
     accelerator = start_accelerator()
     data = open_data(folder, options.split)
     if options.user:
@@ -261,39 +221,18 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
     if not accelerator.is_main_process:
         return None
 
-    sequences = [*data.sequences().values()]
-    slicings = slicings_of(configs, data, examples, sequences, options) if options.slices else {}
-
-    def measured(scores, yes_scores, slicings):
-        # a system with one kind of scores gets its AUC and GAUC from them
-        yes_scores = scores if yes_scores is None else yes_scores
-        return measure_slices(scores, yes_scores, targets, slicings, options.seed)
-
-    by_run = {run: measure_slices(*scores, targets, slicings, options.seed) for run, scores in scored.items()}
-    rows = {name: [by_run[run] for run in runs.values()] for name, runs in groups.items()}
-    rows |= {name: [measured(*scores, slicings)] for name, scores in others.items()}
-    results = {name: pool(row, options.seed) for name, row in rows.items()}
-    results |= {name: measured(*scores, {}) for name, scores in ceilings.items()}
-    for name, seeds in trained_scores(data, options.split, examples).items():
-        results[name] = pool([measured(scores, None, {}) for scores in seeds], options.seed)
-    for name, scores in baseline_scores(sequences, len(data.items), examples).items():
-        results[name] = measured(scores, None, {})
-    reference = reference_group(groups, options.compare) if options.compare else None
-    compared = differences(rows, reference, options.seed) if reference else {}
-
-    line = protocol(data, examples, options)
-    print(f"\n{printable(line)}; each value with its 95% bootstrap interval\n\n{tables(results)}")
-    if compared:
-        print(f"\n{tables(compared, f'minus {reference}')}")
-    for run, result in by_run.items():
-        metrics = {"protocol": line, "scored": scoring_settings(run, options, accelerator), **result.summary()}
+    slicings = slicings_of(configs, data, examples, options) if options.slices or options.report else {}
+    results = measure_all(scored, others, ceilings, groups, reference, data, examples, slicings, options)
+    print(f"\n{results.text(options.slices)}")
+    for run in configs:
+        fields = {"scored": scoring_settings(run, options, accelerator)}
         if run in changes:
-            metrics["rank_changes"] = changes[run]
+            fields["rank_changes"] = changes[run]
             print(f"\n{run}: {changes[run]:.1%} of the targets have another rank than with the items' own images")
-        if str(run) in compared:
-            metrics[f"minus {reference}"] = compared[str(run)].summary()
-        write_json(run / f"{file_prefix(options)}metrics.json", metrics)
-    return results | {f"{name} minus {reference}": difference for name, difference in compared.items()}
+        write_results(run, results, fields, file_prefix(options))
+    if options.report:
+        report(results, groups, configs, scored, others, data, examples, slicings, options)
+    return results.table | {f"{name} minus {reference}": difference for name, difference in results.differences.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Build the chain-of-thought prompts of MLLM-SRec, and choose between them and the plain prompts."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 
 from hanorec.data.folder import DataFolder, Example
@@ -94,6 +95,18 @@ def load_prompts(
         return Prompts(template, encoding.items, encoding.tokens, candidate_images)
     user_texts = load_user_texts(summaries_folder(data, encoding, summaries), encoding, timelines(data))
     return ThoughtPrompts(user_texts, template, encoding.items, encoding.tokens, steps_share)
+
+
+def load_texts(data: DataFolder, model: str, summaries: str | None, trust: bool = False) -> Callable | None:
+    """Return a function from an example to the texts about it, by their names; None if `summaries` is None.
+
+    Args:
+        model: the backbone. summaries: name of the summaries folder.
+    """
+    if summaries is None:
+        return None
+    encoding = Encoding(data, model, trust=trust)
+    return load_user_texts(summaries_folder(data, encoding, summaries), encoding, timelines(data)).about
 
 
 def training_hash(data: DataFolder, encoding: Encoding, summaries: str | None = None) -> str:

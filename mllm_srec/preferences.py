@@ -126,6 +126,16 @@ class UserTexts:
         values["last"] = self.summaries[last] or self.items.titles[last]
         return values
 
+    def about(self, example: Example) -> dict[str, str]:
+        """Return the texts to show beside an example, by name. A text that is not usable is left out."""
+        values = self.prompt_values(example)
+        texts = {"profile": values["profile"], "preferences": values["preference"]}
+        texts = {name: text for name, text in texts.items() if text != self.texts["nothing"]}
+        for name, item in (("last item", example.history[-1]), ("target", example.target)):
+            if self.summaries[item] is not None:
+                texts[f"summary of the {name}"] = self.summaries[item]
+        return texts
+
     def item_words(self, item: int) -> list[str]:
         """Return the distinct words of an item's title and summary, in order."""
         text = f"{self.items.titles[item]} {self.summaries[item] or ''}"

@@ -1,5 +1,6 @@
 """evaluate.py from end to end, small: its files, its table, other systems' scores, recommending, what it refuses."""
 
+import csv
 import json
 import shutil
 
@@ -13,7 +14,8 @@ from hanorec.model import finished
 from hanorec.model.load import load_tokenizer
 from hanorec.ranking import exchange
 from hanorec.run.files import UserError, file_hash, write_json, write_jsonl
-from hanorec.run.runs import weights_hash
+from hanorec.run.runs import begin_run, weights_hash
+from mllm_srec import scored_runs
 
 
 def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
@@ -41,6 +43,38 @@ def test_evaluate_files_table_and_comparison(sft_run, dpo_run, capsys):
     data = str(json.loads((sft_run / "config.json").read_text())["options"]["data"])
     again = evaluate.main(["--data", data, "--scores", str(dpo_run / "predictions.jsonl")])
     assert again[str(dpo_run / "predictions.jsonl")].values == pytest.approx(metrics["values"])
+
+
+def test_report_and_result_files(sft_run, dpo_run, tmp_path, capsys):
+    """--report writes into the run, and of several runs into the file. The screen shows no slices."""
+    words = ["--limit", "6", "--compare", str(sft_run), "--run"]
+    results = evaluate.main([*words, str(dpo_run), "--report"])
+    printed = capsys.readouterr().out
+    page = (dpo_run / "first6_report.html").read_text(encoding="utf-8")
+    assert f"{dpo_run / 'first6_report.html'}: open it in a browser" in printed
+    for title in ("loss", "validation", "accuracy", "margin", "rewards", "eta", "lambda", "beta", "noise"):
+        assert f"<figcaption><b>{title}</b>" in page
+    assert page.index(f"<summary>{sft_run}</summary>") < page.index(f"<summary>{dpo_run}</summary>")
+    text = (dpo_run / "first6_results.md").read_text(encoding="utf-8")
+    assert "popularity of the target" in text and "popularity of the target" not in printed
+    assert text.split("\n\n")[1] in printed and (sft_run / "first6_results.md").read_text(encoding="utf-8") == text
+    with open(dpo_run / "first6_results.csv", newline="", encoding="utf-8") as file:
+        whole = {
+            (row["system"], row["minus"], row["metric"]): row for row in csv.DictReader(file) if not row["slicing"]
+        }
+    assert float(whole[str(dpo_run), "", "MRR"]["value"]) == results[str(dpo_run)].values["MRR"]
+    difference = results[f"{dpo_run} minus {sft_run}"].interval("AUC")
+    assert float(whole[str(dpo_run), str(sft_run), "AUC"]["low"]) == difference[0]
+
+    assert "of several runs" in refused(capsys, evaluate.main, "--run", sft_run, dpo_run, "--report")
+    assert "is a folder" in refused(capsys, evaluate.main, "--run", sft_run, "--report", tmp_path)
+    assert "do not give" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--report")
+    path = tmp_path / "both.html"
+    results = evaluate.main(["--limit", "6", "--run", str(sft_run), str(dpo_run), "--report", str(path)])
+    assert f"{dpo_run} minus {sft_run}" in results and path.stat().st_size < 5e6
+    shutil.copytree(dpo_run, tmp_path / "again")
+    begin_run(tmp_path / "again", "dpo_hano", {})
+    assert not list((tmp_path / "again").glob("first6_*"))
 
 
 def test_the_runs_of_the_demo_are_used_only_by_default(sft_run, prepared, tmp_path, monkeypatch, capsys):
@@ -109,8 +143,9 @@ def test_blank_and_shuffled_images_change_the_scores(sft_run, monkeypatch, capsy
     evaluate.main(words)
     own = (sft_run / "first6_predictions.jsonl").read_text()
     scored = []
-    score_run = evaluate.score_run
-    monkeypatch.setattr(evaluate, "score_run", lambda *given: scored.append(given) or score_run(*given))
+    score_run = scored_runs.score_run
+    for module in (evaluate, scored_runs):
+        monkeypatch.setattr(module, "score_run", lambda *given: scored.append(given) or score_run(*given))
 
     def ranks(prefix):
         rows = lines(sft_run / f"{prefix}predictions.jsonl")

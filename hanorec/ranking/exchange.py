@@ -17,23 +17,22 @@ OTHER_CANDIDATES = "the file is of another split, or the data has been prepared 
 
 
 def write_predictions(
-    path: Path, ids: list[str], examples: Sequence[Example], scores: np.ndarray | None, yes_scores: np.ndarray | None
+    path: Path, ids: list[str], examples: Sequence[Example], scores: np.ndarray, yes_scores: np.ndarray | None
 ) -> None:
     """Write predictions.jsonl: one line for each example, with its candidates and their scores.
 
     Args:
         ids: the item ids by item index.
-        scores: [R, C], ranking scores; None: the Yes/No scores rank the candidates.
-        yes_scores: [R, C], or None. One of the two must be there.
+        scores: [R, C], those that rank the candidates.
+        yes_scores: [R, C], or None.
     """
     lines = []
-    ranked = yes_scores if scores is None else scores
     for number, example in enumerate(examples):
         line = {
             "user": example.user,
             "target": ids[example.target],
             "candidates": [ids[candidate] for candidate in example.candidates],
-            "scores": ranked[number].tolist(),
+            "scores": scores[number].tolist(),
             "yes_scores": None if yes_scores is None else yes_scores[number].tolist(),
         }
         lines.append(line)

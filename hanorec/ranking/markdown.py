@@ -9,7 +9,7 @@ LONG_TABLES = (("Recall@5", "Recall@10", "Recall@20"), ("NDCG@10", "NDCG@20"))  
 SLICE_TABLE = ("AUC", "HR@3", "NDCG@3")
 
 
-def tables(results: dict[str, Result], corner: str = "") -> str:
+def tables(results: dict[str, Result], corner: str = "", slices: bool = True) -> str:
     """Return Markdown tables of the results: a row for each system, and in each cell a value with its 95% interval.
 
     There are two tables. Lists with more than 20 candidates have two more, and results with slices one for each
@@ -17,13 +17,14 @@ def tables(results: dict[str, Result], corner: str = "") -> str:
 
     Args:
         corner: the text above the names of the systems.
+        slices: whether to show the slices too.
     """
     is_long = any(name in result.values for result in results.values() for name in LONG_TABLES[0])
     texts = []
     for columns in TABLES + (LONG_TABLES if is_long else ()):
         rows = [[name, *(cell(result, metric) for metric in columns)] for name, result in results.items()]
         texts.append(markdown([[corner, *columns], *rows]))
-    return "\n\n".join([*texts, *slice_tables(results, corner)])
+    return "\n\n".join(texts + (slice_tables(results, corner) if slices else []))
 
 
 def slice_tables(results: dict[str, Result], corner: str) -> list[str]:

@@ -28,7 +28,7 @@ class Option:
         tiny: the default for the tiny backbone.
         shown: text to show in the brackets instead of the default.
         inherited: if the option is not given, take its value from the config of the run before.
-        nargs, metavar, dest: passed to argparse.
+        nargs, const, metavar, dest: passed to argparse.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Option:
     shown: str | None = None
     inherited: bool = False
     nargs: str | None = None
+    const: object = None
     metavar: str | None = None
     dest: str | None = None
 
@@ -67,7 +68,7 @@ class Option:
             return settings | {"action": "store_true"}
         if isinstance(self.kind, list):
             return settings | {"choices": self.kind, "nargs": self.nargs}
-        return settings | {"type": self.kind, "nargs": self.nargs, "metavar": self.metavar}
+        return settings | {"type": self.kind, "nargs": self.nargs, "const": self.const, "metavar": self.metavar}
 
 
 Table = dict[str, list[Option]]  # by title of a group in --help; "" for options without a group

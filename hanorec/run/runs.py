@@ -75,7 +75,8 @@ def begin_run(out: Path, stage: str, options: dict, **fields) -> None:
         (out / "result.json").unlink()  # before all other files: without result.json the run is unfinished
     delete(out / "checkpoints")  # before config.json changes: the checkpoints belong to the old options
     write_json(out / "config.json", {"stage": stage, "options": options, **fields, "versions": versions()})
-    for pattern in ("metrics.jsonl", "*metrics.json", "*predictions.jsonl", "adapter", "model", "reference"):
+    evaluation = ("*metrics.json", "*predictions.jsonl", "*results.md", "*results.csv", "*report.html")
+    for pattern in ("metrics.jsonl", *evaluation, "adapter", "model", "reference"):
         for path in out.glob(pattern):
             delete(path)
 

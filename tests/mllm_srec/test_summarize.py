@@ -315,7 +315,17 @@ def test_chain_of_thought_from_training_to_ranking(data, tmp_path, monkeypatch):
     other = Echo()
     other.name = "Reverb"  # another model that writes the same texts: the runs stay valid
     write(data, "echo", other, monkeypatch, "--batch-size", 2)
-    results = evaluate.main(["--run", str(tmp_path / "dpo"), str(tmp_path / "sft"), "--limit", "8"])
+    words = ["--run", str(tmp_path / "dpo"), str(tmp_path / "sft"), "--limit", "8"]
+    results = evaluate.main([*words, "--report", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    example = Opened(data).examples("test", 1)[0]
+    summaries = {line["item"]: line["summary"] for line in lines(data / "summaries" / "echo" / "items.jsonl")}
+    windows = [
+        line for line in lines(data / "summaries" / "echo" / "preferences.jsonl") if line["user"] == example.user
+    ]
+    target = Opened(data).items.ids[example.target]
+    for text in (summaries[target], windows[-1]["paragraph"], windows[-1]["profile"]):
+        assert page.count(f"<dd>{text}</dd>") >= 2  # beside the example, for both runs
     assert {"AUC", "HR@3", "MRR"} <= set(results[str(tmp_path / "dpo")].values)
     (first, *_) = lines(tmp_path / "sft" / "first8_predictions.jsonl")
     assert first["scores"] == first["yes_scores"] and len(set(first["scores"])) > 5
