@@ -102,7 +102,7 @@ from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
 from hanorec.model.export import export
 from hanorec.model.finished import load_finished, save_trained
-from hanorec.model.hars import Responsiveness, pair_hardness
+from hanorec.model.hars import Responsiveness, item_vectors, pair_hardness
 from hanorec.model.load import TINY, pick_dtype
 from hanorec.model.lora import add_lora
 from hanorec.model.noise import noise_effect, perturbation
@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
     prompts = load_prompts(data, encoding, options.candidate_images, options.summaries)
     packed = load_policy(options, encoding, accelerator)
+    vectors = item_vectors(encoding, packed.core)  # before the weights are sharded
     pairs = load_pairs(prompts, examples, options, accelerator)
     batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(pairs.kinds), options, accelerator)
     optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=options.lr, fused=True)
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     planned = planned_pairs(pairs, steps, steps_per_epoch, options, accelerator)
     reference = reference_logps(packed, encoding, pairs, planned, hashes, options, accelerator)
     choose_rejected(pairs, reference, data, options)
-    hardness = pair_hardness(options, encoding, packed.core, pairs, reference, accelerator)
+    hardness = pair_hardness(options, vectors, pairs, reference, accelerator)
     response = Responsiveness(options.responsiveness)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 

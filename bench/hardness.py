@@ -24,9 +24,7 @@ import hanorec_loss  # noqa: E402
 from hanorec.data.folder import DataFolder  # noqa: E402
 from hanorec.model.encoding import Encoding  # noqa: E402
 from hanorec.model.finished import load_finished  # noqa: E402
-from hanorec.model.hars import pair_hardness, standardised  # noqa: E402
-from hanorec.model.images import mean_embeddings  # noqa: E402
-from hanorec.model.load import load_tokenizer  # noqa: E402
+from hanorec.model.hars import item_vectors, pair_hardness, standardised  # noqa: E402
 from hanorec.model.packing import PackedMLLM  # noqa: E402
 from hanorec.model.pairs import Pairs, pools  # noqa: E402
 from hanorec.model.reference import score_pairs  # noqa: E402
@@ -60,12 +58,11 @@ def main(argv: list[str] | None = None) -> dict[str, torch.Tensor]:
     model = load_finished(given.sft, encoding)
     accelerator = start_accelerator()
     reference = score_pairs(PackedMLLM(model), encoding, pairs, [*range(len(pairs))], accelerator)
+    vectors = item_vectors(encoding, model)
     found = {}
     for hardness in ("topk", "clusters", "cosine", "margin"):
         options = SimpleNamespace(hardness=hardness, hardness_sign=1, top_k=given.top_k)
-        found[hardness] = pair_hardness(options, encoding, model, pairs, reference, accelerator)[:, 0]
-    text = mean_embeddings(model, load_tokenizer(encoding.source, encoding.trust), encoding.items.titles)
-    vectors = hanorec_loss.fuse_item_vectors(text, encoding.tokens.means())
+        found[hardness] = pair_hardness(options, vectors, pairs, reference, accelerator)[:, 0]
     chosen, rejected = [example.target for example in examples], [example.rejected for example in examples]
     distance = union_distance(vectors, chosen, rejected, given.top_k)
     found["union"] = hanorec_loss.hardness_weight(standardised(distance, distance), 0.0)

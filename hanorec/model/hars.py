@@ -26,14 +26,18 @@ def cluster_means(item_vectors: torch.Tensor, k: int) -> torch.Tensor:
     return means
 
 
-def pool_distances(options, encoding: Encoding, model, pairs: Pairs) -> torch.Tensor:
-    """Return the distance D of each example's target to each item of its pool: [E, P].
+def item_vectors(encoding: Encoding, model) -> torch.Tensor:
+    """Return the fused vectors of the items under a model that is not sharded: [N, d]."""
+    text = mean_embeddings(model, load_tokenizer(encoding.source, encoding.trust), encoding.items.titles)
+    return hanorec_loss.fuse_item_vectors(text, encoding.tokens.means())
+
+
+def pool_distances(options, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the distance D of each example's target to each item of its pool: [E, P]. vectors: [N, d], of the items.
 
     topk and constant: equation (5). clusters: 1 - cosine of the means of the two items' neighbours. cosine: 1 - cosine
     of the two items.
     """
-    text = mean_embeddings(model, load_tokenizer(encoding.source, encoding.trust), encoding.items.titles)
-    vectors = hanorec_loss.fuse_item_vectors(text, encoding.tokens.means())
     pool = torch.tensor(pairs.pool)
     chosen = torch.tensor([example.target for example in pairs.examples]).repeat_interleave(pool.shape[1])
     if options.hardness != "cosine" and options.top_k >= len(vectors):
@@ -78,7 +82,7 @@ def distance_hardness(options, distance: torch.Tensor, columns: torch.Tensor) ->
     return hardness
 
 
-def pair_hardness(options, encoding, model, pairs: Pairs, reference: torch.Tensor, accelerator) -> torch.Tensor:
+def pair_hardness(options, vectors: torch.Tensor, pairs: Pairs, reference: torch.Tensor, accelerator) -> torch.Tensor:
     """Return lambda of each pair with each item of its pool: [pairs, P], and print its range. Smaller means harder.
 
     topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
@@ -87,6 +91,7 @@ def pair_hardness(options, encoding, model, pairs: Pairs, reference: torch.Tenso
     training pairs.
 
     Args:
+        vectors: [N, d], of the items. Not read by margin and none.
         reference: [pairs, 1 + P], the reference's log-probabilities. Read by margin only.
     """
     if options.hardness == "none":
@@ -94,7 +99,7 @@ def pair_hardness(options, encoding, model, pairs: Pairs, reference: torch.Tenso
     elif options.hardness == "margin":
         hardness = margin_hardness(pairs, reference, options.hardness_sign)
     else:
-        distance = pool_distances(options, encoding, model, pairs)
+        distance = pool_distances(options, vectors, pairs)
         hardness = distance_hardness(options, distance, pairs.columns).repeat_interleave(len(pairs.kinds), dim=0)
     rejected = pairs.of_pool(hardness, range(len(pairs)))
     low, high = (np.nanpercentile(rejected.numpy(), [1, 99])).tolist()

@@ -27,7 +27,8 @@ def pair_hardness(opened, sft_run, hardness, sign=1, reference=None, top_k=10, r
     options = SimpleNamespace(hardness=hardness, hardness_sign=sign, top_k=top_k)
     model = load_finished(sft_run, opened.encoding)
     accelerator = SimpleNamespace(print=print)
-    return pairs, hars.pair_hardness(options, opened.encoding, model, pairs, reference, accelerator)
+    vectors = hars.item_vectors(opened.encoding, model)
+    return pairs, hars.pair_hardness(options, vectors, pairs, reference, accelerator)
 
 
 def test_cluster_means_equal_a_loop():
