@@ -25,6 +25,7 @@ from hanorec.run.runs import read_run
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 SPLIT_HELP = "the split to evaluate; test_...: the targets of test among other candidates, if the data folder has them"
 COMPARE_HELP = "also print each other row minus this run; with --pool, minus the group that these runs form"
+ALIGNMENT_HELP = "also print how alike the model holds each item's title and image, before and after the training"
 REPORT_HELP = "write report.html into the run, a page to look at; of several runs: into FILE"
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
@@ -39,6 +40,7 @@ OPTIONS = {
         Option("--compare", Path, [], COMPARE_HELP, nargs="+", metavar="RUN"),
         Option("--pool", bool, False, "one row for runs that differ in nothing but --seed"),
         Option("--slices", bool, False, "also print the metrics of parts of the examples"),
+        Option("--alignment", bool, False, ALIGNMENT_HELP),
         Option("--report", Path, None, REPORT_HELP, nargs="?", const=True, metavar="FILE"),
         Option("--scores", Path, [], "predictions.jsonl of other systems", nargs="+"),
         Option("--export-recbole", Path, None, RECBOLE_HELP, metavar="DIR"),
@@ -76,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--report: {options.report} is a folder; give the file to write, such as {options.report}/report.html"
         )
-    for_metrics = ("pool", "slices", "report", "scores", "compare", "export_recbole")
+    for_metrics = ("pool", "slices", "alignment", "report", "scores", "compare", "export_recbole")
     if options.user and any(getattr(options, name) for name in for_metrics):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in for_metrics)
         parser.error(f"--user prints recommendations; do not give {names}")
@@ -119,6 +121,7 @@ if __name__ == "__main__":
 import hanorec_loss
 from hanorec.data.folder import DataFolder, Example
 from hanorec.model.encoding import Encoding
+from hanorec.ranking.alignment import alignment_table, measure_alignment
 from hanorec.ranking.baselines import interaction_counts
 from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores, write_predictions, write_recbole
@@ -220,15 +223,22 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
             changes[run] = rank_changes(scored[run][0], own, targets)
     if not accelerator.is_main_process:
         return None
+    aligned = {}
+    if options.alignment:
+        aligned = measure_alignment(configs, scored, ceilings, data, examples, options, accelerator)
 
     slicings = slicings_of(configs, data, examples, options) if options.slices or options.report else {}
     results = measure_all(scored, others, ceilings, groups, reference, data, examples, slicings, options)
     print(f"\n{results.text(options.slices)}")
+    if aligned:
+        print(f"\n{alignment_table(aligned)}")
     for run in configs:
         fields = {"scored": scoring_settings(run, options, accelerator)}
         if run in changes:
             fields["rank_changes"] = changes[run]
             print(f"\n{run}: {changes[run]:.1%} of the targets have another rank than with the items' own images")
+        if aligned:
+            fields["alignment"] = aligned[run]
         write_results(run, results, fields, file_prefix(options))
     if options.report:
         report(results, groups, configs, scored, others, data, examples, slicings, options)

@@ -57,7 +57,7 @@ class Measured:
     def __init__(self, study: Study, seeds: list[int], split: str):
         data = DataFolder(ROOT / "data" / study.name)
         examples, sequences = data.examples(split), [*data.sequences().values()]
-        targets, slicings = target_columns(examples), slicings_of(data, examples, sequences)
+        targets, slicings = target_columns(examples), slicings_of(data, examples)
         self.users, self.runs = len(examples), {}
         for arm in study.arms:
             for seed in seeds:
@@ -86,12 +86,12 @@ class Measured:
         return pool([self.runs[arm][seed].minus(self.runs[other][seed]) for seed in sorted(both)])
 
 
-def slicings_of(data: DataFolder, examples: list[Example], sequences: list[list[int]]) -> Slicings:
+def slicings_of(data: DataFolder, examples: list[Example]) -> Slicings:
     """Return the slices of the examples, by the item vectors of the tiny backbone's encoding."""
     import argparse
 
     options = argparse.Namespace(trust_remote_code=False)
-    return evaluate.slicings_of({}, data, examples, sequences, options)
+    return evaluate.slicings_of({}, data, examples, options)
 
 
 def difference(result: Result, metric: str) -> str:

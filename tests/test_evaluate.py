@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import Opened
+from conftest import Opened, words
 from safetensors.torch import load_file, save_file
 from stages import dpo, lines, refused
 
@@ -288,3 +288,14 @@ def test_ceilings_and_hard_candidates(data, sft_run, capsys):
     assert evaluate.main(words)["ceiling"].values["HR@1"] == 1
     error = refused(capsys, evaluate.main, "--data", data, "--scores", hard_scores)
     assert "not the candidates of this data: the file is of another split, or the data has been prepared again" in error
+
+
+def test_alignment_is_printed_and_written(sft_run, dpo_run, capsys):
+    evaluate.main(words("--run", sft_run, dpo_run, "--alignment", "--limit", 6))
+    table = capsys.readouterr().out
+    assert "slope of the change" in table and "follows the poster" in table
+    sft, dpo = (json.loads((run / "first6_metrics.json").read_text())["alignment"] for run in (sft_run, dpo_run))
+    assert sft["mean"] == pytest.approx(dpo["mean"] - dpo["change"])  # DPO starts where SFT ended
+    assert abs(dpo["change"]) < abs(sft["change"])  # three steps of LoRA, and all weights from nothing
+    assert set(dpo["thirds"]) == set(dpo["NDCG@3"]) == {"lowest", "middle", "highest"}
+    assert "follows_poster" not in dpo
