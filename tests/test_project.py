@@ -15,7 +15,7 @@ ROOMS = ["hanorec/run", "hanorec/data", "hanorec/model", "hanorec/ranking", "mll
 SCRIPTS = {name: f"{name}.py" for name in STAGES} | {n: f"mllm_srec/{n}.py" for n in ("summarize", "teach")}
 SCRIPTS["sasrec"] = "hanorec/ranking/sasrec.py"
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
-WITH_TRANSFORMERS = {"safetensors", "tokenizers"}
+WITH_TRANSFORMERS = {"safetensors", "tokenizers", "huggingface_hub"}
 OPTIONAL = {"pyarrow"}  # used if it is installed
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # hidden at the top without torchvision
@@ -21,6 +23,7 @@ from hanorec.run.files import UserError
 TINY = "tiny"
 TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels each
 MAX_PIXELS = 262144  # the paper's image_max_pixels
+QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 @contextlib.contextmanager
@@ -86,8 +89,27 @@ def pick_dtype(name: str, accelerator) -> torch.dtype:
     return getattr(torch, name)
 
 
+def check_name(name: str | Path) -> None:
+    """Raise UserError if `name` is no folder, is not in the hub's cache, and the hub does not know it.
+
+    The loaders try six times to reach the hub, which takes half a minute.
+    """
+    if Path(name).is_dir():
+        return
+    with loading(name, "is no folder here, and the hub does not give it: check the name, or you are offline"):
+        if cached_file(name, "config.json", local_files_only=True, **QUIET):
+            return
+        try:
+            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except RepositoryNotFoundError:
+            raise
+        except HfHubHTTPError:  # the server may be a mirror that has the files alone
+            return
+
+
 def load_config(name: str | Path, trust: bool = False):
     """Load the config."""
+    check_name(name)
     with loading(name, "cannot be loaded"):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
 
