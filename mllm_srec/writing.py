@@ -3,10 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from accelerate.utils import tqdm
-
 from hanorec.model.encoding import Encoding
 from hanorec.run.files import UserError
+from hanorec.run.progress import progress
 from mllm_srec.preferences import UserTexts, window_ends
 from mllm_srec.records import Record
 from mllm_srec.texts import fill, item_prompt
@@ -49,7 +48,7 @@ def write_items(writer, texts: dict, sees: str, encoding: Encoding, record: Reco
     share = missing[accelerator.process_index :: accelerator.num_processes]
     prompts = {item: item_prompt(texts, sees, encoding, item) for item in share}
     share.sort(key=lambda item: writer.length(prompts[item]))
-    with tqdm(total=len(share), desc="items", unit="item") as bar:
+    with progress(total=len(share), desc="items", unit="item") as bar:
         for start in range(0, len(share), writer.batch_size):
             batch, lines = share[start : start + writer.batch_size], []
             for item, reply in zip(batch, writer([prompts[item] for item in batch]), strict=True):
@@ -133,7 +132,7 @@ def write_preferences(writer, user_texts: UserTexts, users: list[Windows], recor
     for line in sorted(record.done, key=lambda line: line["end"]):
         by_user[line["user"]].add(line["paragraph"])
     share = users[accelerator.process_index :: accelerator.num_processes]
-    with tqdm(total=sum(map(Windows.remaining, share)), desc="preferences", unit="paragraph") as bar:
+    with progress(total=sum(map(Windows.remaining, share)), desc="preferences", unit="paragraph") as bar:
         while True:
             share = sorted(filter(Windows.remaining, share), key=Windows.remaining, reverse=True)
             if not share:

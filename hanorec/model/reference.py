@@ -1,7 +1,7 @@
 """The reference of DPO: compute its log-probabilities once, keep them in a file, compare the policy with them."""
 
 import torch
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
 from hanorec.model.encoding import Encoding
@@ -11,6 +11,7 @@ from hanorec.model.packing import PackedMLLM
 from hanorec.model.pairs import PairBatch, Pairs
 from hanorec.run.files import UserError, replacing, value_hash
 from hanorec.run.launch import shared_out
+from hanorec.run.progress import progress
 from hanorec.run.training import micro_batches
 
 
@@ -32,7 +33,7 @@ def score_pairs(packed: PackedMLLM, encoding: Encoding, pairs: Pairs, numbers: l
     chunks = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     computed = []  # (pair number, [chosen, rejected, ...])
     packed.eval()
-    for chunk in tqdm(shared_out(chunks, accelerator), desc="reference", unit="batch"):
+    for chunk in progress(shared_out(chunks, accelerator), desc="reference", unit="batch"):
         batch = pairs.batch(chunk, packed, encoding.tokens).to(accelerator.device)
         with torch.no_grad():
             logps = batch.lay_out(packed(batch.trees))

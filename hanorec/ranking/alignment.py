@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 
 from hanorec.data.demo import make_world
 from hanorec.data.folder import DataFolder, Example
@@ -27,6 +26,7 @@ from hanorec.model.template import load_template
 from hanorec.model.trees import Node
 from hanorec.ranking.markdown import markdown, short
 from hanorec.ranking.metrics import Result, measure
+from hanorec.run.progress import progress
 
 THIRDS = ("lowest", "middle", "highest")
 CHUNK = 32  # items in a forward
@@ -54,7 +54,7 @@ def alignments(packed: PackedMLLM, prompts: Prompts, tokens: ImageTokens, device
     hook = decoder.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state[0].float()))
     packed.eval()
     try:
-        for start in tqdm(range(0, len(items), CHUNK), desc="alignment", unit="batch", leave=False):
+        for start in progress(range(0, len(items), CHUNK), desc="alignment", unit="batch", leave=False):
             own = [(item, *item_prompt(prompts, item)) for item in items[start : start + CHUNK]]
             batch = packed.collate([[root] for _, root, _, _ in own], tokens).to(device)
             states.clear()

@@ -5,13 +5,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 
 from hanorec.data.folder import Example
 from hanorec.model.prompts import fit_to_length
 from hanorec.ranking.metrics import measure
 from hanorec.run.files import UserError
 from hanorec.run.launch import shared_out
+from hanorec.run.progress import progress
 
 
 def target_columns(examples: Sequence[Example]) -> np.ndarray:
@@ -42,7 +43,7 @@ def score_examples(
     chunks = [range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)]
     scored = []
     model.eval()
-    for chunk in tqdm(shared_out(chunks, accelerator), desc="evaluate", unit="batch", leave=False):
+    for chunk in progress(shared_out(chunks, accelerator), desc="evaluate", unit="batch", leave=False):
         trees = []
         for number in chunk:
             trees += [fit_to_length(build, examples[number], options["max_length"], shortened) for build in builds]
