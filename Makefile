@@ -4,7 +4,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-LAUNCH := $(BIN)/accelerate launch
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test fuzz bench clean
@@ -12,8 +11,8 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python prepare_data.py --show 1
-	$(LAUNCH) sft.py
-	$(LAUNCH) dpo_hano.py --sigma 0.05
+	$(BIN)/python sft.py --overwrite
+	$(BIN)/python dpo_hano.py --sigma 0.05 --overwrite
 	$(BIN)/python -m hanorec.ranking.sasrec
 	$(BIN)/python evaluate.py
 

@@ -6,10 +6,10 @@
 
 Starts from the SFT model and trains a new LoRA on it. The reference is the same model with that LoRA switched off. The
 reference's log-probabilities are computed once and kept in reference/ of the SFT run. Writes config.json, metrics.jsonl
-and adapter/: the LoRA of the epoch with the best validation metric, in PEFT's format. --export DIR also writes the
-models DIR/base, DIR/adapter and DIR/merged, which load without this project. The same command continues an interrupted
-run. Equations (5) to (12) of the paper are in hanorec_loss.py. (5, 6) are called in hanorec/model/hars.py, (9, 10) in
-hanorec/model/noise.py, the others here in `preference_loss`.
+and adapter/: the LoRA of the epoch with the best validation metric, in PEFT's format. `python -m hanorec.export` turns
+a run into a model that loads without this project. The same command continues an interrupted run. Equations (5) to (12)
+of the paper are in hanorec_loss.py. (5, 6) are called in hanorec/model/hars.py, (9, 10) in hanorec/model/noise.py, the
+others here in `preference_loss`.
 """
 
 import argparse
@@ -47,7 +47,6 @@ OPTIONS = {
     "": [
         Option("--sft", Path, Path("runs/demo/sft"), "finished SFT run"),
         Option("--out", Path, None, "run folder to write", shown="dpo_hano beside the SFT run"),
-        Option("--export", Path, None, "also write the models to DIR, loadable without this project", metavar="DIR"),
     ],
     "method": [
         Option("--beta", positive_float, 0.1, "beta0 of equation (7)"),
@@ -87,7 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """Parse the options, check --out and read the SFT run. Return (options, the SFT run's config.json)."""
     options = parse(argv)
-    check_out(options.out, "dpo_hano")
+    check_out(options.out, "dpo_hano", options.overwrite)
     return options, read_run(options.sft, ["sft"])
 
 
@@ -100,7 +99,6 @@ import hanorec_loss
 from hanorec.data.folder import DataFolder, Example
 from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding
-from hanorec.model.export import export
 from hanorec.model.finished import load_finished, save_trained
 from hanorec.model.hars import Responsiveness, item_vectors, pair_hardness
 from hanorec.model.load import TINY, pick_dtype
@@ -108,13 +106,14 @@ from hanorec.model.lora import add_lora
 from hanorec.model.noise import noise_effect, perturbation
 from hanorec.model.packing import PackedMLLM, check_attention
 from hanorec.model.pairs import KINDS, PairBatch, Pairs, draw_by_popularity, draw_from_the_harder, pools
+from hanorec.model.prompts import Prompts
 from hanorec.model.reference import check_start, planned_pairs, reference_logps, score_pairs
 from hanorec.ranking.scoring import validate
 from hanorec.run import checkpoints, training
 from hanorec.run.launch import start_accelerator
 from hanorec.run.log import started
 from hanorec.run.runs import weights_hash
-from mllm_srec.chain_of_thought import load_prompts, training_hash
+from mllm_srec.chain_of_thought import load_run_prompts, training_hash
 
 
 def load_policy(options, encoding: Encoding, accelerator) -> PackedMLLM:
@@ -208,10 +207,10 @@ def take_step(step: int, micro_batches, model, packed, optimizer, schedule, resp
     return dict(zip(sums, means.unbind(), strict=True)) | {"grad_norm": norm, "lr": rate}
 
 
-def open_data(options: argparse.Namespace, sft: dict) -> tuple[DataFolder, Encoding, dict]:
-    """Open the SFT run's data, and complete `options` in place from the SFT run's config.json, `sft`.
+def open_data(options: argparse.Namespace, sft: dict) -> tuple[DataFolder, Encoding, Prompts, dict]:
+    """Open the SFT run's data and prompts, and complete `options` in place from the SFT run's config.json, `sft`.
 
-    Returns (data, encoding, hashes of the data and the SFT weights).
+    Returns (data, encoding, prompts, hashes of the data, the SFT weights and the prompts).
     """
     all_epochs = options.epochs and not options.max_steps  # --epochs alone: no limit of steps for the tiny backbone
     complete(options, OPTIONS, sft["options"]["model"] == TINY, sft["options"], options.sft, INHERITED)
@@ -223,13 +222,14 @@ def open_data(options: argparse.Namespace, sft: dict) -> tuple[DataFolder, Encod
     hashes = {"data": training_hash(data, encoding, options.summaries), "sft_weights": weights_hash(options.sft)}
     if hashes["data"] != sft["data"]:
         raise UserError(f"{options.sft} was trained on an earlier {options.data}; run sft.py again")
-    return data, encoding, hashes
+    prompts = load_run_prompts(options.sft, sft, data, encoding)
+    return data, encoding, prompts, hashes | {"prompts": prompts.hash()}
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     options, sft = checked_options(argv)
-    data, encoding, hashes = open_data(options, sft)
+    data, encoding, prompts, hashes = open_data(options, sft)
     accelerator = start_accelerator(report_to=options.report_to, out=options.out)
     if options.sigma and accelerator.distributed_type.value == "DEEPSPEED":
         raise UserError("DeepSpeed cannot train with NoDO's noise; use --config_file configs/fsdp2.yaml, or --sigma 0")
@@ -241,7 +241,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model and pairs
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
-    prompts = load_prompts(data, encoding, options.candidate_images, options.summaries)
     packed = load_policy(options, encoding, accelerator)
     vectors = item_vectors(encoding, packed.core)  # before the weights are sharded
     pairs = load_pairs(prompts, examples, options, accelerator)
@@ -284,8 +283,6 @@ def main(argv: list[str] | None = None) -> None:
                 logps = score_pairs(packed, encoding, pairs.whole(), planned, accelerator)
                 choose_rejected(pairs, logps, data, options, step // steps_per_epoch)
             log.end_step(step, epoch_ends or step == steps)
-        if options.export and accelerator.is_main_process:
-            export(options, encoding, options.out / "adapter")
         log.finish()
 
 

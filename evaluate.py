@@ -1,6 +1,6 @@
 """Rank candidates with trained models, and print AUC, GAUC, HR@K, NDCG@K and MRR beside those of simple baselines.
 
-    python evaluate.py                                                    # the demo's runs, side by side
+    python evaluate.py                                                    # the demo's runs; --run runs/x: all inside
     python evaluate.py --run runs/ml-1m/sft runs/ml-1m/dpo_hano           # writes metrics.json, predictions.jsonl there
     python evaluate.py --run runs/ml-1m/dpo_hano --compare runs/ml-1m/sft # paired bootstrap of the difference
     python evaluate.py --run runs/x/sft-1 runs/x/sft-2 --pool             # one row for runs of several seeds
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from hanorec.data.folder import EVALUATED
 from hanorec.ranking.pooling import Groups, group_runs, reference_group
-from hanorec.run.files import UserError, one_line_errors
+from hanorec.run.files import UserError, one_line_errors, printable
 from hanorec.run.options import DTYPE, TRUST, Option, Parser, non_negative_int, positive_int
-from hanorec.run.runs import read_run
+from hanorec.run.runs import expand_runs, next_command, read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 SPLIT_HELP = "the split to evaluate; test_...: the targets of test among other candidates, if the data folder has them"
@@ -30,8 +30,8 @@ REPORT_HELP = "write report.html into the run, a page to look at; of several run
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
 OPTIONS = {
     "": [
-        Option("--run", Path, [], "run folders", nargs="+", shown="those in runs/demo"),
-        Option("--data", Path, None, "data folder; needed for --scores without --run"),
+        Option("--run", Path, [], "run folders, or folders of runs", nargs="+", shown="the demo's two"),
+        Option("--data", Path, None, "data folder: its runs are evaluated, or only --scores"),
         Option("--split", [*EVALUATED], "test", SPLIT_HELP),
         Option("--limit", non_negative_int, 0, "maximum number of examples, the first ones; 0: all"),
         Option("--blank-images", bool, False, "replace every image by a neutral one"),
@@ -93,9 +93,7 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     the name of the row to compare with or None). A report of several runs compares with the first one by itself.
     """
     options = parse(argv)
-    runs = options.run or [run for run in DEMO_RUNS if run.exists() and not options.scores]
-    if not runs and not options.scores:
-        raise UserError("no --run given and no runs/demo here; run sft.py first")
+    runs = [] if options.scores and not options.run else expand_runs(options.run, options.data, DEMO_RUNS)
     configs = {run: read_run(run) for run in [*runs, *options.compare]}
     # Without --pool each run is a group of its own; the seed 0 stands for any, so that --compare pairs every two
     groups = group_runs(configs) if options.pool else {str(run): {(0,): run} for run in configs}
@@ -242,6 +240,8 @@ def main(argv: list[str] | None = None) -> dict[str, Result] | None:
         write_results(run, results, fields, file_prefix(options))
     if options.report:
         report(results, groups, configs, scored, others, data, examples, slicings, options)
+    for run in [run for run in scored if run not in options.compare][-1:]:
+        print("\nnext:", printable(next_command("evaluate", argparse.Namespace(run=run, user=examples[0].user))))
     return results.table | {f"{name} minus {reference}": difference for name, difference in results.differences.items()}
 
 

@@ -1,7 +1,8 @@
 """Stage 1: supervised fine-tuning on ranking and Yes/No questions.
 
-    accelerate launch sft.py                                            # the demo: data/demo -> runs/demo/sft
-    accelerate launch sft.py --data data/ml-1m --out runs/ml-1m/sft     # LoRA on the backbone the data was encoded for
+    python sft.py                                               # the demo: data/demo -> runs/demo/sft
+    python sft.py --data data/ml-1m --out runs/ml-1m/sft        # LoRA on the backbone the data was encoded for
+    accelerate launch --num_processes 4 sft.py --data data/ml-1m   # on four GPUs
 
 Writes config.json, metrics.jsonl and the weights with the best validation metric: adapter/ (LoRA, PEFT's format) or,
 with --tune full, model/. The same command continues an interrupted run. The loss is the mean cross-entropy of all
@@ -59,13 +60,8 @@ OPTIONS = {
 }
 
 
-@one_line_errors
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options, without the defaults that depend on the backbone.
-
-    Raises:
-        UserError: the folder --out holds anything other than an SFT run.
-    """
+    """Parse the options, without the defaults that depend on the backbone."""
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
     cot = options.prompt == "cot"
@@ -77,12 +73,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if not cot and getattr(options, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for --prompt cot")
     options.out = options.out or Path("runs") / options.data.resolve().name / "sft"
-    check_out(options.out, "sft")
+    return options
+
+
+@one_line_errors
+def checked_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options and check --out."""
+    options = parse(argv)
+    check_out(options.out, "sft", options.overwrite)
     return options
 
 
 if __name__ == "__main__":
-    parse()  # prints --help and errors before the slow imports
+    checked_options()  # prints --help and errors before the slow imports
 
 import torch
 
@@ -135,15 +138,15 @@ def plan_batches(warmup: WarmUp, samples: Samples, options: argparse.Namespace, 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = checked_options(argv)
     data, encoding = open_data(options)
     accelerator = start_accelerator(mixed_precision(options), options.report_to, options.out)
-    hashes = {"data": training_hash(data, encoding, options.summaries)}
+    prompts = load_prompts(data, encoding, options.candidate_images, options.summaries, options.steps_share)
+    hashes = {"data": training_hash(data, encoding, options.summaries), "prompts": prompts.hash()}
     checkpoints.check(options, accelerator, **hashes)
 
     # Data: the sequences of the warm-up, and a sample for each task of each example
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
-    prompts = load_prompts(data, encoding, options.candidate_images, options.summaries, options.steps_share)
     warmup = WarmUp(prompts, examples, data.sequences(), options)
     samples = Samples(prompts, prompts.sft_tree, examples, options.tasks, options.max_length)
     batches, steps, steps_per_epoch = plan_batches(warmup, samples, options, accelerator)

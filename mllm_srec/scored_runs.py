@@ -19,7 +19,7 @@ from hanorec.ranking.results import Scores, file_prefix
 from hanorec.ranking.scoring import score_examples
 from hanorec.ranking.shuffling import other_images
 from hanorec.run.files import UserError, read_json
-from mllm_srec.chain_of_thought import load_prompts, training_hash
+from mllm_srec.chain_of_thought import load_run_prompts, training_hash
 
 
 def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example], options, accelerator) -> Scores:
@@ -40,7 +40,7 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
     model = load_finished(run, encoding, pick_dtype(options.dtype, accelerator))
     pack = not (options.no_pack or trained.get("no_pack"))
     packed = load_packed(model, encoding, pack, accelerator.device)
-    prompts = load_prompts(data, encoding, trained["candidate_images"], summaries)
+    prompts = load_run_prompts(run, config, data, encoding)
     shortened: set[tuple[str, int]] = set()
     scores, yes_scores = score_examples(
         packed, encoding, prompts, examples, trained, accelerator, options.batch_size, shortened

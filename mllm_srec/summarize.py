@@ -27,7 +27,7 @@ from hanorec.run.files import (
     write_json,
 )
 from hanorec.run.options import DATA, DTYPE, ENCODING, TRUST, Option, Parser, non_negative_int, positive_int
-from hanorec.run.runs import json_options, weights_hash
+from hanorec.run.runs import json_options, next_command, weights_hash
 from mllm_srec.texts import PROMPTS_FILE, fill, item_prompt, read_texts
 
 OPTIONS = {
@@ -249,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         write_file(folder / "preferences.jsonl", old_manifest, manifest, key, accelerator, write)
         if accelerator.is_main_process:
             write_json(path, manifest)
+    next_options = argparse.Namespace(data=options.data, name=folder.name)
+    accelerator.print(f"next: {next_command('summarize', next_options)}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | None:
     data = DataFolder(options.data)
     if options.score:
         return score(options, data)
-    check_out(options.out, "teach")
+    check_out(options.out, "teach", options.overwrite)
     encoding = Encoding(data, options.model, images=options.images, trust=options.trust_remote_code)
     check_tuning(options, encoding)
     complete(options, OPTIONS, encoding.tiny)

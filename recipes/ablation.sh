@@ -21,9 +21,9 @@ SIGMA=${SIGMA:-0.05}
 NAME=$DATA-${BACKBONE##*/}
 RUNS=runs/$NAME
 
-accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/full" --sigma "$SIGMA" --lora-dropout 0.05
-accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_hars" --sigma "$SIGMA" --hardness none --responsiveness none --lora-dropout 0.05
-accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_nodo" --sigma 0 --lora-dropout 0.05
-accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_sam" --sigma "$SIGMA" --hardness cosine --lora-dropout 0.05
-accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_all" --sigma 0 --hardness none --responsiveness none --lora-dropout 0.05
+accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/full" --sigma "$SIGMA" --lora-dropout 0.05 --overwrite
+accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_hars" --sigma "$SIGMA" --hardness none --responsiveness none --lora-dropout 0.05 --overwrite
+accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_nodo" --sigma 0 --lora-dropout 0.05 --overwrite
+accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_sam" --sigma "$SIGMA" --hardness cosine --lora-dropout 0.05 --overwrite
+accelerate launch dpo_hano.py --sft "$RUNS/sft" --out "$RUNS/without_all" --sigma 0 --hardness none --responsiveness none --lora-dropout 0.05 --overwrite
 python evaluate.py --run "$RUNS/sft" "$RUNS/full" "$RUNS/without_hars" "$RUNS/without_nodo" "$RUNS/without_sam" "$RUNS/without_all" --compare "$RUNS/full"

@@ -20,7 +20,7 @@ NAME=$DATA-srec-${BACKBONE##*/}
 
 python prepare_data.py --dataset microlens --source "raw/$DATA-original" --negatives 99 --max-pixels 50176 --model "$BACKBONE" --out "data/$NAME"
 accelerate launch -m mllm_srec.summarize --data "data/$NAME"
-accelerate launch sft.py --data "data/$NAME" --prompt cot --out "runs/$NAME/cot"
-accelerate launch sft.py --data "data/$NAME" --tasks yesno --candidate-images --out "runs/$NAME/direct"
-accelerate launch dpo_hano.py --sft "runs/$NAME/cot" --out "runs/$NAME/cot_hanorec" --sigma "$SIGMA" --lora-dropout 0.05
+accelerate launch sft.py --data "data/$NAME" --prompt cot --out "runs/$NAME/cot" --overwrite
+accelerate launch sft.py --data "data/$NAME" --tasks yesno --candidate-images --out "runs/$NAME/direct" --overwrite
+accelerate launch dpo_hano.py --sft "runs/$NAME/cot" --out "runs/$NAME/cot_hanorec" --sigma "$SIGMA" --lora-dropout 0.05 --overwrite
 python evaluate.py --run "runs/$NAME/cot" "runs/$NAME/cot_hanorec" "runs/$NAME/direct" --compare "runs/$NAME/direct" --batch-size 1

@@ -24,7 +24,7 @@ SIGMA=${SIGMA:-0.1}
 NAME=$DATA-${BACKBONE##*/}
 
 python prepare_data.py --dataset hanorec --source "raw/$DATA" --model "$BACKBONE" --out "data/$NAME"
-accelerate launch sft.py --data "data/$NAME" --out "runs/$NAME/sft"
-accelerate launch dpo_hano.py --sft "runs/$NAME/sft" --out "runs/$NAME/plain_dpo" --hardness none --responsiveness none --sigma 0 --lora-dropout 0.05
-accelerate launch dpo_hano.py --sft "runs/$NAME/sft" --out "runs/$NAME/hanorec" --sigma "$SIGMA" --lora-dropout 0.05
+accelerate launch sft.py --data "data/$NAME" --out "runs/$NAME/sft" --overwrite
+accelerate launch dpo_hano.py --sft "runs/$NAME/sft" --out "runs/$NAME/plain_dpo" --hardness none --responsiveness none --sigma 0 --lora-dropout 0.05 --overwrite
+accelerate launch dpo_hano.py --sft "runs/$NAME/sft" --out "runs/$NAME/hanorec" --sigma "$SIGMA" --lora-dropout 0.05 --overwrite
 python evaluate.py --run "runs/$NAME/sft" "runs/$NAME/plain_dpo" "runs/$NAME/hanorec" --compare "runs/$NAME/plain_dpo"

@@ -169,11 +169,11 @@ def taught(prepared, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dpo_run(sft_run, tmp_path_factory):
-    """A few steps of dpo_hano.py on the SFT run, exported too; this worker's own."""
+    """A few steps of dpo_hano.py on the SFT run; this worker's own."""
     from stages import dpo
 
     out = tmp_path_factory.mktemp("runs") / "dpo_hano"
-    return dpo(sft_run, out, "--sigma", 0.05, "--export", out.parent / "export")
+    return dpo(sft_run, out, "--sigma", 0.05)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def fuzz_run(folder: Path, rng) -> None:
     shutil.copytree(BASE / "run", folder / "run")
     spoil_one(folder / "run", rng)
     read_run(folder / "run")
-    check_out(folder / "run", "sft")
+    check_out(folder / "run", "sft", overwrite=True)
 
 
 def fuzz_encoding(folder: Path, rng) -> None:

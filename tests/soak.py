@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from conftest import ROOT, draw_posters, movielens
 
-SMALL = "--eval-limit 20 --batch-size 4 --grad-accum 2 --save-every 7 --epochs 99 --lr 1e-3".split()
+SMALL = "--overwrite --eval-limit 20 --batch-size 4 --grad-accum 2 --save-every 7 --epochs 99 --lr 1e-3".split()
 WARM = "--warmup-steps 30 --warmup-items 8 --dropout 0.1 --max-steps 90".split()
 TWO = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 0".split()
 ABSOLUTE = "--max-steps 60 --noise absolute".split()

@@ -27,6 +27,7 @@ MODULES = {
     "summarize": "mllm_srec.summarize",
     "teach": "mllm_srec.teach",
     "sasrec": "hanorec.ranking.sasrec",
+    "export": "hanorec.export",
 }
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +86,7 @@ def commands():
         docstring = ast.get_docstring(ast.parse(read(path))) or ""
         starts = re.findall(r"^\s*((?:python|accelerate) .*)$", docstring, re.M)
         lines += [(path.name, line) for line in starts]
-    makefile = read(ROOT / "Makefile").replace("$(BIN)/", "").replace("$(LAUNCH)", "accelerate launch")
+    makefile = read(ROOT / "Makefile").replace("$(BIN)/", "")
     lines += [("Makefile", line.strip()) for line in makefile.splitlines() if line.startswith("\t")]
     for file, line in lines:
         try:
@@ -120,6 +121,13 @@ def test_the_readme_is_short_and_has_one_python_example():
     assert read(README).count("```python\n") == 1
 
 
+def test_the_messages_in_the_readme_are_those_of_the_code():
+    _, _, section = read(README).partition("## If something fails\n")
+    messages = re.findall(r"^\| `(.+?)` \|", section.partition("\n## ")[0], re.M)
+    code = "".join(map(read, [*ROOT.glob("*.py"), *(ROOT / "hanorec").rglob("*.py")]))
+    assert len(messages) == 6 and [text for text in messages if text not in code] == []
+
+
 def test_every_command_in_the_documents_is_parsed_by_its_script():
     found = list(commands())
     assert {script for _, script, _ in found} >= set(MODULES)
@@ -148,6 +156,7 @@ def test_every_option_named_in_the_documents_exists():
         ("dpo_hano", ["training"]),
         ("evaluate", ["evaluation"]),
         ("sasrec", ["evaluation"]),
+        ("export", ["training"]),
         ("summarize", ["mllm_srec"]),
         ("teach", ["mllm_srec", "training"]),
     ],
@@ -265,3 +274,11 @@ def test_the_picture_is_drawn_for_long_titles_and_without_posters(tmp_path):
     with Image.open(tmp_path / "ranked.png") as picture:
         assert picture.size == (900, 390)
     assert (tmp_path / "ranked.png").stat().st_size < 60_000
+
+
+def test_the_next_commands_that_stages_print_are_parsed_by_their_scripts():
+    from hanorec.run.runs import NEXT
+
+    for stage, command in NEXT.items():
+        script, words = command_of(shlex.split(re.sub(r"{\w+}", "runs/x", command)))
+        parse(script, words, f"next after {stage}")

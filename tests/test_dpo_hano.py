@@ -1,10 +1,8 @@
-"""dpo_hano.py from end to end on small data: logs, files, reference, ablations, export."""
+"""dpo_hano.py from end to end on small data: logs, files, reference, ablations."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from stages import dpo, refused, training
 
 import dpo_hano
 from hanorec.model.finished import load_finished
-from hanorec.model.load import load_tokenizer
 from hanorec.model.packing import PackedMLLM
 
 
@@ -87,7 +84,7 @@ def test_dpo_refuses_a_reference_that_is_not_its_start(sft_run, tmp_path, capsys
 
     save_file({"logps": load_file(cache)["logps"] + torch.tensor([0.5, 0.0])}, cache)
     with pytest.raises(SystemExit) as stop:
-        dpo(tmp_path / "sft", tmp_path / "dpo")
+        dpo(tmp_path / "sft", tmp_path / "again")
     assert stop.value.code == 2
     assert "reward gap is 5.00e-02, not 0" in capsys.readouterr().err
 
@@ -109,30 +106,3 @@ def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
     computed = ~cached.isnan().any(1)  # a short run computes only the pairs of its steps
     torch.testing.assert_close(found[computed], cached[computed], atol=1e-4, rtol=0)
     assert int(computed.sum()) == 3 * 6
-
-
-def test_export_loads_without_this_project(prepared, sft_run, dpo_run):
-    """Load DIR/merged, and DIR/base with DIR/adapter, in a process that imports only transformers and peft."""
-    folder = dpo_run.parent / "export"
-    code = (
-        "import sys, torch, peft, transformers as t\n"
-        "load = t.AutoModelForImageTextToText.from_pretrained\n"
-        "tok = t.AutoTokenizer.from_pretrained(sys.argv[1] + '/merged')\n"
-        "chat = tok.apply_chat_template([{'role': 'user', 'content': 'Film 3?'}], tokenize=False)\n"
-        "ids = tok(chat, return_tensors='pt')\n"
-        "one = load(sys.argv[1] + '/merged')(**ids).logits\n"
-        "other = peft.PeftModel.from_pretrained(load(sys.argv[1] + '/base'), sys.argv[1] + '/adapter')(**ids).logits\n"
-        "base = load(sys.argv[1] + '/base')(**ids).logits\n"
-        "assert not torch.allclose(one, base, atol=1e-6)\n"
-        "torch.testing.assert_close(one, other, atol=1e-4, rtol=0)\n"
-        "torch.save(one, sys.argv[1] + '/logits.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd="/")
-    data = Opened(prepared)
-    model, tokenizer = load_finished(dpo_run, data.encoding), load_tokenizer(prepared / "tiny")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Film 3?"}], tokenize=False)
-    with torch.no_grad():
-        expected = model(**tokenizer(text, return_tensors="pt")).logits
-    torch.testing.assert_close(torch.load(folder / "logits.pt", weights_only=True), expected, atol=1e-4, rtol=0)
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str((folder / "base").resolve())

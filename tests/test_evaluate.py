@@ -9,8 +9,9 @@ from conftest import Opened, words
 from safetensors.torch import load_file, save_file
 from stages import dpo, lines, refused
 
+import dpo_hano
 import evaluate
-from hanorec.model import finished
+from hanorec.model import finished, prompts
 from hanorec.model.load import load_tokenizer
 from hanorec.ranking import exchange
 from hanorec.run.files import UserError, file_hash, write_json, write_jsonl
@@ -73,7 +74,7 @@ def test_report_and_result_files(sft_run, dpo_run, tmp_path, capsys):
     results = evaluate.main(["--limit", "6", "--run", str(sft_run), str(dpo_run), "--report", str(path)])
     assert f"{dpo_run} minus {sft_run}" in results and path.stat().st_size < 5e6
     shutil.copytree(dpo_run, tmp_path / "again")
-    begin_run(tmp_path / "again", "dpo_hano", {})
+    begin_run(tmp_path / "again", "dpo_hano", {"overwrite": True})
     assert not list((tmp_path / "again").glob("first6_*"))
 
 
@@ -195,11 +196,33 @@ def test_a_run_of_other_titles_is_refused(sft_run, monkeypatch, capsys):
     assert "has another tokenizer than" in refused(capsys, evaluate.main, "--run", sft_run)
 
 
+def test_a_run_is_refused_once_a_question_was_edited(sft_run, tmp_path, monkeypatch, capsys):
+    """Evaluation and DPO refuse it. A run from before the prompts were recorded is evaluated, with a line about it."""
+    config = json.loads((sft_run / "config.json").read_text())
+    shutil.copytree(sft_run, tmp_path / "old", ignore=shutil.ignore_patterns("*metrics.json", "*predictions.jsonl"))
+    write_json(tmp_path / "old" / "config.json", {name: config[name] for name in config if name != "prompts"})
+    texts = [text.replace("Does the candidate come next", "Will the user like the candidate") for text in prompts.TEXTS]
+    assert texts != [*prompts.TEXTS]
+    evaluate.main(["--run", str(sft_run), "--limit", "2"])
+    assert "recorded" not in capsys.readouterr().out
+    monkeypatch.setattr(prompts.Prompts, "texts", tuple(texts))
+    for main, argv in (
+        (evaluate.main, ["--run", sft_run]),
+        (dpo_hano.main, ["--sft", sft_run, "--out", tmp_path / "x"]),
+    ):
+        error = refused(capsys, main, *argv)
+        assert "was trained on other prompts than those of today (hanorec/model/prompts.py, or" in error
+    evaluate.main(["--run", str(tmp_path / "old"), "--limit", "2"])
+    line = (
+        f"{tmp_path / 'old'} was trained before prompts were recorded: whether it knows today's prompts is not checked"
+    )
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+
+
 def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, monkeypatch):
     error = refused(capsys, evaluate.main, "--run", sft_run, "--data", tmp_path)
     assert "one data folder at a time" in error
     assert "give a run folder" in refused(capsys, evaluate.main, "--run", tmp_path)
-    assert str(sft_run) in refused(capsys, evaluate.main, "--run", sft_run.parent)
     assert "user nobody has no example in" in refused(capsys, evaluate.main, "--run", sft_run, "--user", "nobody")
     error = refused(capsys, evaluate.main, "--run", sft_run, "--user", "1", "--from", "nothing")
     assert "nothing is not in" in error or "has no example in" in error

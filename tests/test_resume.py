@@ -117,8 +117,15 @@ def test_a_stopped_run_saves_a_checkpoint_and_prints_the_command_to_continue(unf
     argv, out, printed = unfinished
     assert "stopped; step 4 is saved. To continue: python " in printed
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    config = json.loads((out / "config.json").read_text())
+    config["machine"]["threads"] = "99"
+    del config["prompts"]  # as in a run from before the prompts were recorded
+    (out / "config.json").write_text(json.dumps(config))
     sft.main(argv)
-    assert "continues after step 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "continues after step 4" in printed
+    assert "the last digits may differ, because these have changed: threads: 99, now 1\n" in printed
+    assert f"next: python dpo_hano.py --sft {out}\n" in printed
     argv[3] = str(tmp_path / "whole")
     sft.main(argv)
     assert left(out) == left(tmp_path / "whole") and not (out / "checkpoints").exists()
@@ -137,6 +144,10 @@ def test_a_run_is_not_continued_with_other_options_or_data(unfinished, sft_run, 
     sign(tmp_path / "data")
     assert "the data folder (not the same as before)" in refused(capsys, sft.main, *argv, "--data", tmp_path / "data")
     assert "--resume never" in refused(capsys, sft.main, *argv, "--resume", "never")
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(json.dumps(json.loads(config) | {"prompts": "0" * 64}))
+    assert "the texts of the prompts (not the same as before)" in refused(capsys, sft.main, *argv)
+    (out / "config.json").write_text(config)
     with locked(out):
         assert "is in use by another process" in refused(capsys, sft.main, *argv)
     assert left(out) == before
@@ -148,5 +159,8 @@ def test_a_run_is_not_continued_with_other_options_or_data(unfinished, sft_run, 
     # None of these options changes the result
     sft.main([*argv, "--save-every", "100", "--keep", "1", "--gradient-checkpointing"])
     assert "continues after step 3" in capsys.readouterr().out
-    sft.main([*argv, "--resume", "never", "--seed", "7"])  # a finished run is trained again
+    finished = left(out)
+    assert "holds a finished run; choose another --out, or give --overwrite" in refused(capsys, sft.main, *argv)
+    assert left(out) == finished
+    sft.main([*argv, "--overwrite", "--resume", "never", "--seed", "7"])
     assert json.loads((out / "config.json").read_text())["options"]["seed"] == 7

@@ -50,11 +50,14 @@ def test_sft_lora_trains_adapters_of_the_language_model_alone(prepared, tmp_path
     assert set(results[str(tmp_path / "sft")].values) == set(metrics.METRICS)
 
 
-def test_sft_warm_up_and_blank_images(prepared, tmp_path):
+def test_sft_warm_up_and_blank_images(prepared, tmp_path, capsys):
     argv = "--max-steps 2 --warmup-steps 3 --batch-size 4 --eval-limit 4 --blank-images --dropout 0.1".split()
     sft.main(["--data", str(prepared), "--out", str(tmp_path / "sft"), *argv])
     log = training(tmp_path / "sft" / "metrics.jsonl")
     assert log[0]["warmup"] == 1 and log[-1]["warmup"] == 0 and log[-1]["step"] == 5
+    printed = capsys.readouterr().out
+    assert "step 4: the warm-up is over; the loss is now that of answers (" in printed
+    assert printed.count("the warm-up is over") == 1
     data = Opened(prepared, blank_images=True)
     with_image = [item for item in range(len(data.items.ids)) if data.tokens.lengths[item]]
     assert len({data.tokens.of(item).sum().item() for item in with_image}) == 1
@@ -182,4 +185,4 @@ def test_training_refuses_wrong_options_and_folders(prepared, sft_run, tmp_path,
     error = refused(capsys, dpo_hano.main, "--sft", sft_run, "--max-steps", 1, "--out", sft_run)
     assert "is no run folder of dpo_hano.py" in error and (sft_run / "model").exists()
     error = refused(capsys, sft.main, "--data", prepared, "--out", tmp_path / "new", "--report-to", "nonsense")
-    assert "accelerate has no such tracker" in error
+    assert "no such tracker; give one of " in error

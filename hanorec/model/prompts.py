@@ -8,7 +8,7 @@ from dataclasses import replace
 from hanorec.data.folder import Example
 from hanorec.model.template import ChatTemplate
 from hanorec.model.trees import Node, tree_length
-from hanorec.run.files import UserError
+from hanorec.run.files import UserError, value_hash
 
 # The texts, in the order in which a prompt has them
 RANK_QUESTION = "Which candidate comes next in the history? Answer with its title.\nCandidates:\n"
@@ -40,6 +40,10 @@ class Prompts:
         self.template, self.tokenizer = template, template.tokenizer
         self.items, self.tokens, self.candidate_images = items, tokens, candidate_images
         self.text = functools.lru_cache(maxsize=200_000)(self._text)
+
+    def hash(self) -> str:
+        """Return the SHA-256 of all texts and of the backbone's chat template."""
+        return value_hash([self.texts, self.tokenizer.chat_template])
 
     def _text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text. UserError if one of them is a control token."""

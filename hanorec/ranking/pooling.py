@@ -10,8 +10,10 @@ from hanorec.run.runs import COMMANDS, read_run
 Seeds = tuple[int, ...]  # the seed of the SFT run, then those of the other runs of the chain, the last run first
 Groups = dict[str, dict[Seeds, Path]]  # the runs by their seeds, in order of the SFT seed, by name of the group
 
-# Options that do not change what is learned. The hash of the data in config.json stands for `data`.
-NOT_COMPARED = ("seed", "out", "data", "resume", "save_every", "keep", "report_to", "export", "trust_remote_code")
+# Options that do not change what is learned. The hash of the data in config.json stands for `data`. Older runs have
+# the option `export`.
+NOT_COMPARED = ("seed", "out", "data", "resume", "overwrite", "save_every", "keep", "report_to", "trust_remote_code")
+NOT_COMPARED += ("export",)
 STARTS = ("sft", "start")  # options that name the run before
 
 

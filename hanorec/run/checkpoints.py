@@ -22,13 +22,14 @@ from hanorec.run.training import trained_weights
 
 # A run may continue with other values of these options. They do not change the result, or they name a folder, and
 # `check` compares the hash of the folder.
-MAY_CHANGE = {"out", "data", "sft", "export", "resume", "save_every", "keep", "report_to", "gradient_checkpointing"}
+MAY_CHANGE = {"out", "data", "sft", "resume", "overwrite", "save_every", "keep", "report_to", "gradient_checkpointing"}
 MAY_CHANGE |= {"prompts", "descriptions"}  # of mllm_srec.teach: COMPARED has the hash of their content, "lessons"
 COMPARED = {  # fields of config.json that must not change, and the option that each comes from
     "data": "the data folder",
     "sft_weights": "--sft",
     "processes": "the launcher's --num_processes",
     "lessons": "--descriptions or --prompts",
+    "prompts": "the texts of the prompts",
 }
 
 
@@ -58,7 +59,7 @@ def machine(device) -> dict[str, str]:
 def check(options: argparse.Namespace, accelerator, **hashes) -> None:
     """Check that a run with these options can continue or replace the run in --out.
 
-    A finished run is replaced, and an unfinished run without a checkpoint too.
+    An unfinished run without a checkpoint is replaced. `check_out` has already checked a finished run.
 
     Raises:
         UserError: the run in --out is in use; or it is unfinished, and began with other options or --resume is never.
@@ -81,7 +82,7 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
             changed.append(f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})")
     fields = hashes | {"processes": accelerator.num_processes}
     for name, origin in COMPARED.items():
-        if name in fields and config.get(name) != fields[name]:
+        if name in fields and config.get(name, fields[name]) != fields[name]:  # an older run may lack a field
             changed.append(f"{origin} (not the same as before)")
     if changed:
         raise UserError(f"{out} began with other options: {', '.join(changed)}; continue it with the same, or {remedy}")

@@ -37,6 +37,12 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
+def print_main(text: str) -> None:
+    """Print a text with `printable`, on the main process alone. The accelerator need not have started."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(printable(text), flush=True)
+
+
 REMEDIES = {  # by the error number of the operating system
     errno.ENOSPC: "make room on that disk, or choose a folder on another one",
     errno.EDQUOT: "make room within your quota, or choose a folder on another disk",
@@ -62,10 +68,23 @@ def disk_message(error: Exception) -> str | None:
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Wrap a script's main: end a UserError, or an error in REMEDIES, with one line on stderr and exit code 2."""
+    """Wrap a script's main: end a UserError, or an error in REMEDIES, with one line on stderr and exit code 2.
+
+    From its first call on, Ctrl-C ends the process with one line too, also during imports.
+    """
+
+    def script() -> str:
+        return Path(sys.modules[main.__module__].__file__).name
+
+    def interrupted(kind, error, traceback) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"\n{script()}: stopped", file=sys.stderr, flush=True)
+        else:
+            sys.__excepthook__(kind, error, traceback)
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
+        sys.excepthook = interrupted
         if isinstance(sys.stdout, io.TextIOWrapper):  # a title may not be in the terminal's encoding
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
@@ -77,8 +96,7 @@ def one_line_errors(main: Callable) -> Callable:
             message = printable(" ".join((message or str(error)).split()))
             if len(message) > LONGEST_MESSAGE:
                 message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
-            script = Path(sys.modules[main.__module__].__file__).name
-            print(f"{script}: error: {message}", file=sys.stderr, flush=True)
+            print(f"{script()}: error: {message}", file=sys.stderr, flush=True)
             raise SystemExit(UserError.exit_code) from error
 
     return wrapped
@@ -103,6 +121,15 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_readable(*paths: Path) -> None:
+    """Give files the permissions of any new file. safetensors writes files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def sync_to_disk(*paths: Path) -> None:
     """Wait until these files and folders are on the disk, so that a power cut cannot lose them."""
     for path in paths:
@@ -123,7 +150,9 @@ def replacing(path: Path) -> Iterator[Path]:
     delete(new)  # left by a killed process that had the same process id
     try:
         yield new
-        sync_to_disk(new, *new.rglob("*"))
+        written = [new, *new.rglob("*")]
+        make_readable(*written)
+        sync_to_disk(*written)
         if path.is_dir():
             os.replace(path, old)
         os.replace(new, path)

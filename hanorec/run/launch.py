@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from hanorec.run.files import UserError
+from hanorec.run.runs import json_options
 
 # Finds the launcher (accelerate launch, accelerate-launch, or python -m) in a command line where NUL ends each word
 LAUNCHER = re.compile(
@@ -28,10 +30,10 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         out: folder for the tracker's files.
 
     Raises:
-        UserError: the tracker is unknown, or the launcher started fewer processes than requested.
+        UserError: the tracker cannot be used, or the launcher started fewer processes than requested.
     """
-    if report_to and report_to not in [str(tracker.value) for tracker in get_available_trackers()]:
-        raise UserError(f"--report-to {report_to}: accelerate has no such tracker, or its package is not installed")
+    if report_to:
+        check_tracker(report_to)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise the processes would not communicate
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -53,6 +55,30 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)  # the launcher, if there is one, had set 1
     return accelerator
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError if accelerate has no tracker of this name, or if its package is not installed."""
+    names = [tracker.value for tracker in LoggerType if tracker != LoggerType.ALL]
+    if name not in names:
+        raise UserError(f"--report-to {name}: no such tracker; give one of {', '.join(names)}")
+    if name not in [tracker.value for tracker in get_available_trackers()]:  # packages have the names of trackers
+        raise UserError(f"--report-to {name}: its package is not installed; python -m pip install {name}")
+
+
+def start_tracker(options, accelerator) -> None:
+    """Start the tracker --report-to for the run --out, with the run's options.
+
+    TensorBoard writes into the folder tensorboard/ of the run. It gets no options: it would write a folder for them.
+    """
+    if options.report_to == "tensorboard":
+        accelerator.init_trackers("tensorboard")
+        return
+    config = json_options(options)
+    config = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in config.items()}
+    named = options.report_to in ("trackio", "wandb")
+    settings = {options.report_to: {"name": str(options.out)}} if named else {}
+    accelerator.init_trackers("hanorec", config, settings)
 
 
 def parent_words(name: str) -> list[str]:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 
 from hanorec.run import checkpoints
 from hanorec.run.files import UserError, delete, locked, read_json, write_json
-from hanorec.run.launch import launcher_command, python_command
-from hanorec.run.runs import begin_run, json_options, weights_hash
+from hanorec.run.launch import launcher_command, python_command, start_tracker
+from hanorec.run.progress import progress
+from hanorec.run.runs import begin_run, json_options, next_command, weights_hash
 
 
 class Log:
@@ -35,16 +36,14 @@ class Log:
         self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
         self.best = {"select": -1.0}
         self.shortened = set()
-        self.bar = tqdm(total=steps, desc=stage, unit="step")
+        self.bar = progress(total=steps, desc=stage, unit="step")
         self.pending = None
         self.began, self.samples = time.perf_counter(), 0  # of the measurement of the samples per second
         self.signal = 0  # the signal that this process received
         self.any_signal = 0  # the largest signal that any process received
         self.command = shlex.join(launcher_command() or python_command())  # read now: the launcher may end first
         if options.report_to:
-            values = json_options(options).items()
-            config = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in values}
-            accelerator.init_trackers("hanorec", config=config)
+            start_tracker(options, accelerator)
 
     def write(self, step: int, metrics: dict) -> None:
         """Write numbers or scalar tensors by name. JSON has no NaN or infinity, so metrics.jsonl gets null for them."""
@@ -95,6 +94,9 @@ class Log:
                 kept = f"the weights of step {self.best['step']} stay"
             samples = f"{self.named} {', '.join(dict.fromkeys(names))}"
             raise UserError(f"{name} is {float(metrics[name])} at step {step} ({samples}); lower {lower}; {kept}")
+        if step == getattr(self.options, "warmup_steps", 0) + 1 > 1:
+            loss = f"the loss is now that of answers ({float(metrics['loss']):.3f}), no longer that of titles"
+            self.accelerator.print(f"\nstep {step}: the warm-up is over; {loss}")
         if logged:
             self.write(step, metrics)
             self.bar.set_postfix({n: f"{float(metrics[n]):.3f}" for n in ("loss", "accuracy") if n in metrics})
@@ -138,7 +140,7 @@ class Log:
                 changed.append(f"{name}: {before.get(name)}, now {value}")
         if changed:
             self.accelerator.print(f"the last digits may differ, because these have changed: {'; '.join(changed)}")
-        self.bar.update(step)
+        self.bar.n = self.bar.initial = step
         return step
 
     def end_step(self, step: int, validated: bool) -> None:
@@ -195,6 +197,7 @@ class Log:
         self.accelerator.print(f"{self.out}: weights of step {self.best['step']}")
         if shortened:
             self.accelerator.print(f"{shortened} examples lost their oldest history items to --max-length")
+        self.accelerator.print(f"next: {next_command(self.stage, self.options)}")
 
 
 @contextlib.contextmanager

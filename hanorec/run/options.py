@@ -5,13 +5,14 @@ the run before. Otherwise the option has its default, which may differ for the t
 """
 
 import argparse
+import difflib
 import itertools
-import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hanorec.run.files import printable
+from hanorec.run.files import print_main
 
 SAME = object()  # the tiny backbone has the same default
 
@@ -95,6 +96,10 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(option.name, **option.settings())
 
     def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        if near:
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
@@ -119,8 +124,8 @@ def complete(
             setattr(options, name, value)
             if value is not None:
                 inherited.append(f"{name.replace('_', '-')} {words(value)}")
-    if inherited and int(os.environ.get("RANK", 0)) == 0:
-        print(printable(f"from {source}: {', '.join(inherited)}"))
+    if inherited:
+        print_main(f"from {source}: {', '.join(inherited)}")
     for option in late:
         if getattr(options, option.attribute) is None:
             setattr(options, option.attribute, option.tiny if tiny and option.tiny is not SAME else option.default)
@@ -161,7 +166,8 @@ TRUST = Option("--trust-remote-code", bool, False, "run the backbone's own Pytho
 DTYPE = Option("--dtype", ["auto", "float32", "bfloat16"], "auto", "precision; auto: bfloat16 on a GPU, else float32")
 
 IMAGES_HELP = "stored: read image tokens from the data folder; live: compute them in each step"
-RESUME_HELP = "auto: continue an unfinished run in --out, train a finished one again; never: refuse an unfinished run"
+RESUME_HELP = "auto: continue an unfinished run in --out; never: refuse it"
+OVERWRITE_HELP = "train again and replace a finished run in --out; runs that started from it can then not be used"
 ATTENTIONS = ["sdpa", "flash_attention_2", "flex_attention"]
 TRAINING = {
     "LoRA (the paper: rank 8, alpha 32, dropout 0.05)": [
@@ -184,11 +190,12 @@ TRAINING = {
         DTYPE,
         Option("--eval-limit", non_negative_int, 0, "validation examples in each epoch; 0: all"),
         TRUST,
-        Option("--report-to", str, None, "tracker of accelerate: tensorboard, wandb, ...", metavar="NAME"),
+        Option("--report-to", str, None, "tracker: tensorboard, trackio, wandb, ...", metavar="NAME"),
         Option("--seed", non_negative_int, 42, "seed of the order of samples, new weights, dropout and noise"),
     ],
     "stopping and continuing": [
         Option("--resume", ["auto", "never"], "auto", RESUME_HELP),
+        Option("--overwrite", bool, False, OVERWRITE_HELP),
         Option("--save-every", positive_int, 500, "optimizer steps between checkpoints; each validation saves one too"),
         Option("--keep", positive_int, 2, "number of checkpoints to keep, the last ones"),
     ],

@@ -5,6 +5,8 @@ result.json is written last. A folder without it holds an unfinished run.
 
 import argparse
 import importlib.metadata
+import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +33,14 @@ STAGES = {
 # The command that writes the runs of each stage
 COMMANDS = {"sft": "sft.py", "dpo_hano": "dpo_hano.py", "teach": "python -m mllm_srec.teach"}
 COMMANDS |= {"sasrec": "python -m hanorec.ranking.sasrec"}
+# The command to give after each stage; the words in braces are options of the stage
+NEXT = {
+    "sft": "python dpo_hano.py --sft {out}",
+    "dpo_hano": "python evaluate.py --run {sft} {out}",
+    "teach": "python -m mllm_srec.summarize --data {data} --run {out}",
+    "summarize": "python sft.py --data {data} --prompt cot --summaries {name}",
+    "evaluate": "python evaluate.py --run {run} --user {user}",
+}
 
 
 def weights_hash(run: Path) -> str:
@@ -44,8 +54,20 @@ def json_options(options: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
-def check_out(out: Path, stage: str) -> None:
-    """Raise UserError if `out` holds anything other than an earlier run of this stage."""
+def next_command(stage: str, options: argparse.Namespace) -> str:
+    """Return the command to give after this stage."""
+    return NEXT[stage].format(**{name: shlex.quote(str(value)) for name, value in vars(options).items()})
+
+
+def check_out(out: Path, stage: str, overwrite: bool = False) -> None:
+    """Check that a stage may write its run to `out`.
+
+    Args:
+        overwrite: `out` may hold a finished run.
+
+    Raises:
+        UserError: `out` holds a finished run of this stage, or anything other than a run of this stage.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder; choose another --out")
     if any(not path.name.startswith(".") for path in out.glob("*")):
@@ -53,6 +75,8 @@ def check_out(out: Path, stage: str) -> None:
         before = read_json(config, {}, "choose another --out") if config.exists() else {}
         if before.get("stage") != stage:
             raise UserError(f"{out} holds files but is no run folder of {COMMANDS[stage]}; choose another --out")
+    if (out / "result.json").exists() and not overwrite:
+        raise UserError(f"{out} holds a finished run; choose another --out, or give --overwrite to replace that run")
 
 
 def versions() -> dict[str, str]:
@@ -67,18 +91,61 @@ def begin_run(out: Path, stage: str, options: dict, **fields) -> None:
         fields: further fields of config.json.
 
     Raises:
-        UserError: `out` holds anything other than an earlier run of this stage.
+        UserError: `out` holds anything other than an earlier run of this stage, or a finished one without --overwrite.
     """
-    check_out(out, stage)
+    check_out(out, stage, options.get("overwrite", False))
     if (out / "result.json").exists():
         print(f"replaces the finished run in {printable(out)}", flush=True)
         (out / "result.json").unlink()  # before all other files: without result.json the run is unfinished
     delete(out / "checkpoints")  # before config.json changes: the checkpoints belong to the old options
     write_json(out / "config.json", {"stage": stage, "options": options, **fields, "versions": versions()})
     evaluation = ("*metrics.json", "*predictions.jsonl", "*results.md", "*results.csv", "*report.html")
-    for pattern in ("metrics.jsonl", *evaluation, "adapter", "model", "reference"):
+    for pattern in ("metrics.jsonl", *evaluation, "adapter", "model", "reference", "tensorboard"):
         for path in out.glob(pattern):
             delete(path)
+
+
+def runs_inside(folder: Path, stages: Iterable[str], data: Path | None = None) -> list[Path]:
+    """Return the finished runs directly inside `folder`: by stage in the order of `stages`, then by name.
+
+    Args:
+        data: only runs that were trained on this data folder.
+    """
+    order, found = [*stages], []
+    for path in folder.glob("*/config.json"):
+        config = read_json(path, {"options": dict}, "delete that folder")
+        if config.get("stage") not in order or not (path.parent / "result.json").exists():
+            continue
+        if data is None or Path(config["options"].get("data", "")).resolve() == data.resolve():
+            numbers = [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path.parent.name)]
+            found.append((order.index(config["stage"]), numbers, path.parent))
+    return [run for _, _, run in sorted(found)]
+
+
+def expand_runs(folders: list[Path], data: Path | None, default: Iterable[Path]) -> list[Path]:
+    """Return the runs to evaluate: `folders`, with the runs inside in place of a folder that holds runs.
+
+    Args:
+        data: without `folders`: the finished runs in runs/<name of data>/ that were trained on this data folder.
+        default: the runs without `folders` and `data`, as far as they exist.
+
+    Raises:
+        UserError: there is no run.
+    """
+    stages = ("sft", "dpo_hano")
+    if not folders and data:
+        place = Path("runs") / data.resolve().name
+        folders = runs_inside(place, stages, data)
+        if not folders:
+            raise UserError(f"{place} holds no finished run on {data}; run sft.py --data {data} first, or give --run")
+    folders = folders or [run for run in default if run.exists()]
+    if not folders:
+        raise UserError("no --run given and no runs/demo here; run sft.py first")
+    runs = []
+    for folder in folders:
+        inside = [] if (folder / "config.json").exists() else runs_inside(folder, stages)
+        runs += inside or [folder]  # read_run refuses what is no run
+    return [*dict.fromkeys(runs)]
 
 
 def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:

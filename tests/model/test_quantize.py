@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import dpo_hano
 import sft
+from hanorec import export
 from hanorec.model.finished import load_finished
 from hanorec.model.load import load_model, load_tokenizer
 from hanorec.model.lora import add_lora, without_trained_adapter
@@ -26,8 +27,9 @@ def quantized(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     argv = ["--data", str(prepared), "--out", str(folder / "sft"), *"--tune lora --quantize 4bit --lr 1e-2".split()]
     sft.main([*argv, *STEPS])
-    argv = ["--sft", str(folder / "sft"), "--out", str(folder / "dpo"), "--export", str(folder / "export")]
-    dpo_hano.main([*argv, "--lr", "1e-2", "--sigma", "0.05", *STEPS])
+    argv = ["--sft", str(folder / "sft"), "--out", str(folder / "dpo"), "--lr", "1e-2", "--sigma", "0.05"]
+    dpo_hano.main([*argv, *STEPS])
+    export.main(["--run", str(folder / "dpo"), "--to", str(folder / "export")])
     return folder
 
 

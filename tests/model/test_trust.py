@@ -12,6 +12,7 @@ import dpo_hano
 import evaluate
 import prepare_data
 import sft
+from hanorec import export
 
 CODE = """from pathlib import Path
 Path(__file__).with_name("ran").touch()
@@ -71,12 +72,14 @@ def test_trust_is_given_anew_on_each_command(prepared, data, tmp_path, monkeypat
     cases = (([], False), (["--trust-remote-code"], True))
     for argv, expected in cases:
         assert trust_of(prepare_data.main, "--out", data, "--encode-only", "--max-pixels", 3136, *argv) == {expected}
-        assert trust_of(sft.main, *train, *argv) == {expected}
+        assert trust_of(sft.main, *train, "--overwrite", *argv) == {expected}
     assert json.loads((tmp_path / "sft" / "config.json").read_text())["options"]["trust_remote_code"] is True
     for argv, expected in cases:
-        dpo = ["--sft", tmp_path / "sft", "--out", tmp_path / "dpo", "--export", tmp_path / "export", *small]
+        dpo = ["--sft", tmp_path / "sft", "--out", tmp_path / "dpo", "--overwrite", *small]
         assert trust_of(dpo_hano.main, *dpo, *argv) == {expected}
         assert trust_of(evaluate.main, "--run", tmp_path / "dpo", "--limit", 2, *argv) == {expected}
+        to = tmp_path / f"export-{len(argv)}"
+        assert trust_of(export.main, "--run", tmp_path / "dpo", "--to", to, *argv) == {expected}
 
 
 def test_pickled_weights_are_refused(data, capsys):

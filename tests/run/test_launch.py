@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hanorec.run import launch
+from hanorec.run.files import UserError
 
 
 @pytest.fixture
@@ -83,3 +84,11 @@ def test_the_command_to_continue(monkeypatch):
     assert launch.python_command() == ["python", "sft.py", "--seed", "1"]
     main.__spec__ = SimpleNamespace(name="mllm_srec.teach")
     assert launch.python_command() == ["python", "-m", "mllm_srec.teach", "--seed", "1"]
+
+
+def test_an_unknown_tracker_and_a_missing_package_have_their_own_messages(monkeypatch):
+    with pytest.raises(UserError, match=r"--report-to wand: no such tracker; give one of .*wandb.*trackio"):
+        launch.check_tracker("wand")
+    monkeypatch.setattr(launch, "get_available_trackers", list)
+    with pytest.raises(UserError, match=r"trackio: its package is not installed; python -m pip install trackio$"):
+        launch.check_tracker("trackio")

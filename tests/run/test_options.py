@@ -1,8 +1,11 @@
 """The tables of options: defaults in --help, and misspelt names."""
 
+import argparse
+
 import pytest
 
-from hanorec.run.options import Option, training_options
+from hanorec.run.options import Option, Parser, training_options
+from hanorec.run.runs import next_command
 
 
 def test_help_shows_defaults_and_inherited_options():
@@ -19,3 +22,25 @@ def test_help_shows_defaults_and_inherited_options():
 def test_a_misspelt_training_option_is_refused(names):
     with pytest.raises(ValueError, match="no training option has the name l"):
         training_options(**names)
+
+
+@pytest.mark.parametrize(
+    ("word", "end"),
+    [
+        ("--batchsize", "; did you mean --batch-size? (--help lists the options)"),
+        ("--max_length=5", "; did you mean --max-length? (--help lists the options)"),
+        ("--zzz", "(--help lists the options)"),
+        ("sft.py", "(--help lists the options)"),
+    ],
+)
+def test_an_unknown_option_suggests_the_nearest(word, end, capsys):
+    parser = Parser("", training_options())
+    with pytest.raises(SystemExit):
+        parser.parse_args([word])
+    error = capsys.readouterr().err.strip()
+    assert error.endswith(end) and ("did you mean" in error) == ("did you mean" in end)
+
+
+def test_the_command_after_a_stage_is_one_that_a_shell_reads():
+    options = argparse.Namespace(out="runs/my shop/sft", data="data/x")
+    assert next_command("sft", options) == "python dpo_hano.py --sft 'runs/my shop/sft'"

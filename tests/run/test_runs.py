@@ -20,7 +20,7 @@ from hanorec.run import training
 from hanorec.run.files import UserError, disk_message, locked, read_jsonl, replacing, write_json
 from hanorec.run.launch import launcher_option
 from hanorec.run.log import Log
-from hanorec.run.runs import begin_run, read_run
+from hanorec.run.runs import begin_run, expand_runs, read_run
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -177,13 +177,26 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         read_run(tmp_path, ["dpo_hano"])
 
 
-def test_replacing_a_finished_run_is_printed(tmp_path, capsys):
+def test_a_finished_run_is_replaced_only_with_overwrite_and_says_so(tmp_path, capsys):
     begin_run(tmp_path, "sft", {})
     assert capsys.readouterr().out == ""
     write_json(tmp_path / "result.json", {})
-    begin_run(tmp_path, "sft", {})
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match="holds a finished run; choose another --out, or give --overwrite"):
+        begin_run(tmp_path, "sft", {})
+    assert (tmp_path / "adapter").exists() and (tmp_path / "result.json").exists()
+    begin_run(tmp_path, "sft", {"overwrite": True})
     assert capsys.readouterr().out == f"replaces the finished run in {tmp_path}\n"
-    assert not (tmp_path / "result.json").exists()
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "adapter").exists()
+
+
+def test_ctrl_c_ends_with_one_line_also_during_imports():
+    """The signal comes where a script imports its libraries: after its options are checked, outside of main."""
+    code = "import os, signal\nfrom hanorec.run.files import one_line_errors\n"
+    code += "@one_line_errors\ndef parse(argv):\n    pass\nparse([])\nos.kill(os.getpid(), signal.SIGINT)\n"
+    done = subprocess.run([sys.executable, "-c", f"__file__ = 'evaluate.py'\n{code}"], capture_output=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.decode().strip() == "evaluate.py: stopped"
 
 
 def test_the_number_of_processes_in_the_launchers_command(monkeypatch):
@@ -263,3 +276,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step_is_logged(t
     with pytest.raises(UserError, match=r"grad_norm is inf at step 2 \(users c, d\); lower --lr 1"):
         log.flush()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def a_run(folder, stage, data="data/shop", finished=True):
+    write_json(folder / "config.json", {"stage": stage, "options": {"data": data}})
+    if finished:
+        write_json(folder / "result.json", {})
+
+
+def test_a_folder_of_runs_stands_for_the_finished_runs_inside(tmp_path):
+    for name, stage in (("a-dpo", "dpo_hano"), ("sft-10", "sft"), ("sft-9", "sft"), ("taught", "teach")):
+        a_run(tmp_path / name, stage)
+    a_run(tmp_path / "unfinished", "sft", finished=False)
+    (tmp_path / "notes").mkdir()
+    found = [tmp_path / name for name in ("sft-9", "sft-10", "a-dpo")]
+    assert expand_runs([tmp_path], None, []) == found
+    assert expand_runs([tmp_path / "a-dpo", tmp_path], None, []) == [found[2], *found[:2]]
+    nothing = tmp_path / "notes"
+    assert expand_runs([nothing], None, []) == [nothing]  # read_run refuses it
+
+
+def test_the_runs_of_a_data_folder_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "runs" / "shop" / "sft", "sft")
+    a_run(tmp_path / "runs" / "shop" / "older", "sft", data="data/shop-2025")
+    for spelling in ("data/shop", "./data/shop/", str(tmp_path / "data" / "shop")):
+        assert expand_runs([], Path(spelling), []) == [Path("runs/shop/sft")]
+    with pytest.raises(UserError, match=r"runs/other holds no finished run on data/other; run sft.py"):
+        expand_runs([], Path("data/other"), [])
+    demo = [Path("runs/demo/sft"), Path("runs/shop/sft")]
+    assert expand_runs([], None, demo) == demo[1:]
+    with pytest.raises(UserError, match="no --run given"):
+        expand_runs([], None, demo[:1])
