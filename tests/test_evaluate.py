@@ -320,5 +320,5 @@ def test_alignment_is_printed_and_written(sft_run, dpo_run, capsys):
     sft, dpo = (json.loads((run / "first6_metrics.json").read_text())["alignment"] for run in (sft_run, dpo_run))
     assert sft["mean"] == pytest.approx(dpo["mean"] - dpo["change"])  # DPO starts where SFT ended
     assert abs(dpo["change"]) < abs(sft["change"])  # three steps of LoRA, and all weights from nothing
-    assert set(dpo["thirds"]) == set(dpo["NDCG@3"]) == {"lowest", "middle", "highest"}
+    assert set(dpo["NDCG@3"]) <= set(dpo["thirds"]) == {"lowest", "middle", "highest"}
     assert "follows_poster" not in dpo

@@ -124,12 +124,14 @@ def changes(start: np.ndarray, end: np.ndarray, seed: int = 0) -> Change:
 def by_alignment(
     scores: np.ndarray, yes_scores: np.ndarray | None, examples: Sequence[Example], start: np.ndarray, seed: int = 0
 ) -> dict[str, Result]:
-    """Return the metrics of the examples whose targets start lowest, in the middle and highest."""
+    """Return the metrics of the examples whose targets start lowest, in the middle and highest, of those that exist."""
     target = np.array([example.candidates.index(example.target) for example in examples])
     third = third_of(start)[[example.target for example in examples]]
     results = {}
     for number, name in enumerate(THIRDS):
         mask = third == number
+        if not mask.any():
+            continue
         own_yes_scores = None if yes_scores is None else yes_scores[mask]
         results[name] = measure(scores[mask], own_yes_scores, target[mask], seed)
     return results
@@ -217,7 +219,8 @@ def alignment_table(found: dict[Path, dict]) -> str:
         low, high = values["interval"]
         row = [str(run), short(values["mean"]), short(values["change"])]
         row.append(f"{short(values['slope'])} [{short(low)}, {short(high)}]")
-        row += [short(values[field][name]) for field in ("thirds", "NDCG@3") for name in THIRDS]
+        row += [short(values["thirds"][name]) for name in THIRDS]
+        row += [short(values["NDCG@3"][name]) if name in values["NDCG@3"] else "-" for name in THIRDS]
         share, count = values.get("follows_poster", (None, 0))
         rows.append([*row, f"{short(share)} of {count}" if count else "-"])
     return markdown(rows)
