@@ -1,6 +1,6 @@
 """The arms of bench/study.py: which runs a study compares, with their options. Options are data, not code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DPO = "--hardness none --responsiveness none --sigma 0"  # plain DPO: without HaRS and NoDO
 
@@ -103,6 +103,12 @@ HERE = {
     "sdpo9_sft": combined("SFT weight .1", "--hardness none --sigma 0 --sft-weight 0.1"),
 }
 
+
+def with_larger_noise(arms: dict[str, Arm]) -> dict[str, Arm]:
+    """Return the arms with the paper's sigma for MovieLens, 0.1."""
+    return {name: replace(arm, options=arm.options.replace("sigma 0.05", "sigma 0.1")) for name, arm in arms.items()}
+
+
 RATES = [f"--lr {lr} --beta {beta}" for lr in ("1e-3", "3e-3") for beta in ("0.1", "1")]
 GRID = {  # the recipes that each family tries, four each
     "continued": [f"--lr {lr} --beta 0.1" for lr in ("1e-4", "3e-4", "1e-3", "3e-3")],  # without a beta in the loss
@@ -173,8 +179,8 @@ STUDIES = {
             "sdpo": "--lr 3e-3 --beta 1",
             "paper": "--lr 1e-4 --beta 0.1",
         },
-        arms=START | CONTROLS | PREFERENCE | PAPER,
+        arms=START | CONTROLS | PREFERENCE | with_larger_noise(PAPER),
         splits=["test", "test_popularity"],
-        seeds=[1, 2, 3],
+        seeds=[1, 2, 3, 4, 5],
     ),
 }

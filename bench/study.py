@@ -71,8 +71,9 @@ def finished(command: list[str]) -> bool:
     if not (out / "result.json").exists():
         return False
     before = read_json(out / "config.json", {"options": dict}, f"delete {out}")["options"]
-    given = [word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
-    changed = [name for name in given if options[name] != before.get(name)]
+    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    given -= {"data", "sft", "out"}  # folders, which may have been moved
+    changed = sorted(name for name in given if options[name] != before.get(name))
     if changed:
         raise ValueError(f"{out} was trained with another {', '.join(changed)}; delete it")
     return True

@@ -50,7 +50,8 @@ class Measured:
 
     Attributes:
         runs: the Result of each finished seed, by arm and seed. An arm without any is left out.
-        minus: for each arm the difference to SFT continued, paired by seed and user, pooled over the seeds.
+        reference: the arm `continued`, or `sft` if no run of that is finished.
+        minus: for each arm the difference to the reference, paired by seed and user, pooled over the seeds.
         others: the ceilings, SASRec and the baselines.
     """
 
@@ -65,7 +66,8 @@ class Measured:
                 if path.exists():
                     scores = read_scores(path, data.items.ids, examples)
                     self.runs.setdefault(arm, {})[seed] = measure_slices(*scores, targets, slicings, 0)
-        self.minus = {arm: self.difference(arm, "continued") for arm in self.runs if arm != "continued"}
+        self.reference = "continued" if "continued" in self.runs else "sft"
+        self.minus = {arm: self.difference(arm, self.reference) for arm in self.runs if arm != self.reference}
 
         def measured(scores: np.ndarray) -> Result:
             return measure_slices(scores, scores, targets, {}, 0)
@@ -74,9 +76,10 @@ class Measured:
         for name, own in trained_scores(data, split, examples).items():
             self.others[name] = pool([measured(scores) for scores in own])
         shuffled = [ROOT / study.run_folder("sft", seed) / f"shuffled_{predictions_name(split)}" for seed in seeds]
-        found = [read_scores(path, data.items.ids, examples)[0] for path in shuffled if path.exists()]
+        found = [read_scores(path, data.items.ids, examples) for path in shuffled if path.exists()]
         if found:
-            self.others["SFT, posters shuffled at evaluation"] = pool([measured(scores) for scores in found])
+            results = [measure_slices(*scores, targets, {}, 0) for scores in found]
+            self.others["SFT, posters shuffled at evaluation"] = pool(results)
         for name, scores in baseline_scores(sequences, len(data.items), examples).items():
             self.others[name] = measured(scores)
 
@@ -103,7 +106,7 @@ def difference(result: Result, metric: str) -> str:
 
 def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
     """Return the table of a group of arms: values, and differences to SFT continued."""
-    minus = [f"{metric} minus SFT continued" for metric in COLUMNS]
+    minus = [f"{metric} minus {study.arms[measured.reference].label}" for metric in COLUMNS]
     rows = [[f"{split}, {measured.users} users", "seeds", *COLUMNS, *minus]]
     if group == 0:
         for name, result in measured.others.items():
@@ -122,7 +125,8 @@ def slices_table(study: Study, measured: Measured, split: str) -> str:
     """Return NDCG@3 minus SFT continued in the slices of the examples."""
     slicings = next(iter(measured.minus.values())).slices
     columns = [(slicing, name) for slicing in slicings for name in slicings[slicing] if "popularity" not in slicing]
-    rows = [[f"{split}: NDCG@3 minus SFT continued", *(f"{slicing}, {name}" for slicing, name in columns)]]
+    corner = f"{split}: NDCG@3 minus {study.arms[measured.reference].label}"
+    rows = [[corner, *(f"{slicing}, {name}" for slicing, name in columns)]]
     for name, arm in study.arms.items():
         if name in measured.minus and arm.group:
             parts = measured.minus[name].slices
@@ -153,11 +157,11 @@ def training_table(study: Study, seeds: list[int]) -> str:
         if not lines:
             continue
         means = {}
-        for key in ("chosen_change", "accuracy", "margin", "eta", "noise_kl", "lambda_p01", "lambda_p99"):
+        for key in (*names, "lambda_p01", "lambda_p99"):
             values = [line[key] for line in lines if line.get(key) is not None]
-            means[key] = statistics.fmean(values)
-        means["lambda"] = f"{means['lambda_p01']:.3f} to {means['lambda_p99']:.3f}"
-        cells = [means[key] if isinstance(means[key], str) else f"{means[key]:.3g}" for key in names]
+            means[key] = f"{statistics.fmean(values):.3g}" if values else "-"
+        means["lambda"] = f"{means['lambda_p01']} to {means['lambda_p99']}"
+        cells = [means[key] for key in names]
         rows.append([arm.label, *cells])
     return markdown(rows)
 
@@ -209,7 +213,8 @@ def figure(study: Study, by_split: dict[str, Measured]) -> str:
         def x(value: float, start: int = start) -> float:
             return round(start + width * (value - low) / (high - low), 1)
 
-        parts.append(f'<text x="{start}" y="18" font-weight="bold">{split}: NDCG@3 minus SFT continued</text>')
+        base = study.arms[measured.reference].label
+        parts.append(f'<text x="{start}" y="18" font-weight="bold">{split}: NDCG@3 minus {base}</text>')
         for value in sorted({0.0, round(low, 2), round(high, 2)}):
             parts.append(f'<text x="{x(value)}" y="34" fill="#57606a" text-anchor="middle">{value:+.2f}</text>')
         parts.append(f'<path d="M{x(0)} 38V{height - 6}" stroke="#c9c7c0"/>')
@@ -227,7 +232,7 @@ def section(study: Study, seeds: list[int], commands: list[list[str]]) -> str:
     by_split = {split: Measured(study, seeds, split) for split in study.splits}
     with replacing(PAGE.with_name(f"study_{study.name}.svg")) as new:
         new.write_text(figure(study, by_split), encoding="utf-8")
-    texts = [f"![differences to SFT continued](study_{study.name}.svg)", "", "```"]
+    texts = [f"![differences in NDCG@3, with intervals](study_{study.name}.svg)", "", "```"]
     texts += [f"python {' '.join(command)}" for command in commands]
     texts += ["```", "", f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers.", ""]
     texts += ["A difference is in bold if its interval excludes 0.", ""]
