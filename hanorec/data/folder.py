@@ -142,8 +142,13 @@ class DataFolder:
         of validation and test. With --split user, it is what the example of a validation or test user holds.
         """
         if "histories.jsonl" in self.manifest["files"]:
-            lines, indices = self.lines("histories", HISTORY), self.items.indices
-            return {ln["user"]: (indices(ln["items"], ln["user"]), indices(ln["others"], ln["user"])) for ln in lines}
+            read = {}
+            for line in self.lines("histories", HISTORY):
+                user = line["user"]
+                read[user] = self.items.indices(line["items"], user), self.items.indices(line["others"], user)
+                if not line["items"]:
+                    raise UserError(f"user {user} has an empty history in histories.jsonl; {PREPARE}")
+            return read
         histories = self.sequences()
         for example in [*self.examples("val"), *self.examples("test")]:
             histories.setdefault(example.user, list(example.history)).append(example.target)
