@@ -31,7 +31,7 @@ def summary(manifest: dict, data: Sequences, raw: Raw, encoded: str) -> list[str
         "left out": ", ".join(f"{count} {what}" for what, count in dropped.items() if count) or "none",
         "order": order_text(counts, options, raw),
         "users": f"{counts['users']}, with {lengths.min()} to {lengths.max()} interactions, {lengths.mean():.1f} on "
-        f"average; {few} users have fewer than {options['min_interactions']} (--min-interactions)",
+        f"average; left out with fewer than {options['min_interactions']} (--min-interactions): {few}",
         "items": items_text(counts, options),
         "pictures": f"{pictures} of {counts['items']} items",
         "examples": f"{', '.join(splits)} ({options['split']}), a target among {options['negatives']} "
@@ -64,7 +64,7 @@ def picture_warning(data: Sequences, raw: Raw) -> str | None:
         return None
     if raw.images:
         first = printable(min(path.name for path in raw.images.values()))
-        fault = f"The {len(raw.images)} pictures belong to no item. The first is {first}, the first item is "
+        fault = f"No picture has the id of an item. The first of {len(raw.images)} is {first}, the first item is "
         fault += f"{printable(data.item_ids[0])}. Rename the pictures to <item>.jpg"
     else:
         fault = f"Give their folder with --images DIR. A picture is named <item>{', '.join(IMAGE_ENDINGS)}"

@@ -133,7 +133,10 @@ def test_the_summary_has_ten_lines_and_the_warning_is_seen(tmp_path, monkeypatch
     counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
     assert f"{counts['interactions']} of {counts['interactions_read']}" in printed.out
     assert f"{counts['repeated_items_dropped']} repeated (--repeats first)" in printed.out
-    assert "4 users have fewer than 6" in printed.out and "12 of users with too few" in printed.out
+    assert (
+        "left out with fewer than 6 (--min-interactions): 4" in printed.out
+        and "12 of users with too few" in printed.out
+    )
     assert "--keep-untouched" in printed.out and "0 of" in printed.out
     warning = printed.err.splitlines()
     assert "WARNING: none of the" in printed.err and "--images DIR" in printed.err and warning[-1] == "=" * 100
@@ -142,7 +145,8 @@ def test_the_summary_has_ten_lines_and_the_warning_is_seen(tmp_path, monkeypatch
     (pictures / "wrong-p1.jpg").write_bytes(b"")
     prepare(monkeypatch, tmp_path / "raw", tmp_path / "data", "--images", pictures)
     assert (
-        "The 1 pictures belong to no item. The first is wrong-p1.jpg, the first item is p0" in capsys.readouterr().err
+        "No picture has the id of an item. The first of 1 is wrong-p1.jpg, the first item is p0"
+        in capsys.readouterr().err
     )
     (pictures / "p1.jpg").write_bytes(b"")
     prepare(monkeypatch, tmp_path / "raw", tmp_path / "data", "--images", pictures)
