@@ -157,6 +157,8 @@ def test_later_data_with_an_earlier_run(later, sft_run, tmp_path, capsys):
     assert printed.count("was trained on an earlier data folder") == 1
     assert [item["item"] for item in line["history"]] == ["110", "160"]
     assert "161" in chosen(line) and not {"110", "160"} & set(chosen(line))  # one that nobody has
+    (line,) = recommend.main([*command, "newcomer", "--shortlist", "20"])
+    assert len(chosen(line)) == 20 and "161" in chosen(line) and line["first_stage"].startswith("co-occurrence")
     (line,) = recommend.main([*command, "1"])
     assert line["history"][-1]["item"] == "160" and "160" not in chosen(line)
 

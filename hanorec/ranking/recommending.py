@@ -15,7 +15,7 @@ from hanorec.model.load import pick_dtype
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.ranking.catalogue import CatalogueRanker
-from hanorec.ranking.first_stage import first_stage
+from hanorec.ranking.first_stage import Newcomers, first_stage, shortlist
 from hanorec.ranking.settings import Settings
 from hanorec.run.files import UserError, printable, read_json, require, value_hash
 from hanorec.run.launch import start_accelerator
@@ -102,7 +102,9 @@ class Recommender:
         prompts = Prompts(template, encoding.items, encoding.tokens, options["candidate_images"])
         tasks, max_length = options["tasks"], options["max_length"]
         self.ranker = CatalogueRanker(packed, prompts, encoding.tokens, tasks, max_length, accelerator)
-        self.first = first_stage(self.data, [items for items, _ in self.histories.values()], self.length)
+        histories, vectors = [items for items, _ in self.histories.values()], encoding.tokens.vectors
+        self.first = first_stage(self.data, histories, self.length)
+        self.newcomers = Newcomers(histories, vectors["text"], vectors["image"])
         read = [self.data.manifest["files"], encoding.manifest, list(prompts.texts), self.first.key]
         choices = [settings.top_k, settings.shortlist, settings.repeat, settings.dtype, self.among]
         self.key = [weights_hash(run), self.config, read, choices, accelerator.device.type]
@@ -146,7 +148,7 @@ class Recommender:
                 candidates.append(item)
         count, first_stage_needed = len(candidates), len(candidates) > settings.shortlist
         if first_stage_needed:
-            candidates = self.first.best_first(history, candidates)[: settings.shortlist]
+            candidates = shortlist(self.first, self.newcomers, history, candidates, settings.shortlist)
         shown = history[-self.length :]
         best = self.ranker.rank(shown, candidates)[: settings.top_k]
 

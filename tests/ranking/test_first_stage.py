@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from spoilt import sign
 
 from hanorec.data.folder import DataFolder, Example
 from hanorec.ranking import sasrec
 from hanorec.ranking.baselines import cooccurrence_scores
-from hanorec.ranking.first_stage import CoOccurrence, TrainedSASRec, first_stage
+from hanorec.ranking.first_stage import CoOccurrence, Newcomers, TrainedSASRec, first_stage, shortlist
 
 
 def test_co_occurrence_then_popularity_against_brute_force():
@@ -26,6 +27,34 @@ def test_co_occurrence_then_popularity_against_brute_force():
         assert keys == sorted(keys, reverse=True)
         example = Example("u", history[-3:], 0, candidates, 0)
         assert cooccurrence_scores(histories, 40, [example])[0].tolist() == [pairs[item] for item in candidates]
+
+
+def test_a_tenth_of_a_shortlist_is_for_items_that_nobody_has():
+    """Those most alike to the history; the stage chooses the others, and each side fills up for the other one."""
+    rng = np.random.default_rng(1)
+    histories = [rng.permutation(40)[:12].tolist() for _ in range(60)]  # nobody has 40 to 59
+    text, image = torch.randn(60, 4), torch.randn(60, 4)
+    image[::3] = 0  # without a picture
+    stage, newcomers = CoOccurrence(histories, 60, 5), Newcomers(histories, text, image)
+    history, candidates = [3, 7, 45], [item for item in rng.permutation(60).tolist() if item not in (3, 7, 45)]
+
+    def cosine(one, other):
+        norms = float(one.norm() * other.norm())
+        return float(one @ other) / norms if norms else 0.0
+
+    alike = {
+        item: max(cosine(text[item], text[past]) + cosine(image[item], image[past]) for past in history)
+        for item in candidates
+        if item >= 40
+    }
+    nearest = sorted(alike, key=lambda item: -alike[item])
+    chosen = shortlist(stage, newcomers, history, candidates, 20)
+    old = [item for item in candidates if item < 40]
+    assert chosen == stage.best_first(history, old)[:18] + nearest[:2]
+    assert shortlist(stage, newcomers, history, old, 20) == stage.best_first(history, old)[:20]
+    assert shortlist(stage, newcomers, history, list(alike), 5) == nearest[:5]
+    few = [*old[:5], *nearest]
+    assert shortlist(stage, newcomers, history, few, 10) == stage.best_first(history, old[:5]) + nearest[:5]
 
 
 def test_sasrec_where_it_was_trained_on_this_data(data):
