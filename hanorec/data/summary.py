@@ -70,4 +70,4 @@ def picture_warning(data: Sequences, raw: Raw) -> str | None:
         fault = f"Give their folder with --images DIR. A picture is named <item>{', '.join(IMAGE_ENDINGS)}"
     text = f"WARNING: none of the {len(data.item_ids)} items has a picture, so the models will see titles alone."
     line = "=" * 100
-    return f"\n{line}\n{text}\n{fault}, and prepare the data again.\n{line}"
+    return f"\n{line}\n{text}\n{fault}. Then prepare the data again.\n{line}"
