@@ -62,7 +62,7 @@ def picture_warning(data: Sequences, raw: Raw) -> str | None:
     """Return a warning if no item has a picture, else None."""
     if any(data.images):
         return None
-    if raw.images:
+    if raw.images:  # in the folder of the source; --images without a picture of an item is an error
         first = printable(min(path.name for path in raw.images.values()))
         fault = f"No picture has the id of an item. The first of {len(raw.images)} is {first}, the first item is "
         fault += f"{printable(data.item_ids[0])}. Rename the pictures to <item>.jpg"

@@ -55,14 +55,15 @@ class TrainedSASRec:
 
     def __init__(self, path, options: dict, items: int):
         self.name, self.key = printable(path.parent), file_hash(path)
-        shape = (options["width"], options["blocks"], options["heads"], options["length"], options["dropout"])
         try:
+            weights = load_file(path)
+            self.length = len(weights["positions.weight"])  # shorter than --length if no sequence is so long
+            shape = (options["width"], options["blocks"], options["heads"], self.length, options["dropout"])
             self.model = SASRec(items, *shape).eval()
-            self.model.load_state_dict(load_file(path))
+            self.model.load_state_dict(weights)
         except Exception as error:  # a reader of a broken file may raise any exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path} cannot be loaded ({reason}); train it again, or delete that folder") from error
-        self.length = options["length"]
 
     @torch.inference_mode()
     def best_first(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import movielens
 from stages import lines, refused
 
 import prepare_data
@@ -142,13 +143,18 @@ def test_the_summary_has_ten_lines_and_the_warning_is_seen(tmp_path, monkeypatch
     assert "WARNING: none of the" in printed.err and "--images DIR" in printed.err and warning[-1] == "=" * 100
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    (pictures / "wrong-p1.jpg").write_bytes(b"")
-    prepare(monkeypatch, tmp_path / "raw", tmp_path / "data", "--images", pictures)
-    assert (
-        "No picture has the id of an item. The first of 1 is wrong-p1.jpg, the first item is p0"
-        in capsys.readouterr().err
-    )
     (pictures / "p1.jpg").write_bytes(b"")
     prepare(monkeypatch, tmp_path / "raw", tmp_path / "data", "--images", pictures)
     printed = capsys.readouterr()
     assert "WARNING" not in printed.err and "1 of" in printed.out
+
+
+def test_pictures_of_a_source_that_belong_to_no_item(tmp_path, monkeypatch, capsys):
+    """In the source's own folder of pictures: MovieLens' posters with other names."""
+    movielens(tmp_path / "raw")
+    (tmp_path / "raw" / "posters").mkdir()
+    (tmp_path / "raw" / "posters" / "wrong-101.jpg").write_bytes(b"")
+    monkeypatch.setattr(prepare_data, "encode", lambda options: "for nothing")
+    prepare_data.main(["--dataset", "movielens", "--source", str(tmp_path / "raw"), "--out", str(tmp_path / "data")])
+    warning = capsys.readouterr().err
+    assert "No picture has the id of an item. The first of 1 is wrong-101.jpg, the first item is 100" in warning
