@@ -234,3 +234,12 @@ def test_spoilt_histories_are_refused(data, sft_run, capsys):
         changed("histories.jsonl", lambda line, field=field, value=value: line | {field: value})(data)
         assert message in refused(capsys, recommend.main, *command)
         (data / "histories.jsonl").write_bytes(before)
+
+
+def test_a_run_of_other_prompts_is_refused(prepared, sft_run, tmp_path, capsys):
+    shutil.copytree(sft_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"prompts": "of other texts"}))
+    user = lines(prepared / "test.jsonl")[0]["user"]
+    error = refused(capsys, recommend.main, "--run", tmp_path / "run", "--user", user)
+    assert "was trained on other prompts than those of today" in error

@@ -11,7 +11,8 @@ from hanorec.model.images import encode_images, neutral_image
 from hanorec.model.load import load_image_processor, load_model, load_tokenizer, save_with_processors
 from hanorec.model.lora import FROZEN, TRAINED, load_adapter
 from hanorec.model.packing import PackedMLLM
-from hanorec.run.files import UserError, read_json, replacing
+from hanorec.model.prompts import Prompts
+from hanorec.run.files import UserError, print_main, read_json, replacing
 from hanorec.run.runs import COMMANDS, backbone_files, read_run, same_backbone, weights_hash
 
 SAME_TOKENS = 0.05  # relative difference of an image's tokens; half precision changes less, another tower much more
@@ -108,6 +109,21 @@ def check_vision(run: Path, model, encoding: Encoding) -> None:
             return
     remedy = f"run prepare_data.py --out {encoding.data.folder} --encode-only --model {run}"
     raise UserError(f"{encoding.folder} was made by another vision tower than that of {run}; {remedy}")
+
+
+def check_prompts(run: Path, config: dict, prompts: Prompts) -> None:
+    """Check the prompts of a finished run. If its config.json has no hash of them, print that they are not checked.
+
+    Raises:
+        UserError: the texts of the prompts are not those that the run was trained on.
+    """
+    options, trained_on = config["options"], config.get("prompts")
+    if trained_on is None:
+        print_main(f"{run} was trained before prompts were recorded: whether it knows today's prompts is not checked")
+    elif trained_on != prompts.hash():
+        file = "prompts.txt of its summaries" if options.get("summaries") else "hanorec/model/prompts.py"
+        cause = f"{run} was trained on other prompts than those of today ({file}, or the backbone's chat template)"
+        raise UserError(f"{cause}; restore them, or train it again")
 
 
 def save_trained(model, packed: PackedMLLM, encoding: Encoding, out: Path, accelerator) -> None:

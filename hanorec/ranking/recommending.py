@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import tqdm
 
 from hanorec.data.folder import MANIFEST, PREPARE, DataFolder, Example
 from hanorec.model.check import load_packed
-from hanorec.model.finished import check_vision, load_finished, open_encoding
+from hanorec.model.finished import check_prompts, check_vision, load_finished, open_encoding
 from hanorec.model.load import pick_dtype
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
@@ -19,6 +18,7 @@ from hanorec.ranking.first_stage import Newcomers, first_stage, shortlist
 from hanorec.ranking.settings import Settings
 from hanorec.run.files import UserError, printable, read_json, require, value_hash
 from hanorec.run.launch import start_accelerator
+from hanorec.run.progress import progress
 from hanorec.run.records import Record
 from hanorec.run.runs import backbone_for_later_data, read_run, weights_hash
 
@@ -100,6 +100,7 @@ class Recommender:
         packed = load_packed(model, encoding, not options.get("no_pack"), accelerator.device)
         template = load_template(encoding.source, settings.trust)
         prompts = Prompts(template, encoding.items, encoding.tokens, options["candidate_images"])
+        check_prompts(run, self.config, prompts)
         tasks, max_length = options["tasks"], options["max_length"]
         self.ranker = CatalogueRanker(packed, prompts, encoding.tokens, tasks, max_length, accelerator)
         histories, vectors = [items for items, _ in self.histories.values()], encoding.tokens.vectors
@@ -196,7 +197,7 @@ def computed(recommender: Recommender, work: list[tuple], settings: Settings, ac
     done = {line["user"] for line in record.done}
     chunks = [work[first : first + USERS_AT_ONCE] for first in range(0, len(work), USERS_AT_ONCE)]
     chunks = chunks[accelerator.process_index :: accelerator.num_processes]
-    for chunk in tqdm(chunks, desc="recommend", unit="batch", leave=False):
+    for chunk in progress(chunks, desc="recommend", unit="batch", leave=False):
         record.add([recommender.line(*user) for user in chunk if user[0] not in done])
     place = {user: number for number, (user, _, _) in enumerate(work)}
     return record.finish(lambda line: place[line["user"]])
