@@ -3,24 +3,30 @@
     python prepare_data.py                    # the embedded demo -> data/demo, with a tiny untrained backbone
     python prepare_data.py --dataset movielens --source ml-1m/ --model Qwen/Qwen2.5-VL-3B-Instruct --out data/ml-1m
     python prepare_data.py --out data/ml-1m --encode-only --model llava-hf/llava-v1.6-mistral-7b-hf   # another backbone
+    python prepare_data.py --dataset csv --interactions log.csv --items items.csv --model runs/shop/sft --out data/shop
 
+The last command prepares new orders, users and items for a run that exists, so that it recommends without training.
 Writes items.jsonl, train.jsonl, val.jsonl, test.jsonl, sequences.jsonl (each user's whole training sequence),
-manifest.json and encoded/<backbone>/. All random choices are made here from --seed, once, and stored.
+histories.jsonl (each user's whole history), manifest.json and encoded/<backbone>/. All random choices are made here
+from --seed, once, and stored.
 """
 
 import argparse
 import os.path
+import sys
 from pathlib import Path
 
 from hanorec.data.protocol import Sequences, items_before
 from hanorec.data.readers import READERS
 from hanorec.run.files import UserError, one_line_errors, printable
 from hanorec.run.options import TRUST, Option, Parser, bounded, non_negative_int, positive_int
+from hanorec.run.runs import TINY, backbone_for_later_data, is_run, json_options
 
+TIME_HELP = "csv, recbole: column of times; none: the lines are in order of time"
 COLUMNS = [
     Option("--user-column", str, None, "csv, recbole: column of users", shown="user; user_id", metavar="NAME"),
     Option("--item-column", str, None, "csv, recbole: column of items", shown="item; item_id", metavar="NAME"),
-    Option("--time-column", str, None, "csv, recbole: column of times", shown="timestamp", metavar="NAME"),
+    Option("--time-column", str, None, TIME_HELP, shown="timestamp", metavar="NAME"),
     Option("--rating-column", str, None, "csv, recbole: column of ratings", shown="rating", metavar="NAME"),
     Option("--title-column", str, None, "csv, recbole: column of titles", shown="title", metavar="NAME"),
 ]
@@ -28,6 +34,9 @@ OFFICIAL_HELP = "official: 3 history items, 3 positives and 7 negatives; the tar
 FURTHER_HELP = "also write the test targets among popularity-weighted negatives, or among 99 uniform ones"
 TIES_HELP = "order of a user's interactions with equal times: shuffled by --seed, or that of the file"
 SPLIT_HELP = "leave-one-out: the last items of each user; user: users 8:1:1"
+REPEATS_HELP = "which interaction of a user with the same item counts"
+UNTOUCHED_HELP = "keep items without an interaction that counts: they can be recommended, and are in no example"
+MODEL_HELP = "hub name or folder of the backbone; a run: its own; tiny: untrained, built here"
 SHOW_HELP = "print N rendered examples; if the folder is prepared, do nothing else"
 OPTIONS = {
     "source": [
@@ -50,11 +59,13 @@ OPTIONS = {
         Option("--ties", ["shuffle", "input"], "shuffle", TIES_HELP),
         Option("--min-rating", float, None, "drop interactions with lower ratings", shown="keep all"),
         Option("--min-interactions", positive_int, 6, "drop users with fewer interactions"),
+        Option("--repeats", ["first", "last", "all"], "first", REPEATS_HELP),
+        Option("--keep-untouched", bool, False, UNTOUCHED_HELP),
         Option("--max-windows-per-user", non_negative_int, 10, "training examples of a user, the last ones; 0: all"),
         Option("--seed", non_negative_int, 42, "seed of all random choices"),
     ],
     "encoding": [
-        Option("--model", str, None, "hub name or folder of the backbone; tiny: untrained, built here", shown="tiny"),
+        Option("--model", str, None, MODEL_HELP, shown="tiny"),
         Option("--max-pixels", bounded(int, 784, 2**31), None, "pixel limit per image", shown="262144; tiny: 6272"),
         Option("--tokens", ["stored", "live"], "stored", "live: do not store image tokens, compute them in each step"),
         Option("--encode-only", bool, False, "only encode a data folder that exists"),
@@ -71,6 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.out = options.out or Path("data") / options.dataset
     if options.model:
         options.model = options.model.rstrip("/") or "/"
+        if is_run(Path(options.model)):
+            options.model = backbone_for_later_data(Path(options.model))
     name = os.path.normpath(options.model or "tiny").strip("/").replace("/", "--")
     if name.startswith("."):  # ../ckpt; readers skip names that begin with a dot
         name = Path(options.model).resolve().name
@@ -116,15 +129,15 @@ from hanorec.data.demo import read_demo, read_descriptions
 from hanorec.data.folder import FILES, FURTHER_TESTS, DataFolder
 from hanorec.data.negatives import negatives_of_splits
 from hanorec.data.protocol import build_sequences, example_lines, split_targets
+from hanorec.data.summary import picture_warning, summary
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
-from hanorec.model.load import MAX_PIXELS, TINY, TINY_MAX_PIXELS, load_image_processor, load_model, load_tokenizer
+from hanorec.model.load import load_image_processor, load_model, load_tokenizer, usual_pixels
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.model.tiny import build_tiny
 from hanorec.ranking.ceiling import CEILING_FILES, write_ceilings
 from hanorec.run.files import delete, file_hash, locked, read_json, replacing, value_hash, write_json, write_jsonl
-from hanorec.run.runs import json_options
 from mllm_srec.texts import read_texts, without_words
 
 # Each split has its own stream of random numbers
@@ -148,11 +161,13 @@ def check_out(out: Path, dataset: str) -> None:
         raise UserError(f"{out} holds other files; choose another --out")
 
 
-def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path]) -> None:
+def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path]) -> dict:
     """Write the files of a data folder. manifest.json is written last, so a folder without it is unfinished.
 
     Args:
         inputs: the raw files. The manifest lists their hashes.
+
+    Returns the manifest.
     """
     out = options.out
     targets, training = split_targets(data, options)
@@ -171,6 +186,8 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
         rng, positions = np.random.default_rng([options.seed, STREAMS[name]]), targets[name.split("_")[0]]
         write_jsonl(out / f"{name}.jsonl", example_lines(data, name, positions, negatives[name], options, rng))
     write_jsonl(out / "sequences.jsonl", sequence_lines(data, training))
+    write_jsonl(out / "histories.jsonl", data.histories)
+    files = ("items", "sequences", "histories", *negatives)
     counts = data.counts | {f"{name}_rows": len(positions) for name, positions in targets.items()}
     manifest = {
         "source": options.dataset,
@@ -178,11 +195,10 @@ def write_data(data: Sequences, options: argparse.Namespace, inputs: list[Path])
         "seed": options.seed,
         "counts": counts,
         "inputs": {str(path): file_hash(path) for path in inputs},
-        "files": {f"{name}.jsonl": file_hash(out / f"{name}.jsonl") for name in ("items", "sequences", *negatives)},
+        "files": {f"{name}.jsonl": file_hash(out / f"{name}.jsonl") for name in files},
     }
     write_json(out / "manifest.json", manifest)
-    counted = [f"{value} {name.replace('_', ' ')}" for name, value in counts.items()]
-    print(f"{out}: {', '.join(counted)}")
+    return manifest
 
 
 def sequence_lines(data: Sequences, training: np.ndarray):
@@ -192,8 +208,8 @@ def sequence_lines(data: Sequences, training: np.ndarray):
             yield {"user": user, "items": [data.item_ids[item] for item in data.items[first : first + count]]}
 
 
-def encode(options: argparse.Namespace) -> None:
-    """Write encoded/<backbone>/ of the data folder. If the backbone is `tiny`, build it first."""
+def encode(options: argparse.Namespace) -> str:
+    """Write encoded/<backbone>/ of the data folder. If the backbone is `tiny`, build it first. Returns a summary."""
     out, trust, tiny = options.out, options.trust_remote_code, options.model == TINY
     data = DataFolder(out)
     titles = data.items.titles
@@ -202,7 +218,7 @@ def encode(options: argparse.Namespace) -> None:
         with replacing(source) as new:
             texts = [*titles, *read_descriptions(out)]
             build_tiny(new, texts, data.manifest["seed"], without_words(read_texts()))
-    pixels = options.max_pixels or (TINY_MAX_PIXELS if tiny else MAX_PIXELS)
+    pixels = options.max_pixels or usual_pixels(options.model, trust)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = load_model(source, dtype, trust=trust).to(device)
     tokenizer, processor = load_tokenizer(source, trust), load_image_processor(source, pixels, trust)
@@ -226,7 +242,7 @@ def encode(options: argparse.Namespace) -> None:
             "tokens": file_hash(new / "image_tokens.safetensors") if keep else None,
         }
         write_json(new / "manifest.json", manifest)
-    print(f"{options.encoded}: {len(titles)} items, {len(pictures) or 'no'} images")
+    return f"for {options.model}, pictures of at most {pixels} pixels, in {options.encoded}"
 
 
 def show(options: argparse.Namespace) -> None:
@@ -254,10 +270,15 @@ def main(argv: list[str] | None = None) -> None:
             check_out(options.out, options.dataset)
             raw = (READERS | {"demo": read_demo})[options.dataset](options)
             data = build_sequences(raw, options)
-            write_data(data, options, raw.files)
+            manifest = write_data(data, options, raw.files)
             if options.dataset == "demo":
                 write_ceilings(options)
-        encode(options)
+        encoded = encode(options)
+    lines = [f"  encoded {encoded}"] if options.encode_only else summary(manifest, data, raw, encoded)
+    print(printable(options.out), *map(printable, lines), sep="\n", flush=True)
+    warning = None if options.encode_only else picture_warning(data, raw)
+    if warning:
+        print(warning, file=sys.stderr, flush=True)
     if options.show:
         show(options)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from hanorec.data.folder import DataFolder, Example
 from hanorec.model.encoding import Encoding
+from hanorec.model.finished import check_prompts
 from hanorec.model.prompts import Prompts, fit_to_length
 from hanorec.model.template import ChatTemplate, load_template
 from hanorec.model.trees import Node
-from hanorec.run.files import UserError, print_main, read_json, value_hash
+from hanorec.run.files import read_json, value_hash
 from mllm_srec.preferences import MANIFEST, UserTexts, load_user_texts, summaries_folder, summarize_command, timelines
 from mllm_srec.texts import fill
 
@@ -116,14 +117,9 @@ def load_run_prompts(run: Path, config: dict, data: DataFolder, encoding: Encodi
     Raises:
         UserError: the texts of the prompts are not those that the run was trained on.
     """
-    options, trained_on = config["options"], config.get("prompts")
+    options = config["options"]
     prompts = load_prompts(data, encoding, options["candidate_images"], options.get("summaries"))
-    if trained_on is None:
-        print_main(f"{run} was trained before prompts were recorded: whether it knows today's prompts is not checked")
-    elif trained_on != prompts.hash():
-        file = "prompts.txt of its summaries" if options.get("summaries") else "hanorec/model/prompts.py"
-        cause = f"{run} was trained on other prompts than those of today ({file}, or the backbone's chat template)"
-        raise UserError(f"{cause}; restore them, or train it again")
+    check_prompts(run, config, prompts)
     return prompts
 
 

@@ -29,7 +29,13 @@ def timelines(data: DataFolder) -> dict[str, list[int]]:
     It is the user's training sequence, then the items that the histories of validation and test examples add. With
     leave-one-out, it ends where the test example's history ends. With --split user, a training user's timeline ends
     with the last training target, and another user's timeline is the history of the user's only example.
+
+    Raises:
+        UserError: the data folder has items twice in a history. A cut would not be known.
     """
+    if data.manifest["options"].get("repeats") == "all":
+        remedy = "prepare the data with --repeats first or last"
+        raise UserError(f"{data.folder} has items twice in a history, and MLLM-SRec takes each once; {remedy}")
     timelines = {user: list(items) for user, items in data.sequences().items()}
     for example in [*data.examples("val"), *data.examples("test")]:
         timeline = timelines.setdefault(example.user, [])

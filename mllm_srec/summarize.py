@@ -96,10 +96,10 @@ from hanorec.model.load import load_model, pick_dtype
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.run.launch import start_accelerator
+from hanorec.run.records import Record
 from mllm_srec import preferences
 from mllm_srec.chain_of_thought import ThoughtPrompts, load_prompts
 from mllm_srec.preferences import UserTexts, load_user_texts, timelines
-from mllm_srec.records import Record
 from mllm_srec.server import Server
 from mllm_srec.writers import Local, titles_with_control_tokens
 from mllm_srec.writing import users_windows, write_items, write_preferences

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from hanorec.model.encoding import Encoding
 from hanorec.run.files import UserError
 from hanorec.run.progress import progress
+from hanorec.run.records import Record
 from mllm_srec.preferences import UserTexts, window_ends
-from mllm_srec.records import Record
 from mllm_srec.texts import fill, item_prompt
 
 FIRST_CHECK = 64  # texts: if all of so many are unusable, the run stops

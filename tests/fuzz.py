@@ -137,7 +137,7 @@ def fuzz_picture(folder: Path, rng) -> None:
 
 def fuzz_stages(folder: Path, rng) -> None:
     shutil.copytree(BASE / "data", folder / "data")
-    names = ["items.jsonl", "test.jsonl", "sequences.jsonl", "manifest.json"]
+    names = ["items.jsonl", "test.jsonl", "sequences.jsonl", "histories.jsonl", "manifest.json"]
     scores = str(rng.choice(["scores.jsonl", "scores.inter"]))
     spoil_one(folder / "data", rng, {*names, scores} if rng.random() < 0.7 else {scores})
     if rng.random() < 0.8:  # with the right hashes, so that the contents are read too
@@ -146,6 +146,7 @@ def fuzz_stages(folder: Path, rng) -> None:
     data = DataFolder(folder / "data")
     examples = data.examples("test")
     baseline_scores([*data.sequences().values()], len(data.items), examples)
+    assert all(items for items, _ in data.histories().values())
     read, yes = exchange.read_scores(folder / "data" / scores, data.items.ids, examples)
     assert np.isfinite(read).all() and (yes is None or np.isfinite(yes).all())
     assert np.isfinite(list(measure(read, yes, target_columns(examples), resamples=2).values.values())).all()

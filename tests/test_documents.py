@@ -28,6 +28,7 @@ MODULES = {
     "teach": "mllm_srec.teach",
     "sasrec": "hanorec.ranking.sasrec",
     "export": "hanorec.export",
+    "recommend": "hanorec.recommend",
 }
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,6 +158,7 @@ def test_every_option_named_in_the_documents_exists():
         ("evaluate", ["evaluation"]),
         ("sasrec", ["evaluation"]),
         ("export", ["training"]),
+        ("recommend", ["recommending"]),
         ("summarize", ["mllm_srec"]),
         ("teach", ["mllm_srec", "training"]),
     ],

@@ -70,6 +70,12 @@ def test_several_processes_score_each_example_as_one_does(trained, world):
     assert len(lines(one)) == 7 and one.read_text() == several.read_text()
 
 
+@pytest.mark.parametrize("world", WORLDS[:2])
+def test_several_processes_recommend_what_one_does(trained, prepared, world):
+    one, several = (trained / w / "recommendations.jsonl" for w in ("1", world))
+    assert len(lines(one)) == len(lines(prepared / "histories.jsonl")) and one.read_bytes() == several.read_bytes()
+
+
 def test_noise_and_checkpoints_of_sharded_weights(tmp_path):
     (tmp_path / "out").mkdir()
     launch(2, ROOT / "tests" / "helpers" / "sharded.py", tmp_path / "out", folder=tmp_path)

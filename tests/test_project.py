@@ -13,7 +13,7 @@ STAGES = TOP - {"hanorec_loss"}
 # A room imports only from itself and from the rooms before it
 ROOMS = ["hanorec/run", "hanorec/data", "hanorec/model", "hanorec/ranking", "mllm_srec"]
 SCRIPTS = {name: f"{name}.py" for name in STAGES} | {n: f"mllm_srec/{n}.py" for n in ("summarize", "teach")}
-SCRIPTS |= {"sasrec": "hanorec/ranking/sasrec.py", "export": "hanorec/export.py"}
+SCRIPTS |= {"sasrec": "hanorec/ranking/sasrec.py", "export": "hanorec/export.py", "recommend": "hanorec/recommend.py"}
 REQUIRED = {"torch", "transformers", "peft", "accelerate", "PIL", "numpy"}
 WITH_TRANSFORMERS = {"safetensors", "tokenizers", "huggingface_hub"}
 OPTIONAL = {"pyarrow"}  # used if it is installed

@@ -12,12 +12,14 @@ from hanorec.run.files import UserError, file_hash, read_json, read_jsonl
 # The targets of test with other candidates. A data folder need not have them
 FURTHER_TESTS = ("test_hard", "test_popularity", "test_99")
 EVALUATED = ("val", "test", *FURTHER_TESTS)
-FILES = ("items", "train", *EVALUATED, "sequences")  # names without .jsonl; manifest.json lists their hashes
+# Names without .jsonl; manifest.json lists their hashes
+FILES = ("items", "train", *EVALUATED, "sequences", "histories")
 
 # The fields of the files, and their types
 ITEM = {"item": str, "title": str, "image": (str, type(None))}
 EXAMPLE = {"user": str, "history": list, "target": str, "candidates": list, "rejected": str}
 SEQUENCE = {"user": str, "items": list}
+HISTORY = {"user": str, "items": list, "others": list}
 MANIFEST = {"options": dict, "seed": int, "files": dict}
 ENCODING = {"backbone": str, "max_pixels": int, "dtype": str, "items": str, "tokens": (str, type(None))}
 
@@ -132,6 +134,25 @@ class DataFolder:
                 raise UserError(f"{self.folder / 'sequences.jsonl'} has user {line['user']} twice; {PREPARE}")
             sequences[line["user"]] = self.items.indices(line["items"], line["user"])
         return sequences
+
+    def histories(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Return each user's whole history and the other items that the user touched: item indices, by user.
+
+        A folder of an earlier version has no histories.jsonl. There a history is the training sequence and the targets
+        of validation and test. With --split user, it is what the example of a validation or test user holds.
+        """
+        if "histories.jsonl" in self.manifest["files"]:
+            read = {}
+            for line in self.lines("histories", HISTORY):
+                user = line["user"]
+                read[user] = self.items.indices(line["items"], user), self.items.indices(line["others"], user)
+                if not line["items"]:
+                    raise UserError(f"user {user} has an empty history in histories.jsonl; {PREPARE}")
+            return read
+        histories = self.sequences()
+        for example in [*self.examples("val"), *self.examples("test")]:
+            histories.setdefault(example.user, list(example.history)).append(example.target)
+        return {user: (items, []) for user, items in histories.items()}
 
     def encodings(self) -> dict[str, tuple[Path, dict]]:
         """Return (folder, manifest) of each encoding of this data folder, by backbone."""

@@ -40,7 +40,7 @@ class Negatives:
         count: number of negatives for each target.
         sampling: `uniform` over items, or `popularity`: the weight of an item is one more than its training
             interactions. (Without the one, an item without training interactions could be a target and never a
-            negative.)
+            negative.) An item that no kept user touched (--keep-untouched) is never a target, and so never a negative.
         leave_one_out: whether the split is leave-one-out.
         option: the option that sets `count`, for errors.
 
@@ -52,7 +52,8 @@ class Negatives:
         self, data: Sequences, training: np.ndarray, count: int, sampling: str, leave_one_out: bool, option: str
     ):
         self.data, self.count, self.title_codes = data, count, data.title_codes
-        weight = np.ones(len(self.title_codes), dtype=int)
+        self.kept = np.bincount(data.items, minlength=len(self.title_codes)) > 0  # [N]
+        weight = self.kept.astype(int)
         if sampling == "popularity":
             place = np.arange(len(data.items)) - np.repeat(data.start[:-1], np.diff(data.start))
             trained = place < np.repeat(training, np.diff(data.start))
@@ -61,7 +62,8 @@ class Negatives:
         users, titles, _ = data.touched.T
         self.touched_keys = users * len(weight) + titles  # sorted
         self.stages = touched_stages(data, training, leave_one_out)
-        available = len(np.unique(self.title_codes)) - int(np.bincount(users).max())
+        kept_titles = np.unique(self.title_codes[self.kept])
+        available = len(kept_titles) - int(np.bincount(users[np.isin(titles, kept_titles)]).max())
         fewer = min(available, count - 1)
         self.remedy = f"leave out {option}" if option != "--negatives" else f"give --negatives {fewer} or fewer"
         if available < count:
@@ -99,7 +101,7 @@ class Negatives:
         labels = self.data.labels
         shared = np.cumprod(labels == labels[self.data.items[position]], axis=1).sum(1)
         order = np.lexsort((rng.random(len(shared)), -shared))
-        order = order[~self.touched("test_hard", user, self.title_codes[order])]
+        order = order[self.kept[order] & ~self.touched("test_hard", user, self.title_codes[order])]
         first = np.sort(np.unique(self.title_codes[order], return_index=True)[1])  # the first item of each title
         return order[first[: self.count]]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hanorec.data.histories import history_lines
 from hanorec.data.readers import Raw
 from hanorec.run.files import UserError
 
@@ -31,6 +32,7 @@ class Sequences:
         counts: numbers of interactions, users and items that were read, dropped and kept, for the manifest.
         split: [U], train, val or test, or empty if the source has no split of its own.
         labels: [N, L], the labels of each item (see Raw.labels); L is 0 if the source has none.
+        histories: the lines of histories.jsonl (see `history_lines`).
     """
 
     user_ids: list[str]
@@ -45,17 +47,18 @@ class Sequences:
     counts: dict[str, int]
     split: np.ndarray
     labels: np.ndarray
+    histories: Iterator[dict]
 
 
 def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
     """Filter and order the interactions, and number the users and items that remain."""
     order = time_order(raw, options)
-    users, items, places, times, counts = kept_interactions(raw, order, options)
+    users, items, places, times, counts, counted = kept_interactions(raw, order, options)
     tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1]) & raw.interactions.timed
     counts["interactions_tied_in_time"] = int((np.append(tied, False) | np.append(False, tied)).sum())
 
     user_codes, lengths = np.unique(users, return_counts=True)
-    index_of, item_ids = number_items(raw, np.unique(items))
+    index_of, item_ids = number_items(raw, np.unique(items), options.keep_untouched)
     all_users = list(raw.interactions.user_codes)
     user_ids = [all_users[code] for code in user_codes]
     images = [raw.images.get(item) for item in item_ids]
@@ -67,6 +70,7 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
         "users": len(user_ids),
         "items": len(item_ids),
         "interactions": len(users),
+        "items_untouched": len(item_ids) - len(np.unique(items)),
         "items_left_out": len(raw.titles) - len(item_ids),
         "items_without_image": images.count(None),
         "images_that_are_links": sum(path is not None and path.is_symlink() for path in images),
@@ -84,6 +88,7 @@ def build_sequences(raw: Raw, options: argparse.Namespace) -> Sequences:
         counts=counts,
         split=np.array([raw.split.get(user, "") for user in user_ids]),
         labels=item_labels(raw, item_ids),
+        histories=history_lines(raw, order, counted, index_of, item_ids),
     )
 
 
@@ -104,12 +109,13 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     """Drop interactions with a low rating or an empty title, repeated items of a user, and users with few items.
 
     An item repeats another if their titles are equal, because a prompt shows only the title. So a target's title is
-    never in its own history. It would be recognisable there, since no negative has a title of the history.
+    never in its own history, except with --repeats all. It is recognisable there, since no negative has a title of the
+    history.
 
     Args:
         order: the order of all interactions by user and time: [M].
 
-    Returns (users, items, places in `order`, times, counts).
+    Returns (users, items, places in `order`, times, counts, places of all users with those that have few items).
     """
     users, items, times, ratings = (column[order] for column in raw.columns)
     if options.min_rating is not None and not raw.interactions.rated:
@@ -123,38 +129,54 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     names = (raw.titles.get(item) or ("id", item) for item in raw.interactions.item_codes)
     title_of = np.array([codes.setdefault(name, len(codes)) for name in names])
     keys = users[places] * len(codes) + title_of[items[places]]
-    first = places[np.sort(np.unique(keys, return_index=True)[1])]  # each title of a user at its first place
-    long_enough = np.bincount(users[first], minlength=len(raw.interactions.user_codes)) >= options.min_interactions
+    counted = places[unrepeated(keys, options.repeats)]
+    long_enough = np.bincount(users[counted], minlength=len(raw.interactions.user_codes)) >= options.min_interactions
     counts = {
         "interactions_read": len(users),
         "below_min_rating": int((~rated).sum()),
         "of_untitled_items": int((rated & untitled[items]).sum()),
-        "repeated_items_dropped": len(places) - len(first),
+        "repeated_items_dropped": len(places) - len(counted),
         "users_too_short": int((~long_enough).sum()),
     }
-    kept = first[long_enough[users[first]]]
+    kept = counted[long_enough[users[counted]]]
     if not len(kept):
-        counted = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+        dropped = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items() if value)
         remedy = "lower --min-interactions" + (" or --min-rating" if options.min_rating is not None else "")
-        raise UserError(f"no user has {options.min_interactions} interactions ({counted}); {remedy}")
-    return users[kept], items[kept], kept, times[kept], counts
+        raise UserError(f"no user has {options.min_interactions} interactions ({dropped}); {remedy}")
+    return users[kept], items[kept], kept, times[kept], counts, counted
 
 
-def number_items(raw: Raw, codes: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Number the items with these codes in the order of the source's titles.
+def unrepeated(keys: np.ndarray, repeats: str) -> np.ndarray:
+    """Return the positions of the keys that count, ascending. repeats: the value of --repeats.
 
-    Returns (item index of every code in the source, -1 for a code that is not kept; item ids by item index).
+    >>> unrepeated(np.array([5, 7, 5]), "first"), unrepeated(np.array([5, 7, 5]), "last")
+    (array([0, 1]), array([1, 2]))
+    """
+    if repeats == "all":
+        return np.arange(len(keys))
+    if repeats == "first":
+        return np.sort(np.unique(keys, return_index=True)[1])
+    return np.sort(len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1])
+
+
+def number_items(raw: Raw, codes: np.ndarray, untouched: bool) -> tuple[np.ndarray, list[str]]:
+    """Number the items in the order of the source's titles.
+
+    Args:
+        codes: of the items that the kept users touched.
+        untouched: number all other items with a title too.
+
+    Returns (item index of every code in the source, -1 for a code without a number; item ids by item index).
     """
     item_ids = list(raw.interactions.item_codes)
     untitled = [item_ids[code] for code in codes if item_ids[code] not in raw.titles]
     if untitled:
         fault = f"{len(untitled)} items have interactions but no title, the first is {untitled[0]}"
         raise UserError(f"{fault}; add their titles, or drop their interactions with --drop-untitled")
-    position = {item: number for number, item in enumerate(raw.titles)}
-    codes = np.array(sorted(codes.tolist(), key=lambda code: position[item_ids[code]]))
-    index_of = np.full(len(item_ids), -1)
-    index_of[codes] = np.arange(len(codes))
-    return index_of, [item_ids[code] for code in codes]
+    kept = {item_ids[code] for code in codes}
+    numbered = [item for item, title in raw.titles.items() if item in kept or (untouched and title)]
+    number_of = {item: number for number, item in enumerate(numbered)}
+    return np.array([number_of.get(item, -1) for item in item_ids]), numbered
 
 
 def item_labels(raw: Raw, item_ids: list[str]) -> np.ndarray:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hanorec.data.tables import (
+    ask_for_times,
     column,
     encoding_of,
     find_file,
@@ -204,8 +205,7 @@ def read_microlens(options: argparse.Namespace) -> Raw:
         header = header_of(rows, pairs)
         positions = [column(header, None, (n,), pairs, "add a header line") for n in ("user", "item", "timestamp")]
         interactions = read_interactions(rows, pairs, *positions)
-    images = find_images(options, "*_covers", "covers", "images")
-    return Raw(interactions, item_titles(titles), images, [pairs, titles])
+    return Raw(interactions, item_titles(titles), find_images(options, "*_covers", "covers", "images"), [pairs, titles])
 
 
 def read_hanorec(options: argparse.Namespace) -> Raw:
@@ -265,10 +265,10 @@ def read_two_tables(
     positions = {}
     for name, usual in usual_names.items():
         chosen, remedy = getattr(options, f"{name}_column"), f"name it with --{name}-column"
-        absent = name in ("time", "rating") and not chosen and usual not in header
+        absent = name in ("time", "rating") and (chosen == "none" or (not chosen and usual not in header))
         positions[name] = None if absent else column(header, chosen, (usual,), interactions, remedy)
-    if positions["time"] is None:
-        print(f"{interactions} has no column timestamp: the order of its lines is used (see --time-column)")
+    if positions["time"] is None and options.time_column != "none":
+        rows = ask_for_times(rows, interactions, header, positions)
     in_order = read_interactions(rows, interactions, **positions)
     rows = rows_of(items)
     header = header_of(rows, items, typed=bool(suffix))

@@ -5,6 +5,7 @@ import csv
 import gzip
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,31 @@ def column(header: list[str], chosen: str | None, usual: tuple[str, ...], path: 
         if name in header:
             return header.index(name)
     raise UserError(f"{path} has no column {' or '.join(names)}, only {', '.join(header)}; {remedy}")
+
+
+# Names of columns that hold times: ordered_at, OrderDate, created, ts
+TIME_NAME = re.compile(r"time|date|datum|created|ordered|purchased|(^|_)(ts|at|when|day|zeit)$", re.I)
+
+
+def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict[str, int | None]) -> Iterator:
+    """Print that the order of the lines is used. Returns the rows.
+
+    Args:
+        rows: the numbered rows after the header.
+        positions: the columns with another meaning.
+
+    Raises:
+        UserError: a column looks like times, by its name or because its first value is a date.
+    """
+    first = next(rows, (0, []))
+    for number, (name, value) in enumerate(zip(header, first[1], strict=False)):
+        if number in positions.values():
+            continue
+        if TIME_NAME.search(name) or re.match(r"\d{4}-\d\d-\d\d", value.strip()):
+            question = f"{path} has no column timestamp. Does {name!r}, with {value!r}, hold the times?"
+            raise UserError(f"{question} Then give --time-column {name}; otherwise --time-column none")
+    print(f"{path} has no column timestamp: the order of its lines is used (see --time-column)")
+    return itertools.chain([first] if first[1] else [], rows)
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

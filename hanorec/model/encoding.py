@@ -2,8 +2,9 @@
 
 from hanorec.data.folder import DataFolder
 from hanorec.model.images import ImageTokens
-from hanorec.model.load import TINY, load_image_processor
+from hanorec.model.load import load_image_processor
 from hanorec.run.files import UserError, value_hash
+from hanorec.run.runs import TINY
 
 
 class Encoding:

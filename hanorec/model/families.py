@@ -66,6 +66,11 @@ def limit_pixels(processor, max_pixels: int) -> None:
             setattr(processor, switch, False)
 
 
+def pixel_limit(processor) -> int | None:
+    """Return the limit that `limit_pixels` set, where the image processor states it as a number of pixels (Qwen)."""
+    return int(processor.size["longest_edge"]) if hasattr(processor, "merge_size") else None
+
+
 def image_inputs(processor, images: list, device) -> dict[str, torch.Tensor]:
     """Return the image processor's outputs on `device`, for PIL images that stand one by one in a prompt."""
     if "batch_num_images" in processor.model_input_names:

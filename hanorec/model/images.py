@@ -173,6 +173,11 @@ USABLE_SPACE = 0.95  # the share of the disk's free space that image tokens may 
 HEADER_BYTES = 256  # reserved at the file's start, because the shape is known only after the last image
 
 
+def neutral_image() -> Image.Image:
+    """Return the grey image that replaces all images of a run with --blank-images."""
+    return Image.new("RGB", (112, 112), (128, 128, 128))
+
+
 @torch.inference_mode()
 def encode_images(model, image_processor, images: list) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Encode PIL images.
@@ -206,7 +211,7 @@ def encode_items(
     Raises:
         UserError: an image cannot be read, or its tokens have another dtype than the model.
     """
-    neutral, neutral_grid = encode_images(model, image_processor, [Image.new("RGB", (112, 112), (128, 128, 128))])
+    neutral, neutral_grid = encode_images(model, image_processor, [neutral_image()])
     path = folder / "image_tokens.safetensors"
     lengths, means, grid = write_image_tokens(model, image_processor, paths, path, progress, keep, neutral[0].shape[1])
     tensors = {

@@ -19,8 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from hanorec.model import families
 from hanorec.run.files import UserError
+from hanorec.run.runs import TINY, is_run
 
-TINY = "tiny"
 TINY_MAX_PIXELS = 6272  # eight image tokens of 28 x 28 pixels each
 MAX_PIXELS = 262144  # the paper's image_max_pixels
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -131,6 +131,17 @@ def load_image_processor(name: str | Path, max_pixels: int, trust: bool = False)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust)
         families.limit_pixels(processor, max_pixels)
     return processor
+
+
+def usual_pixels(backbone: str, trust: bool = False) -> int:
+    """Return the pixel limit of a backbone's images if the user gives none. A run's own model keeps its limit."""
+    if backbone == TINY:
+        return TINY_MAX_PIXELS
+    if not is_run(Path(backbone).parent):
+        return MAX_PIXELS
+    with loading(backbone, "has no usable image processor"):
+        processor = AutoImageProcessor.from_pretrained(backbone, backend="pil", trust_remote_code=trust)
+    return families.pixel_limit(processor) or MAX_PIXELS
 
 
 def save_with_processors(model, folder: Path, source: str | Path, max_pixels: int, trust: bool, **settings) -> None:

@@ -5,8 +5,8 @@
 
 SASRec (Kang and McAuley 2018, arXiv 1808.09781) predicts the next item from item ids alone, with causal self-attention
 over the user's whole sequence. Here the loss is the cross-entropy over all items at every position. The epoch with the
-best NDCG@3 on validation is kept. Writes config.json, predictions.jsonl (test), and those of the other
-splits, such as val_predictions.jsonl.
+best NDCG@3 on validation is kept. Writes config.json, predictions.jsonl (test), those of the other splits, such as
+val_predictions.jsonl, and the weights, with which hanorec.recommend chooses items for the model.
 """
 
 import argparse
@@ -58,6 +58,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from hanorec.data.folder import DataFolder, Example
 from hanorec.ranking.exchange import read_scores, write_predictions
@@ -103,10 +104,12 @@ def known_items(example: Example, sequences: dict[str, list[int]]) -> list[int]:
 
     If the history begins within the training sequence, the sequence counts up to there.
     """
-    sequence = sequences.get(example.user, [])
-    first = example.history[0]
-    before = sequence[: sequence.index(first)] if first in sequence else sequence
-    return before + example.history
+    sequence, history = sequences.get(example.user, []), example.history
+    for begin in range(len(sequence)):
+        shared = sequence[begin : begin + len(history)]
+        if shared == history[: len(shared)]:
+            return sequence[:begin] + history
+    return sequence + history
 
 
 @torch.inference_mode()
@@ -259,6 +262,7 @@ def main(argv: list[str] | None = None) -> dict:
             write_predictions(new / predictions_name(split), data.items.ids, examples, scores, None)
         files = data.manifest["files"]
         config = {"stage": STAGE, "options": json_options(options), "files": files, **best, "versions": versions()}
+        save_file(model.state_dict(), new / "model.safetensors")
         write_json(new / "config.json", config)
     print(printable(f"{options.out}: epoch {best['epoch']}, validation NDCG@3 {best['val_ndcg3']:.4f}"))
     return best

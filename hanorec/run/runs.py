@@ -12,6 +12,8 @@ from pathlib import Path
 
 from hanorec.run.files import UserError, delete, file_hash, printable, read_json, require, value_hash, write_json
 
+TINY = "tiny"  # the backbone that prepare_data.py builds in the data folder
+
 # The fields of config.json that other stages read, and their types
 RUN = {"stage": str, "options": dict, "data": str}
 RUN_OPTIONS = {
@@ -169,3 +171,35 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     if config["options"].get("tasks", ["rank"]) not in (["rank"], ["yesno"], ["rank", "yesno"]):
         raise UserError(f"{run}/config.json: unknown tasks; {remedy}")
     return config
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a training stage wrote the folder."""
+    config = folder / "config.json"
+    return config.is_file() and read_json(config, {}, "choose another folder").get("stage") in STAGES
+
+
+def backbone_files(run: Path) -> str:
+    """Return the hub name or folder that holds the tokenizer, image processor and vision tower of a run's model.
+
+    They are in the run if it trained all weights, and in the SFT run for a DPO run. Otherwise they are the backbone's.
+    """
+    config = read_run(run, STAGES)
+    options = config["options"]
+    if config["stage"] == "dpo_hano":
+        return backbone_files(Path(options["sft"]))
+    return str(run / "model") if options["tune"] == "full" else options["model"]
+
+
+def backbone_for_later_data(run: Path) -> str:
+    """Return `backbone_files`. UserError if the data folder of the run holds them, as an adapter's tiny backbone."""
+    name = backbone_files(run)
+    if name == TINY:
+        fault = f"{run} is an adapter on the tiny backbone of the data that it was trained on, and does not hold it"
+        raise UserError(f"{fault}; train with --tune full to use a run with data that is prepared later")
+    return name
+
+
+def same_backbone(one: str, other: str) -> bool:
+    """Return whether two backbones have the same name, or are the same folder."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 import dpo_hano
 import evaluate
 import sft
+from hanorec import recommend
 from hanorec.model import packing  # noqa: F401
 
 data, start, out = (Path(word) for word in sys.argv[1:])
@@ -54,6 +55,8 @@ def train(folder: Path, world: int) -> None:
     for name, sigma in (("clean", "0"), ("noisy", "0.1")):
         dpo_hano.main(["--sft", str(folder / "start"), "--out", str(folder / name), *common, "--sigma", sigma])
     evaluate.main(["--run", str(folder / "start"), "--limit", "7", "--batch-size", "2"])
+    everybody = ["--users", "all", "--out", str(folder / "recommendations.jsonl")]
+    recommend.main(["--run", str(folder / "start"), *everybody])
 
 
 def process(rank: int, world: int, port: int, folder: Path, sharded: bool) -> None:

@@ -16,8 +16,9 @@ from layouts import lines
 from PIL import Image
 from transformers.utils import import_utils
 
+from hanorec.run import records
 from hanorec.run.files import UserError
-from mllm_srec import records, server, summarize, writers
+from mllm_srec import server, summarize, writers
 
 NAMES = ("items.jsonl", "preferences.jsonl")
 

@@ -9,6 +9,7 @@ from conftest import Opened
 from echo import texts_of, thought_prompts
 from layouts import lines
 
+from hanorec.data.folder import DataFolder
 from hanorec.model.trees import tree_length
 from hanorec.run.files import UserError, file_hash, write_json
 from mllm_srec.preferences import timelines
@@ -125,3 +126,12 @@ def test_a_text_that_is_not_known_shares_no_words(data):
     user_texts.summaries[3] = "What is not known of a Zebra"
     assert user_texts.shared_words(3, "not known", "not known") == "not known"
     assert user_texts.shared_words(3, "a zebra", "not known") == "zebra"
+
+
+def test_repeated_items_are_refused(data):
+    """The cut of an example would be that of the item's last time, and its texts would tell of the future."""
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["options"]["repeats"] = "all"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="with --repeats first or last"):
+        timelines(DataFolder(data))

@@ -14,8 +14,9 @@ import dpo_hano
 import evaluate
 import sft
 from hanorec.model import check
+from hanorec.run import records
 from hanorec.run.files import UserError, value_hash, write_json
-from mllm_srec import records, summarize, writers
+from mllm_srec import summarize, writers
 from mllm_srec.texts import PROMPTS_FILE, read_texts
 from mllm_srec.writers import titles_with_control_tokens
 
