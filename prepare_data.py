@@ -20,7 +20,7 @@ from hanorec.data.protocol import Sequences, items_before
 from hanorec.data.readers import READERS
 from hanorec.run.files import UserError, one_line_errors, printable
 from hanorec.run.options import TRUST, Option, Parser, bounded, non_negative_int, positive_int
-from hanorec.run.runs import TINY, backbone_for_later_data, is_run, json_options
+from hanorec.run.runs import TINY, backbone_for_later_data, is_run, json_options, next_command
 
 TIME_HELP = "csv, recbole: column of times; none: the lines are in order of time"
 COLUMNS = [
@@ -123,7 +123,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 
 from hanorec.data.demo import read_demo, read_descriptions
 from hanorec.data.folder import FILES, FURTHER_TESTS, DataFolder
@@ -132,12 +131,13 @@ from hanorec.data.protocol import build_sequences, example_lines, split_targets
 from hanorec.data.summary import picture_warning, summary
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
-from hanorec.model.load import load_image_processor, load_model, load_tokenizer, usual_pixels
+from hanorec.model.load import load_config, load_image_processor, load_model, load_tokenizer, usual_pixels
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.model.tiny import build_tiny
 from hanorec.ranking.ceiling import CEILING_FILES, write_ceilings
 from hanorec.run.files import delete, file_hash, locked, read_json, replacing, value_hash, write_json, write_jsonl
+from hanorec.run.progress import progress
 from mllm_srec.texts import read_texts, without_words
 
 # Each split has its own stream of random numbers
@@ -232,7 +232,9 @@ def encode(options: argparse.Namespace) -> str:
         check_disk(model, processor, pictures, pixels, out)
     with replacing(options.encoded) as new:
         new.mkdir(parents=True)
-        encode_items(model, tokenizer, processor, titles, paths, new, partial(tqdm, desc="encode"), keep)
+        encode_items(
+            model, tokenizer, processor, titles, paths, new, partial(progress, desc="encode", unit="batch"), keep
+        )
         manifest = {
             "backbone": options.model,
             "max_pixels": pixels,
@@ -265,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         show(options)
         return
     options.model = options.model or TINY
+    if options.model != TINY:
+        load_config(options.model, options.trust_remote_code)  # a wrong name is noticed before the raw files are read
     with locked(options.out):
         if not options.encode_only:
             check_out(options.out, options.dataset)
@@ -281,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         print(warning, file=sys.stderr, flush=True)
     if options.show:
         show(options)
+    print("next:", printable(next_command("prepare_data", options)))
 
 
 if __name__ == "__main__":

@@ -318,7 +318,8 @@ def test_prepare_data_refuses_bad_options_and_images(tmp_path, capsys):
     folder = raw(tmp_path / "raw")
     common = ["--dataset", "movielens", "--source", folder, "--out", tmp_path / "data"]
     assert "has touched all except" in refused(capsys, run, *common, "--negatives", 58)
-    assert "cannot be loaded" in refused(capsys, run, *common, "--model", "nobody/no-such-model")
+    error = refused(capsys, run, *common, "--model", "nobody/no-such-model")
+    assert "check the name, or you are offline" in error
     (folder / "posters").mkdir()
     (folder / "posters" / "100.jpg").write_text("this is no picture")
     error = refused(capsys, run, *common)

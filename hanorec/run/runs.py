@@ -41,7 +41,8 @@ NEXT = {
     "dpo_hano": "python evaluate.py --run {sft} {out}",
     "teach": "python -m mllm_srec.summarize --data {data} --run {out}",
     "summarize": "python sft.py --data {data} --prompt cot --summaries {name}",
-    "evaluate": "python evaluate.py --run {run} --user {user}",
+    "prepare_data": "python sft.py --data {out}",
+    "evaluate": "python -m hanorec.recommend --run {run} --user {user}",
 }
 
 
