@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the study")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     parser.add_argument("--cores", type=int, nargs="+", default=cores, help="cores to use (default: all)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="train these arms only, in this order (default: all)")
     parser.add_argument("--grid", action="store_true", help="train the recipes of each family instead")
     parser.add_argument("--train-only", action="store_true", help="write no tables")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the tables")
@@ -175,9 +177,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     if len(set(seeds)) < max(2, len(seeds)):
         parser.error("--seeds: give two or more, each once")
+    if unknown := set(options.arms or []) - set(study.arms):
+        parser.error(f"--arms: {', '.join(sorted(unknown))} is no arm of {study.name}; it has {', '.join(study.arms)}")
     tables.check_marks(study.name)
     if not options.tables:
-        train(study, seeds, options.cores, options.grid)
+        chosen = {arm: study.arms[arm] for arm in options.arms or study.arms}
+        train(replace(study, arms=chosen), seeds, options.cores, options.grid)
     if not options.train_only:
         commands = [prepare_command(study), sasrec_command(study, seeds[0])]
         commands += [training_command(study, arm, seeds[0]) for arm in study.arms]
