@@ -46,6 +46,7 @@ class PackedMLLM(nn.Module):
         check_attention(self.core.config.get_text_config()._attn_implementation, pack)
         if pack:
             attention.install(self.core)
+            families.avoid_waits(self.core)
 
     @property
     def core(self):
