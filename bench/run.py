@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import measure
+import operations
 import torch
 import workload
 
@@ -161,7 +162,7 @@ def report(results: dict, facts: dict) -> str:
 
     Args:
         results: what each script measured, by the script's name.
-        facts: machine, versions, commit, seconds, and the section about the GPU.
+        facts: machine, versions, commit, seconds, the section about the GPU, and the counts of operations.py.
     """
     text = wrapped(ABOUT.format(**about_values(results, facts)))
     for script, part in results.items():
@@ -172,6 +173,9 @@ def report(results: dict, facts: dict) -> str:
             if name in NOTES:
                 note = NOTES[name].format("; ".join(whole_process(row) for row in chosen if "whole_process" in row))
                 text += f"\n{wrapped(note)}"
+    if facts.get("operations"):
+        counted = operations.report(facts["operations"])
+        text += f"\n## Operations and memory at full size\n\n`python bench/operations.py`\n\n{counted}\n"
     return f"{text}\n## GPU\n\n{facts['gpu']}\n"
 
 
@@ -211,6 +215,7 @@ def main() -> None:
     if worst_difference(results) > 1e-4:
         sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
+    facts["operations"] = operations.counts(HERE / "results.json")  # of an earlier run: it takes an hour
     write_json(HERE / "results.json", {**facts, **results})
     with replacing(HERE / "RESULTS.md") as beside:
         beside.write_text(report(results, facts), encoding="utf-8")

@@ -169,6 +169,22 @@ def deep_features(tokens: torch.Tensor, width: int, is_image: torch.Tensor) -> d
     return {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(tokens[:, width:].split(width, dim=-1))}
 
 
+def avoid_waits(core) -> None:
+    """Let the first layers of a model with deep features (Qwen3-VL) add them without a wait for the GPU.
+
+    transformers selects the image tokens by a mask, and the host has to wait for their number: twice a layer in a
+    forward, and again in backward.
+    """
+    decoder = core.get_decoder()
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = add_deep_features
+
+
+def add_deep_features(hidden: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Add features [n, d] to the image tokens of hidden states [1, T, d]. is_image: [1, T]."""
+    return hidden + torch.zeros_like(hidden).masked_scatter(is_image[..., None], features.to(hidden.dtype))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's own forward
 

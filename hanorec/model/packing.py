@@ -9,14 +9,14 @@ with calls of its parts, every process would train for itself.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import nn
 
 from hanorec.model import attention, families
+from hanorec.model.batch import Batch, make_batch
 from hanorec.model.images import ImageTokens, check_sizes
 from hanorec.model.trees import Node, merge_trees, separate_paths
 from hanorec.run.files import UserError
@@ -29,48 +29,6 @@ def check_attention(attn: str, pack: bool) -> None:
     """
     if pack and attn not in ("sdpa", attention.NAME):
         raise UserError(f"--attn {attn} cannot take the mask of packed prompts: give --no-pack too, or --attn sdpa")
-
-
-@dataclass
-class Batch:
-    """Prompt trees as one sequence of T tokens, with A answers that have S scored tokens (see `PackedMLLM.collate`).
-
-    Args:
-        segments, node, depth, visible: see attention.Forest.
-        image_counts: the number of images in each segment.
-        input_ids: [T].
-        position_ids: [P, 1, T]; P is 3 for multimodal positions (Qwen), else 1.
-        image_tokens: [n, width], the image tokens of all images in order; empty with live images.
-        grids: [images, 3].
-        predicted_from: [S], for each scored token the index of the token before it on its path.
-        target: [S], the id of each scored token.
-        answer: [S], the number of each scored token's answer.
-        answers: [A], the number of scored tokens of each answer.
-        pixels: with live images, the vision tower's inputs for the distinct images.
-        sizes: with live images, (item id, number of tokens when the data was encoded) of each distinct image.
-        distinct: with live images, for each image its number among the distinct images.
-    """
-
-    segments: list[tuple[int, int]]
-    image_counts: list[int]
-    input_ids: torch.Tensor
-    node: torch.Tensor
-    depth: torch.Tensor
-    visible: torch.Tensor
-    position_ids: torch.Tensor
-    image_tokens: torch.Tensor
-    grids: torch.Tensor
-    predicted_from: torch.Tensor
-    target: torch.Tensor
-    answer: torch.Tensor
-    answers: torch.Tensor
-    pixels: dict | None = None
-    sizes: list[tuple[str, int]] = field(default_factory=list)
-    distinct: list[int] = field(default_factory=list)
-
-    def to(self, device) -> "Batch":
-        """Return the batch with its tensors on `device`."""
-        return Batch(**send_to_device(vars(self), device, non_blocking=True))
 
 
 class PackedMLLM(nn.Module):
@@ -88,6 +46,7 @@ class PackedMLLM(nn.Module):
         check_attention(self.core.config.get_text_config()._attn_implementation, pack)
         if pack:
             attention.install(self.core)
+            families.avoid_waits(self.core)
 
     @property
     def core(self):
@@ -139,9 +98,10 @@ class PackedMLLM(nn.Module):
             trees = [path for tree in trees for path in separate_paths(tree)]
         segments, images, ids, positions, parents = [], [], [], [], []
         scored: list[tuple[int, int, int]] = []
+        scored_counts: list[int] = []
         next_positions: list[int] = []  # of each node: the position of a token that follows it
         for tree, answers in merge_trees(trees):
-            first, start = len(parents), len(ids)
+            first, start, scored_before = len(parents), len(ids), len(scored)
             for node in tree:
                 number, is_root = len(parents), node.parent is None
                 if is_root and 0 in node.scored:
@@ -157,7 +117,8 @@ class PackedMLLM(nn.Module):
                 next_positions.append(int(position.max()) + 1)
             segments.append((len(tree[0].ids), len(ids) - start))
             images.append([item for node in tree for item in node.images])
-        return make_batch(segments, images, ids, positions, parents, scored, tokens)
+            scored_counts.append(len(scored) - scored_before)
+        return make_batch(segments, images, ids, positions, parents, scored, scored_counts, tokens)
 
     def positions(self, node: Node, tokens: ImageTokens) -> torch.Tensor:
         """Return a node's positions [P, tokens], from 0. UserError if it has not a placeholder for each image token."""
@@ -200,71 +161,25 @@ class PackedMLLM(nn.Module):
             tokens, width = batch.image_tokens.to(embeds.dtype), embeds.shape[-1]
             embeds = embeds.masked_scatter(is_image[..., None], tokens[:, :width])
             deep = families.deep_features(tokens, width, is_image)
-        predicting, index = batch.predicted_from.unique(return_inverse=True)
         images = families.image_numbers(core.config, batch.input_ids)
-        forest = attention.Forest(batch.segments, batch.node, batch.depth, batch.visible, predicting, images)
+        forest = attention.Forest(batch.segments, batch.node, batch.depth, batch.visible, batch.predicting, images)
         positions = batch.position_ids[0] if len(batch.position_ids) == 1 else batch.position_ids
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # not read; without it the model makes one
         output = core.get_decoder()(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, forest=forest, **deep
         )
-        return core.get_output_embeddings()(output.last_hidden_state[0, predicting])[index]
+        return core.get_output_embeddings()(output.last_hidden_state[0, batch.predicting])[batch.predicted_by]
 
     def separate_logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits [S, V] that predict the scored tokens, by the model's own forward over each segment."""
         lengths = [length for _, length in batch.segments]
-        is_image = batch.input_ids == self.core.config.image_token_id
-        token_counts = [int(segment.sum()) for segment in is_image.split(lengths)]
-        ids, grids = batch.input_ids.split(lengths), batch.grids.split(batch.image_counts)
-        tokens, logits, start = batch.image_tokens.split(token_counts), [], 0
+        ids, grids = batch.input_ids.split(lengths), batch.grids.split([count for count, _ in batch.images])
+        tokens = batch.image_tokens.split([count for _, count in batch.images])
+        predicted_from = batch.predicting[batch.predicted_by].split([count for count, _ in batch.scored])
+        logits, end = [], 0
         for number, length in enumerate(lengths):
-            end = start + length
-            inside = (batch.predicted_from >= start) & (batch.predicted_from < end)
-            from_end = batch.predicted_from[inside] - end  # negative, because the model may return the last logits only
+            end += length
             images = families.encoder_outputs(self.core, tokens[number], grids[number])
-            own = families.own_logits(self.core, ids[number][None], images, keep=-int(from_end.min()))
-            logits.append(own[0, from_end])
-            start = end
+            own = families.own_logits(self.core, ids[number][None], images, keep=batch.scored[number][1])
+            logits.append(own[0, predicted_from[number] - end])  # from the end: there may be the last logits only
         return torch.cat(logits)
-
-
-def make_batch(segments, images, ids, positions, parents: list[int], scored: list, tokens: ImageTokens) -> Batch:
-    """Return the Batch of trees that `PackedMLLM.collate` laid end to end.
-
-    Args:
-        images: the item indices of each segment's images.
-        ids: the tokens. positions: [P, tokens] of each node.
-        parents: number of each node's parent in the batch; a root's own number.
-        scored: (number of the node, offset in it, answer) of each scored token.
-    """
-    input_ids, lengths = torch.tensor(ids), torch.tensor([position.shape[1] for position in positions])
-    visible = torch.eye(len(parents), dtype=torch.bool)
-    for number, parent in enumerate(parents):
-        visible[number] |= visible[parent]
-    starts = lengths.cumsum(0) - lengths
-    depths = (visible * lengths).sum(1) - lengths  # of each node: the number of tokens before it on its path
-    scored_node, offset, answer = torch.tensor(scored).reshape(-1, 3).T
-    index = starts[scored_node] + offset
-    end_of_parent = (starts + lengths)[torch.tensor(parents)[scored_node]]
-    items = [item for segment in images for item in segment]
-    distinct = list(dict.fromkeys(items)) if tokens.live else []
-    pixels, sizes = tokens.pixels(distinct) if distinct else (None, [])
-    stored = [] if tokens.live else [tokens.of(item) for item in items]
-    return Batch(
-        segments=segments,
-        image_counts=[len(segment) for segment in images],
-        input_ids=input_ids,
-        node=torch.arange(len(parents)).repeat_interleave(lengths),
-        depth=torch.arange(len(ids)) - (starts - depths).repeat_interleave(lengths),
-        visible=visible,
-        position_ids=torch.cat(positions, dim=1)[:, None],
-        image_tokens=torch.cat(stored) if stored else torch.zeros(0, 0),
-        grids=tokens.grids[items],
-        predicted_from=torch.where(offset > 0, index, end_of_parent) - 1,
-        target=input_ids[index],
-        answer=answer,
-        answers=answer.bincount(),
-        pixels=pixels,
-        sizes=sizes,
-        distinct=[distinct.index(item) for item in items] if distinct else [],
-    )

@@ -67,7 +67,7 @@ def supervised_step(model, micro_batches: list[Batch], weights: list, optimizer,
     Returns (loss in nats per answer token, the norm of the gradient before clipping at 1).
     """
     own_tokens = sum(int(batch.answers.sum()) for batch in micro_batches)
-    tokens = accelerator.reduce(torch.tensor(float(own_tokens), device=accelerator.device))  # of all processes
+    tokens = accelerator.reduce(torch.full((), float(own_tokens), device=accelerator.device))  # of all processes
     loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches, 1):
         with micro_step(model, accelerator, last=number == len(micro_batches)):

@@ -31,8 +31,7 @@ def score_examples(
         prompts: the Prompts that the model was trained on.
         options: the run's options, of which `tasks` and `max_length` are used.
         batch_size: the number of examples in a batch; 0: 16 for the tiny backbone, else 2.
-        shortened: a set that gets the (user, target) of every example whose history was cut to `max_length`, on each
-            process.
+        shortened: gets the (user, target) of each example of this process whose history was cut to `max_length`.
 
     Returns (ranking scores, Yes/No scores), each [R, C], or None for a task that the model was not trained on.
     """
@@ -41,7 +40,7 @@ def score_examples(
     batch_size = batch_size or (16 if encoding.tiny else 2)
     # The same batches for any number of processes, so that the scores are equal to the last bit
     chunks = [range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)]
-    scored = []
+    numbers, scores = [], []
     model.eval()
     for chunk in progress(shared_out(chunks, accelerator), desc="evaluate", unit="batch", leave=False):
         trees = []
@@ -50,7 +49,9 @@ def score_examples(
         batch = model.collate(trees, encoding.tokens)
         with torch.no_grad(), accelerator.autocast():  # not inference_mode: it breaks gathering sharded weights
             logps = model(batch.to(accelerator.device))
-        scored += list(zip(chunk, logps.view(len(chunk), -1).tolist(), strict=True))
+        numbers += chunk
+        scores.append(logps.view(len(chunk), -1))
+    scored = list(zip(numbers, torch.cat(scores).tolist(), strict=True))  # one read: no wait between the batches
     if accelerator.num_processes > 1:
         scored = gather_object(scored)
         if shortened is not None:

@@ -19,10 +19,37 @@ from hanorec.run.progress import progress
 from hanorec.run.runs import begin_run, json_options, next_command, weights_hash
 
 
+class LaterValues:
+    """Numbers and scalar tensors by name, which are read later. Until then the host need not wait for a GPU.
+
+    The tensors are copied to the host at once, without a wait. The copy comes before the work that the GPU gets after
+    it, so that `read` waits for no work that the GPU got since.
+    """
+
+    def __init__(self, values: dict):
+        self.values, self.event = values, None
+        tensors = [value for value in values.values() if torch.is_tensor(value)]
+        if not tensors:
+            return
+        tensors = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in tensors]  # DTensors
+        stacked = torch.stack([value.detach().float().to(tensors[0].device) for value in tensors])
+        self.copy = stacked.to("cpu", non_blocking=stacked.is_cuda)
+        if stacked.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> dict[str, float]:
+        """Return the numbers by name."""
+        if self.event:
+            self.event.synchronize()
+        names = [name for name, value in self.values.items() if torch.is_tensor(value)]
+        return self.values | (dict(zip(names, self.copy.tolist(), strict=True)) if names else {})
+
+
 class Log:
     """Logs metrics to metrics.jsonl, the screen and the tracker, saves checkpoints, and writes result.json.
 
-    The metrics of a step stay tensors until the next step has started, so that a GPU never waits until they are read.
+    The metrics of a step are read when the next step has started, so that a GPU never waits until they are read.
 
     Args:
         steps: optimizer steps of the run.
@@ -46,7 +73,7 @@ class Log:
             start_tracker(options, accelerator)
 
     def write(self, step: int, metrics: dict) -> None:
-        """Write numbers or scalar tensors by name. JSON has no NaN or infinity, so metrics.jsonl gets null for them."""
+        """Write numbers by name. JSON has no NaN or infinity, so metrics.jsonl gets null for them."""
         metrics = {name: float(f"{float(value):.6g}") for name, value in metrics.items()}
         if self.file:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -69,8 +96,9 @@ class Log:
             unit = "pairs" if self.stage == "dpo_hano" else "samples"
             metrics = metrics | {f"{unit}_per_second": self.samples / (time.perf_counter() - self.began)}
             self.began, self.samples = time.perf_counter(), 0
-        signals = torch.tensor(float(self.signal), device=self.accelerator.device)
-        self.pending = (step, metrics, names, logged, self.accelerator.gather(signals).max())
+        signal_number = torch.full((), float(self.signal), device=self.accelerator.device)
+        any_signal = self.accelerator.gather(signal_number).max()
+        self.pending = (step, LaterValues(metrics | {"any_signal": any_signal}), names, logged)
 
     def flush(self) -> None:
         """Write the metrics of the pending step.
@@ -81,9 +109,9 @@ class Log:
         """
         if self.pending is None:
             return
-        step, metrics, names, logged, any_signal = self.pending
-        self.pending = None
-        self.any_signal = int(any_signal)
+        step, values, names, logged = self.pending
+        self.pending, metrics = None, values.read()
+        self.any_signal = int(metrics.pop("any_signal"))
         for name in ("loss", "grad_norm"):
             if math.isfinite(metrics[name]):
                 continue
@@ -93,13 +121,13 @@ class Log:
             if "step" in self.best:
                 kept = f"the weights of step {self.best['step']} stay"
             samples = f"{self.named} {', '.join(dict.fromkeys(names))}"
-            raise UserError(f"{name} is {float(metrics[name])} at step {step} ({samples}); lower {lower}; {kept}")
+            raise UserError(f"{name} is {metrics[name]} at step {step} ({samples}); lower {lower}; {kept}")
         if step == getattr(self.options, "warmup_steps", 0) + 1 > 1:
-            loss = f"the loss is now that of answers ({float(metrics['loss']):.3f}), no longer that of titles"
+            loss = f"the loss is now that of answers ({metrics['loss']:.3f}), no longer that of titles"
             self.accelerator.print(f"\nstep {step}: the warm-up is over; {loss}")
         if logged:
             self.write(step, metrics)
-            self.bar.set_postfix({n: f"{float(metrics[n]):.3f}" for n in ("loss", "accuracy") if n in metrics})
+            self.bar.set_postfix({n: f"{metrics[n]:.3f}" for n in ("loss", "accuracy") if n in metrics})
         self.bar.update()
 
     def validation(self, step: int, epoch: float, metrics: dict) -> bool:

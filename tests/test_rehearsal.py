@@ -1,0 +1,162 @@
+"""What bench/fakes.py and bench/rehearse_cuda.py see, at tiny size on the CPU."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "bench"))
+import fakes
+import full_steps
+import operations
+import rehearse_cuda
+
+from hanorec.model import packing
+from hanorec.model.lora import add_lora
+from hanorec.model.packing import PackedMLLM
+
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three narrow backbones of two layers, under the names of the whole ones."""
+    backbones = {}
+    for name in ("Qwen2.5-VL-3B", "LLaVA-NeXT-7B", "Qwen3-VL-4B"):
+        backbone = fakes.shortened(fakes.BACKBONES[name], 2, 1, 2)
+        backbone.text.update(SMALL, head_dim=128)
+        if "out_hidden_size" in backbone.vision:
+            backbone.vision["out_hidden_size"] = 256
+        backbones[name] = backbone
+    monkeypatch.setattr(fakes, "BACKBONES", backbones)
+    return backbones
+
+
+def real_model(backbone, folder, checkpointing):
+    """A policy of real float32 tensors, a batch of one pair, and a function that makes its loss."""
+    config, prompts, examples, tokens = fakes.make_data(folder, backbone, dtype=torch.float32)
+    core = fakes.transformers.AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    packed = PackedMLLM(add_lora(core.requires_grad_(False), 8, 32, 0.0, 0))
+    if checkpointing:
+        packed.enable_checkpointing()
+    batch = packed.collate([prompts.pair_tree(examples[0], "rank")], tokens)
+    return config, packed.train(), batch
+
+
+def loss_of(packed, batch):
+    chosen, rejected = packed(batch)
+    return -torch.nn.functional.logsigmoid(chosen - rejected)
+
+
+def test_backbones_have_their_published_number_of_weights(tmp_path):
+    for name, backbone in fakes.BACKBONES.items():
+        model = fakes.meta_model(fakes.make_data(tmp_path / name, backbone, 1)[0])
+        assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(backbone.weights, abs=0.006)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_backward_by_hand_is_autograds(small, tmp_path, checkpointing):
+    _, packed, batch = real_model(small["Qwen2.5-VL-3B"], tmp_path, checkpointing)
+    weights = [weight for weight in packed.parameters() if weight.requires_grad]
+    loss_of(packed, batch).backward()
+    expected = [weight.grad.clone() for weight in weights]
+    packed.zero_grad()
+    fakes.backward(loss_of(packed, batch))
+    assert any(grad.abs().max() > 0 for grad in expected)
+    for weight, grad in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_fake_tensors_is_what_a_real_step_allocates(small, tmp_path, checkpointing):
+    """The profiler sees each allocation of the real step."""
+    config, packed, batch = real_model(small["Qwen2.5-VL-3B"], tmp_path, checkpointing)
+    loss_of(packed, batch).backward()
+    packed.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss_of(packed, batch).backward()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    fake = fakes.packed_model(config, FakeTensorMode(allow_non_fake_inputs=True), "cpu", checkpointing, torch.float32)
+    for module in fake.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    counting = fakes.Counting(block=1)
+    counting.hold([*fake.parameters(), *fake.buffers(), *vars(batch).values()])
+    before = counting.live
+    with counting:
+        loss_of(fake, batch).backward()
+    assert counting.peak - before == pytest.approx(peak, rel=0.02) and peak > 10 * 2**20
+
+
+def test_operations_are_those_of_pytorchs_counter(small, tmp_path):
+    _, packed, batch = real_model(small["Qwen2.5-VL-3B"], tmp_path, True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss_of(packed, batch).backward()
+    with sdpa_kernel(SDPBackend.MATH), fakes.Counting() as counting:
+        loss_of(packed, batch).backward()
+    assert counting.flops == counter.get_total_flops() > 1e9
+    with fakes.Counting() as fused:  # attention in one kernel, whose backward computes one product again
+        loss_of(packed, batch).backward()
+    assert 1 < fused.flops / counting.flops < 1.1
+
+
+def test_a_wait_is_seen_with_its_place():
+    mode = FakeTensorMode()
+    values = mode.from_tensor(torch.zeros(3, 4))
+    with fakes.Watch("cpu", trues={3: 2}) as watch:
+        assert values.sum().item() == 1.0
+        assert bool(values[0, 0] > 0) is True
+        assert values[values[:, 0] > 0].shape == (2, 4)
+    here = "tests/test_rehearsal.py"
+    assert sorted(reason for reason, _ in watch.waits) == ["a value for the host"] * 2 + ["an index by a mask"]
+    assert all(place.startswith(here) for _, place in watch.waits) and not watch.mixed
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "LLaVA-NeXT-7B", "Qwen3-VL-4B"])
+def test_the_packed_forward_and_its_log_wait_for_nothing(small, tmp_path, name):
+    rehearsal = rehearse_cuda.Rehearsal(name, "cpu", tmp_path)
+    on_the_host = ("hanorec/model/supervised.py", "hanorec/run/log.py")  # on a GPU these values are the CPU's
+    for part in ("sft", "evaluation"):
+        watch, stopped = rehearsal.part(part)
+        places = [place for _, place in watch.waits if not rehearse_cuda.reason_to_wait(part, place)]
+        assert not stopped and not [place for place in places if not place.startswith(on_the_host)]
+
+
+def test_a_planted_wait_fails_the_rehearsal(small, tmp_path, monkeypatch, capsys):
+    """`unique` in the packed forward is what the rehearsal was written for."""
+    logits = packing.PackedMLLM.packed_logits
+
+    def waits(packed, batch):
+        batch.predicting.unique()
+        return logits(packed, batch)
+
+    monkeypatch.setattr(packing.PackedMLLM, "packed_logits", waits)
+    rehearsal = rehearse_cuda.Rehearsal("Qwen2.5-VL-3B", "cpu", tmp_path)
+    assert not rehearse_cuda.report("x", "evaluation", *rehearsal.part("evaluation"))
+    assert "stopped: DynamicOutputShapeException" in capsys.readouterr().out
+
+
+def test_depth_counts_as_the_whole_backbone(small, tmp_path, monkeypatch):
+    """From two and three layers to five, against a backbone of five layers."""
+    small["Qwen2.5-VL-3B"].text["num_hidden_layers"] = 5
+    expected = full_steps.Case(small["Qwen2.5-VL-3B"], tmp_path).sft()
+    found = operations.at_full_depth(tmp_path, "Qwen2.5-VL-3B", "sft")
+    assert found["tflop"] == pytest.approx(expected["tflop"], rel=1e-6)
+    assert found["gib"] == pytest.approx(expected["gib"], rel=1e-3)
+
+
+def test_pairs_that_fit():
+    one, two = {"gib": 2.0}, {"gib": 3.5}
+    assert operations.pairs_that_fit(10.0, one, two, 23.5) == 1 + int((23.5 * 0.95 - 1 - 10 - 2) / 1.5)
+    assert operations.pairs_that_fit(22.0, one, two, 23.5) == 0
