@@ -60,7 +60,8 @@ def alignments(packed: PackedMLLM, prompts: Prompts, tokens: ImageTokens, device
             states.clear()
             with torch.no_grad():
                 packed(batch)
-            hidden = torch.cat(states)[batch.predicted_from]  # [S, d], of the tokens before the scored ones
+            predicting = batch.predicting[batch.predicted_by]
+            hidden = torch.cat(states)[predicting]  # [S, d], of the tokens before the scored ones
             for number, (item, _, title, image) in enumerate(own):
                 of_item = hidden[batch.answer == number]  # of the tokens from the title's first on
                 title_mean = of_item[[offset - title[0] for offset in title]].mean(0)
