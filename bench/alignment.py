@@ -1,0 +1,75 @@
+"""Print the alignment of titles and images of a study's arms, pooled over seeds.
+
+    python bench/alignment.py demo --seeds 1 2 3
+    python bench/alignment.py demo --arms sft dpo nodo_3
+
+Reads the test predictions of the runs, which bench/study.py left. The numbers are those of `evaluate.py --alignment`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import numpy as np  # noqa: E402
+from arms import STUDIES  # noqa: E402
+from tables import predictions_name  # noqa: E402
+
+from hanorec.data.folder import DataFolder  # noqa: E402
+from hanorec.ranking.alignment import THIRDS, measure_alignment  # noqa: E402
+from hanorec.ranking.ceiling import ceiling_scores  # noqa: E402
+from hanorec.ranking.exchange import read_scores  # noqa: E402
+from hanorec.ranking.markdown import markdown, short  # noqa: E402
+from hanorec.run.launch import start_accelerator  # noqa: E402
+from hanorec.run.runs import read_run  # noqa: E402
+
+ARMS = ["sft", "continued", "softmax", "dpo", "sdpo9", "margin", "nodo_3", "absolute_05", "embeddings", "dropout"]
+ARMS += ["paper"]
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation over the seeds."""
+    deviation = f" ±{short(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return short(float(np.mean(values))) + deviation
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", default=ARMS)
+    given = parser.parse_args(argv)
+    os.chdir(ROOT)
+    study, accelerator = STUDIES[given.study], start_accelerator()
+    data = DataFolder(ROOT / "data" / study.name)
+    examples = data.examples("test")
+    ceilings = ceiling_scores(data, "test", examples)
+    options = SimpleNamespace(dtype="auto", no_pack=False, trust_remote_code=False, seed=0)
+    found = {arm: [] for arm in given.arms}
+    for seed in given.seeds:  # the arms of a seed share their start
+        runs = {arm: Path(study.run_folder(arm, seed)) for arm in given.arms}
+        runs = {arm: run for arm, run in runs.items() if (run / predictions_name("test")).exists()}
+        configs = {run: read_run(run) for run in runs.values()}
+        scored = {run: read_scores(run / predictions_name("test"), data.items.ids, examples) for run in configs}
+        measured = measure_alignment(configs, scored, ceilings, data, examples, options, accelerator)
+        for arm, run in runs.items():
+            found[arm].append(measured[run])
+    header = ["", "seeds", "mean cosine", "change", "slope of the change", *(f"change, {name}" for name in THIRDS)]
+    rows = [[*header, *(f"NDCG@3, {name}" for name in THIRDS), "follows the poster"]]
+    for arm, values in found.items():
+        if not values:
+            continue
+        row = [study.arms[arm].label, str(len(values))]
+        row += [spread([value[field] for value in values]) for field in ("mean", "change", "slope")]
+        row += [spread([value[field][name] for value in values]) for field in ("thirds", "NDCG@3") for name in THIRDS]
+        shares = [value["follows_poster"][0] for value in values if "follows_poster" in value]
+        rows.append([*row, spread(shares) if shares else "-"])
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
