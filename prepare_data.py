@@ -285,7 +285,9 @@ def main(argv: list[str] | None = None) -> None:
         print(warning, file=sys.stderr, flush=True)
     if options.show:
         show(options)
-    print("next:", printable(next_command("prepare_data", options)))
+    of_a_run = (Path(options.model).parent / "config.json").exists()  # --model RUN stands for RUN/model
+    stage = "later_data" if of_a_run else "prepare_data"
+    print("next:", printable(next_command(stage, options)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Measure the finished runs of a study, and write its tables and its figure into docs/."""
 
+import argparse
 import json
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from hanorec.run.files import read_json, replacing
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 COLUMNS = ("NDCG@3", "HR@3", "AUC")
+FEWEST = 3  # seeds of an arm in a table
 TITLES = (
     "Start",
     "1. Controls",
@@ -49,7 +52,7 @@ class Measured:
     """The results of a study's runs in one split.
 
     Attributes:
-        runs: the Result of each finished seed, by arm and seed. An arm without any is left out.
+        runs: the Result of each finished seed, by arm and seed. An arm with fewer than FEWEST seeds is left out.
         reference: the arm `continued`, or `sft` if no run of that is finished.
         minus: for each arm the difference to the reference, paired by seed and user, pooled over the seeds.
         others: the ceilings, SASRec and the baselines.
@@ -66,6 +69,8 @@ class Measured:
                 if path.exists():
                     scores = read_scores(path, data.items.ids, examples)
                     self.runs.setdefault(arm, {})[seed] = measure_slices(*scores, targets, slicings, 0)
+        fewest = min(FEWEST, len(seeds))
+        self.runs = {arm: results for arm, results in self.runs.items() if len(results) >= fewest}
         self.reference = "continued" if "continued" in self.runs else "sft"
         self.minus = {arm: self.difference(arm, self.reference) for arm in self.runs if arm != self.reference}
 
@@ -91,8 +96,6 @@ class Measured:
 
 def slicings_of(data: DataFolder, examples: list[Example]) -> Slicings:
     """Return the slices of the examples, by the item vectors of the tiny backbone's encoding."""
-    import argparse
-
     options = argparse.Namespace(trust_remote_code=False)
     return evaluate.slicings_of({}, data, examples, options)
 
@@ -134,8 +137,8 @@ def slices_table(study: Study, measured: Measured, split: str) -> str:
     return markdown(rows)
 
 
-def training_table(study: Study, seeds: list[int]) -> str:
-    """Return what the logs say of the training: means over the seeds and over the last 50 steps."""
+def training_table(study: Study, seeds: list[int], finished: Collection[str]) -> str:
+    """Return what the logs say of the training of these arms: means over the seeds and over the last 50 steps."""
     names = {
         "chosen_change": "change of the chosen answer, nats",
         "accuracy": "pairs ranked right",
@@ -146,7 +149,7 @@ def training_table(study: Study, seeds: list[int]) -> str:
     }
     rows = [["arm", *names.values()]]
     for name, arm in study.arms.items():
-        if arm.script != "dpo_hano.py":
+        if name not in finished or arm.script != "dpo_hano.py":
             continue
         lines = []
         for seed in seeds:
@@ -244,7 +247,7 @@ def section(study: Study, seeds: list[int], commands: list[list[str]]) -> str:
     if "paper" in by_split["test"].runs:
         texts += [published_table(study, by_split["test"]), ""]
     texts += [f"### Slices: {study.name}", "", slices_table(study, by_split["test"], "test"), ""]
-    texts += [f"### What the logs say: {study.name}", "", training_table(study, seeds), ""]
+    texts += [f"### What the logs say: {study.name}", "", training_table(study, seeds, by_split["test"].runs), ""]
     if grid := grid_table(study):
         texts += [f"### Recipes on validation, seed 1: {study.name}", "", grid, ""]
     return "\n".join(texts)
