@@ -156,11 +156,11 @@ def figure(title: str, note: str, chart: Html, names: Sequence[str]) -> Html:
     return element("figure", caption, chart, class_="chart")
 
 
-def curves(title: str, note: str, series: Sequence[Series], answers: int | None = None) -> Html | None:
+def curves(title: str, note: str, series: Sequence[Series], warm_up: int | None = None) -> Html | None:
     """Return curves over optimizer steps; None if there is no point.
 
     Args:
-        answers: the step at which a warm-up ends; None: there is no warm-up.
+        warm_up: the step at which the warm-up ends; None: there is no warm-up.
     """
     series = [one for one in map(Series.thinned, series) if one.x]
     if not series:
@@ -168,9 +168,10 @@ def curves(title: str, note: str, series: Sequence[Series], answers: int | None 
     values = [value for one in series for value in (*one.y, *one.low, *one.high)]
     axis, last = axis_of(values, parts=3), max(one.x[-1] for one in series)
     parts = frame(axis)
-    if answers:
-        x = scaled_x(0, last, answers)
-        parts += [line(x, TOP, x, HEIGHT - BOTTOM, "mark"), label(x + 4, TOP + 10, "answers", "start")]
+    if warm_up:
+        x = scaled_x(0, last, warm_up)
+        shift, anchor = (4, "start") if x < WIDTH / 2 else (-4, "end")
+        parts += [line(x, TOP, x, HEIGHT - BOTTOM, "mark"), label(x + shift, TOP + 10, "end of the warm-up", anchor)]
     for index, one in enumerate(series):
         parts += curve(one, axis, last, f"c{index % COLOURS}")
     parts += [label(scaled_x(0, last, x), HEIGHT - 8, number(x), "middle" if x == 0 else "end") for x in (0, last)]

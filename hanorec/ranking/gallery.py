@@ -16,7 +16,7 @@ from hanorec.ranking.charts import COLOURS
 from hanorec.ranking.markup import Html, element, joined
 from hanorec.run.files import UserError
 
-GROUPS = ("gained most", "lost most", "at random", "title says nothing")  # how examples are picked
+GROUPS = ("gained most", "lost most", "at random", "uninformative title")  # how examples are picked
 OUTCOMES = ("won", "lost", "hard")
 PICKED = 10  # examples of each group
 SAME_TITLES = 5  # items with the same words in their titles, from which on such a title says nothing
@@ -104,7 +104,7 @@ def choose(
     Returns (the groups of each chosen example, in the order of GROUPS; how many examples each group was chosen from).
     """
     random = np.random.default_rng(seed)
-    pools = {"at random": np.arange(len(targets)), "title says nothing": np.flatnonzero(untold)}
+    pools = {"at random": np.arange(len(targets)), "uninformative title": np.flatnonzero(untold)}
     chosen = {name: random.permutation(pool)[:PICKED] for name, pool in pools.items()}
     if len(systems) > 1:
         first, last = systems[0].scores, systems[-1].scores
@@ -225,7 +225,8 @@ def card(
             element("section", title, strip(posters, example, system.scores[number]), texts_of(system, example))
         )
     labels = [element("span", tag, class_="tag") for tag in tags]
-    title = element("h3", "User ", element("bdi", example.user), *labels)
+    prefix = None if example.user.casefold().startswith("user") else "User "
+    title = element("h3", prefix, element("bdi", example.user), *labels)
     classes = " ".join(["card", *(identifier(tag) for tag in tags)])
     sides = element("div", *blocks, class_="sides")
     return element("article", title, element("h4", heading), history, sides, class_=classes)

@@ -13,11 +13,12 @@ import numpy as np
 
 from hanorec.data.folder import DataFolder, Example
 from hanorec.ranking import charts, gallery
-from hanorec.ranking.curves import training_charts
+from hanorec.ranking.curves import PAPER, training_charts
 from hanorec.ranking.gallery import Posters, System
 from hanorec.ranking.markup import Html, element, escaped, joined
 from hanorec.ranking.pooling import common_start
-from hanorec.ranking.report_tables import differences, in_short, result_tables, slices
+from hanorec.ranking.report_recipes import recipes
+from hanorec.ranking.report_tables import differences, in_short, results_section, slices
 from hanorec.ranking.results import Results, negatives_of
 from hanorec.ranking.scoring import target_columns
 from hanorec.ranking.slices import Slicings
@@ -55,22 +56,31 @@ def write_report(
         slicings: the slices of the examples.
         options: of evaluate.py.
     """
+    words = recipes(systems, configs, results.reference)
     results, systems = with_short_names(results, systems)
+    recipe_of = {system.name: recipe for system, recipe in zip(systems, words, strict=True) if recipe}
     targets, posters = target_columns(examples), Posters(data)
     colours = {system.name: f"c{index % charts.COLOURS}" for index, system in enumerate(systems)}
     names = ", ".join(colours)
     parts = {
-        "short": in_short(results, systems, targets),
-        "results": joined(result_tables(results.table, colours)),
+        "short": in_short(results, systems, targets, recipe_of),
+        "results": results_section(results.table, colours),
         "differences": differences(results, colours),
         "slices": slices(results, list(colours)),
-        "training": joined(training_charts(run, config, len(configs) <= OPEN) for run, config in configs.items()),
+        "training": training(configs),
         "examples": examples_section(systems, data, examples, targets, slicings, posters, options.seed),
     }
     introduction = protocol_sentence(data, examples, options)
     text = page(names, introduction, {name: part for name, part in parts.items() if part}, results.protocol, posters)
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def training(configs: dict[Path, dict]) -> Html:
+    """Return the training curves of the runs, below the name of the paper whose equations they cite."""
+    cited = any(config["stage"] == "dpo_hano" for config in configs.values())
+    own = [training_charts(run, config, len(configs) <= OPEN) for run, config in configs.items()]
+    return joined([element("p", PAPER, class_="note") if cited else None, *own])
 
 
 def page(names: str, introduction: str, parts: dict[str, Html], protocol: str, posters: Posters) -> str:
@@ -118,7 +128,8 @@ def protocol_sentence(data: DataFolder, examples: Sequence[Example], options: ar
     return (
         f"Each of the {len(examples)} examples of {data.folder} ({options.split}, {prepared['split']}) ranks the item "
         f"that a user chose next among {others}, after a history of up to {longest} items{images}. "
-        "Brackets and bars are 95% bootstrap intervals."
+        "AUC and GAUC of the language models are of a separate Yes/No question, the other metrics of the ranking by "
+        "title. Brackets and bars are 95% bootstrap intervals."
     )
 
 
@@ -166,9 +177,9 @@ def how_chosen(systems: Sequence[System], sizes: dict[str, int]) -> list[str]:
         largest = f"The {gallery.PICKED} largest moves of each are here."
         texts = [f"From {systems[0].name} to {systems[-1].name}, {moved} (won, lost). {largest}"]
     texts.append("hard: the third of the examples with the largest cosine of target and hardest negative.")
-    if not sizes["title says nothing"]:
+    if not sizes["uninformative title"]:
         return texts
-    rule = f"without numbers it has no word, or {gallery.SAME_TITLES} or more items share it"
-    untold = f"title says nothing: {rule}. It does so for {sizes['title says nothing']} targets;"
+    rule = f"nothing but a number, or (numbers removed) a title that {gallery.SAME_TITLES} or more items share"
+    untold = f"uninformative title: {rule}, e.g. 'Untitled 52'. {sizes['uninformative title']} targets have one;"
     texts.append(f"{untold} {gallery.PICKED} of them, or fewer, are here.")
     return texts

@@ -12,6 +12,21 @@ from hanorec.ranking.metrics import Result
 from hanorec.ranking.results import Results
 
 SHORT_METRICS = ("NDCG@3", "HR@3", "AUC")  # of the sentences
+METRICS_NOTE = (
+    "AUC and GAUC of the language models: of a separate Yes/No question about each candidate (AUC over all candidates "
+    "together, GAUC within each user). HR, NDCG and MRR: of the ranking by title. Other systems have one score for "
+    "both, unless their file holds two."
+)
+CEILING_NOTE = (
+    "ceiling: the best possible ranking for one who knows how the data were made; ceiling, titles: for one who sees no "
+    "pictures, so a model that sees them can be above it."
+)
+ONE_SEED_NOTE = "Intervals are over users; a run of one seed does not show how much the seed changes."
+SEEDS_NOTE = (
+    "± is the standard deviation over seeds. Intervals of several seeds are over users and seeds, those of one "
+)
+SEEDS_NOTE += "seed over users alone: they do not show how much the seed changes."
+UNITS = {"length of the history": "items", "popularity of the target": "interactions in training"}
 
 
 def signed(value: float) -> str:
@@ -29,24 +44,34 @@ def with_interval(result: Result, metric: str, form=short) -> str:
     return f"{form(result.values[metric])} [{form(low)}, {form(high)}]"
 
 
-def in_short(results: Results, systems: Sequence[System], targets: np.ndarray) -> Html:
-    """Say what changed from the reference to each other system, and where the systems stand."""
+def in_short(results: Results, systems: Sequence[System], targets: np.ndarray, recipes: dict[str, str]) -> Html:
+    """Say what changed from the reference to each other system, and where the systems stand.
+
+    Args:
+        recipes: how each system that is a run was trained, by its name.
+    """
     own = {system.name: places(system.scores, targets) for system in systems}
     lines = []
+    begun = {name: [element("b", name), f" ({recipes[name]})" if name in recipes else ""] for name in own}
+    if results.differences and results.reference in recipes:
+        lines.append([*begun[results.reference], ": the reference."])
     for name, difference in results.differences.items():
-        metrics = [metric for metric in SHORT_METRICS if metric in difference.values]
-        changes = [part for metric in metrics for part in change(difference, metric)]
         moves = own[results.reference] - own[name]
         up, down, equal = ((np.sign(moves) == sign).sum() for sign in (1, -1, 0))
         seeds = " (in the runs of the first seed)" if results.table[name].sd else ""
-        counts = f"Of {len(targets)} targets, {up} moved up, {down} moved down and {equal} kept their place{seeds}."
-        lines.append([element("b", name), " against ", element("b", results.reference), ": ", *changes, counts])
+        counts = f"of {len(targets)} targets, {up} moved up, {down} moved down and {equal} kept their place{seeds}"
+        places_of = f"Places in the ranking{' by title' * (name in recipes)}: {counts}"
+        ranked, asked = ([m for m in SHORT_METRICS if m in difference.values and (m == "AUC") == auc] for auc in (0, 1))
+        changes = [part for metric in ranked for part in change(difference, metric)]
+        changes.append(f"{places_of}; AUC is not computed from these. " if asked else f"{places_of}.")
+        changes += [part for metric in asked for part in change(difference, metric)]
+        lines.append([*begun[name], " against ", element("b", results.reference), ": ", *changes])
     if not lines:
         for name, place in own.items():
             value = with_interval(results.table[name], "NDCG@3")
             first, three = (place == 1).sum(), (place <= 3).sum()
             counts = f"Of {len(targets)} targets, {first} are in the first place and {three} among the first three."
-            lines.append([element("b", name), f": NDCG@3 {value}. {counts}"])
+            lines.append([*begun[name], f": NDCG@3 {value}. {counts}"])
     lines.append([compared_with(results, list(own))])
     return element("ul", *[element("li", *line) for line in lines])
 
@@ -70,6 +95,14 @@ def change(difference: Result, metric: str) -> list:
     low, high = difference.interval(metric)
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
     return [element("strong", f"{metric} {verdict}"), f" ({with_interval(difference, metric, signed)}). "]
+
+
+def results_section(results: dict[str, Result], colours: dict[str, str]) -> Html:
+    """Return the tables of all systems, and below them what the metrics, the ceilings and the intervals are."""
+    seeds = SEEDS_NOTE if any(result.sd for result in results.values()) else ONE_SEED_NOTE
+    notes = [METRICS_NOTE, CEILING_NOTE if "ceiling" in results else None, seeds]
+    shown = [element("p", note, class_="note") for note in notes if note]
+    return joined([*result_tables(results, colours), *shown])
 
 
 def result_tables(results: dict[str, Result], colours: dict[str, str], minus: str | None = None) -> list[Html]:
@@ -119,7 +152,8 @@ def differences(results: Results, colours: dict[str, str]) -> Html | None:
     """Return the paired differences; None if there are none."""
     if not results.differences:
         return None
-    note = "Paired by user, and by seed where there are several. An interval that contains 0 shows no difference."
+    note = "Paired by user, and by seed where there are several; computed before rounding. "
+    note += "If an interval contains 0, the data do not tell the two apart."
     tables = result_tables(results.differences, colours, results.reference)
     return joined([element("p", note, class_="note"), *tables])
 
@@ -134,7 +168,9 @@ def slices(results: Results, names: Sequence[str]) -> Html | None:
             rows.append(charts.grid(charts_of_metric))
     if not rows:
         return None
-    note = "The examples in three parts of about equal size, by four values. Many slices are many comparisons."
+    count = sum(len(parts) > 1 for parts in next(iter(sliced.values())).values())
+    by = "by one value" if count == 1 else f"by each of {count} values"
+    note = f"The examples in parts of about equal size, {by}. Many slices are many comparisons."
     return joined([element("p", note, class_="note"), *rows])
 
 
@@ -157,5 +193,7 @@ def slice_charts(sliced: dict[str, dict[str, dict[str, Result]]], metric: str) -
             found = [(x, part) for x, part in enumerate(own[slicing].values()) if metric in part.values]
             lows, highs = ([part.interval(metric)[end] for _, part in found] for end in (0, 1))
             series.append(charts.Series(name, [x for x, _ in found], [p.values[metric] for _, p in found], lows, highs))
-        shown.append(charts.points(f"{metric} by {slicing}", "", labels, series, charts.axis_of(ends)))
+        shown.append(
+            charts.points(f"{metric} by {slicing}", UNITS.get(slicing, ""), labels, series, charts.axis_of(ends))
+        )
     return shown

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from hanorec.ranking.gallery import Posters, System
 from hanorec.ranking.markdown import TABLES, cell, short
 from hanorec.ranking.markup import Html, element
 from hanorec.ranking.metrics import measure
+from hanorec.ranking.report_recipes import recipe
 
 VOID = {"meta", "link", "input"}
 
@@ -154,7 +156,11 @@ def test_each_example_shows_its_posters_in_each_order(page):
     found = 0
     for number, example in enumerate(examples):
         card = next(
-            (one for text, one in cards.items() if re.match(rf"{example.user}(gained|lost|at random|title)", text)),
+            (
+                one
+                for text, one in cards.items()
+                if re.match(rf"{example.user}(gained|lost|at random|uninformative)", text)
+            ),
             None,
         )
         if card is None:
@@ -177,7 +183,7 @@ def test_each_example_shows_its_posters_in_each_order(page):
         classes = card.attributes["class"].split()
         assert ("is-won" in classes) == (places[1] < places[0]) and ("is-lost" in classes) == (places[1] > places[0])
         assert ("is-hard" in classes) == hard[number]
-        assert ("is-title-says-nothing" in classes) <= (titles[example.target].startswith(("Untitled", "Film")))
+        assert ("is-uninformative-title" in classes) <= (titles[example.target].startswith(("Untitled", "Film")))
     assert found == len(cards)
     for label in read.of("label"):
         group, _, tag = label.attributes["for"].partition("-")
@@ -246,12 +252,12 @@ def test_the_largest_moves_are_chosen():
     chosen = {name: [number for number, own in groups.items() if name in own] for name in gallery.GROUPS}
     assert chosen["gained most"] == order[::-1][:10]
     assert set(chosen["lost most"]) == set(order[:10])
-    assert len(chosen["at random"]) == len(chosen["title says nothing"]) == 10
-    assert all(untold[chosen["title says nothing"]])
+    assert len(chosen["at random"]) == len(chosen["uninformative title"]) == 10
+    assert all(untold[chosen["uninformative title"]])
     gains = [gain(number)[0] for number in range(count)]
     assert sizes["gained most"] == sum(g > 0 for g in gains) and sizes["lost most"] == sum(g < 0 for g in gains)
     still, _ = gallery.choose([systems[0], systems[0]], targets, untold, seed=0)
-    assert {name for own in still.values() for name in own} == {"at random", "title says nothing"}
+    assert {name for own in still.values() for name in own} == {"at random", "uninformative title"}
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -293,6 +299,61 @@ def test_training_curves_of_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     read = Read(training_charts(tmp_path, config, False))
     assert "is missing" in read.of("p")[1].text and not read.of("figure")
+
+
+def dpo_config(**options):
+    method = {"beta": 1.0, "rejected": 9, "hardness": "none", "responsiveness": "none", "sigma": 0.0, "lr": 0.003}
+    return {"stage": "dpo_hano", "options": {"sft": "runs/small/sft-1", **method, **options}}
+
+
+def test_charts_of_parts_that_are_off_are_left_out(tmp_path):
+    """Constant charts of parts that are off are not drawn; those of a part that is on are, constant or not."""
+    names = ("loss", "eta", "lambda_mean", "lambda_p01", "lambda_p99", "beta_mean", "beta_p01", "beta_p99", "noise")
+    lines = [json.dumps({"step": step, **dict.fromkeys(names, 1)}) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for options, titles, off in (
+        ({}, ["loss"], "off in this run: lambda, eta, noise"),
+        ({"responsiveness": "batch"}, ["loss", "eta", "beta"], "off in this run: lambda, noise"),
+        (
+            {"hardness": "topk", "responsiveness": "batch", "sigma": 0.1},
+            ["loss", "eta", "lambda", "beta", "noise"],
+            None,
+        ),
+    ):
+        read = Read(training_charts(tmp_path, dpo_config(**options), True))
+        assert [one.text for one in read.of("b")] == titles
+        assert [one.text for one in read.of("p") if one.text.startswith("off")] == [off] * bool(off)
+    assert "equation (12) for 9 rejected; before learning log(1 + 9) = 2.303" in read.of("figcaption")[0].text
+    read = Read(training_charts(tmp_path, dpo_config(rejected=1), True))
+    assert "equation (12); before learning log 2 = .693" in read.of("figcaption")[0].text
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "noise": 0}\n{"step": 2, "noise": 1}\n')
+    read = Read(training_charts(tmp_path, dpo_config(), True))  # the file contradicts the options
+    assert [one.text for one in read.of("b")] == ["noise"]
+
+
+def test_the_page_says_what_the_runs_and_the_metrics_are(prepared, tmp_path):
+    """The recipes in front, what each metric is of, and the paper once."""
+    sft = {"stage": "sft", "options": {"model": "tiny", "tune": "full", "lr": 0.001, "epochs": 3, "start": None}}
+    runs = {Path(f"runs/small/<b>{name}</b>"): config for name, config in (("sft", sft), ("hanorec", dpo_config()))}
+    write_page(prepared, tmp_path / "report.html", runs=runs)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    read = Read(text)
+    first, second, _ = [one.text for one in read.of("li")][:3]
+    assert first == "<b>sft</b> (SFT from tiny: tune full, lr 0.001, epochs 3): the reference."
+    recipe = "(DPO from sft-1: 9 rejected, beta 1, lr 0.003; no lambda, eta, noise)"
+    assert second.startswith(f"<b>hanorec</b> {recipe} against <b>sft</b>: NDCG@3 ")
+    ndcg, moves, auc = (second.index(part) for part in ("NDCG@3", "Places in the ranking by title: of", "AUC "))
+    assert ndcg < moves < auc and "AUC is not computed from these" in second
+    assert text.count("arXiv 2511.18740") == 1 and text.count("about each candidate (AUC over all candidates") == 1
+    drawn = {one.text for one in read.of("b") if one.text.startswith("NDCG@3 by ")}
+    assert f"by each of {len(drawn)} values" in text or (len(drawn) == 1 and "by one value" in text)
+
+
+def test_a_recipe_names_what_differs_from_the_reference():
+    other = dpo_config(hardness="topk", sigma=0.1, noise="relative", epochs=2, seed=3)
+    expected = "DPO from sft-1: 9 rejected, beta 1, lr 0.003, epochs 2; lambda by topk, noise 0.1 (relative); no eta"
+    assert recipe(other, dpo_config(epochs=1, seed=1)) == expected
+    assert recipe(dpo_config(objective="softmax")) == "DPO from sft-1: 9 rejected, beta 1, lr 0.003, objective softmax"
 
 
 def test_thumbnails_are_small_and_unreadable_images_are_counted(tmp_path):
