@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from reports import HOSTILE, evaluated, write_page
 
+from hanorec.data.folder import DataFolder
 from hanorec.ranking import charts, gallery, results
 from hanorec.ranking.curves import training_charts
 from hanorec.ranking.gallery import Posters, System
@@ -20,6 +22,7 @@ from hanorec.ranking.markdown import TABLES, cell, short
 from hanorec.ranking.markup import Html, element
 from hanorec.ranking.metrics import measure
 from hanorec.ranking.report_recipes import recipe
+from hanorec.ranking.report_tables import results_section
 
 VOID = {"meta", "link", "input"}
 
@@ -342,11 +345,28 @@ def test_the_page_says_what_the_runs_and_the_metrics_are(prepared, tmp_path):
     assert first == "<b>sft</b> (SFT from tiny: tune full, lr 0.001, epochs 3): the reference."
     recipe = "(DPO from sft-1: 9 rejected, beta 1, lr 0.003; no lambda, eta, noise)"
     assert second.startswith(f"<b>hanorec</b> {recipe} against <b>sft</b>: NDCG@3 ")
-    ndcg, moves, auc = (second.index(part) for part in ("NDCG@3", "Places in the ranking by title: of", "AUC "))
-    assert ndcg < moves < auc and "AUC is not computed from these" in second
+    parts = ("NDCG@3 ", "HR@3 ", "Places in the ranking by title: of ", "AUC is not computed from these. AUC ")
+    assert [*parts] == sorted(parts, key=second.index)
     assert text.count("arXiv 2511.18740") == 1 and text.count("about each candidate (AUC over all candidates") == 1
     drawn = {one.text for one in read.of("b") if one.text.startswith("NDCG@3 by ")}
     assert f"by each of {len(drawn)} values" in text or (len(drawn) == 1 and "by one value" in text)
+
+
+def test_the_user_is_named_once(prepared):
+    data = DataFolder(prepared)
+    example, scores = data.examples("test")[0], np.arange(10.0)[None]
+    for user, title in (("user102", "user102"), ("7", "User 7")):
+        text = gallery.card(0, [], [System("a", scores)], replace(example, user=user), np.array([0]), Posters(data))
+        assert Read(text).of("h3")[0].text == title
+
+
+def test_notes_below_the_results_are_about_what_is_there():
+    result = measure(np.array([[1.0, 0.0]]), None, np.array([0]), resamples=2)
+    text = results_section({"a": result}, {})
+    assert "±" not in text and "best possible" not in text and "a run of one seed does not show" in text
+    result.sd = dict.fromkeys(result.values, 0.25)
+    text = results_section({"a": result, "ceiling": result}, {})
+    assert "± is the standard deviation over seeds" in text and "best possible" in text
 
 
 def test_a_recipe_names_what_differs_from_the_reference():
