@@ -15,7 +15,7 @@ from hanorec.ranking.baselines import baseline_scores
 from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores
 from hanorec.ranking.markdown import cell, markdown
-from hanorec.ranking.metrics import Result, pool
+from hanorec.ranking.metrics import Result, measure, pool
 from hanorec.ranking.sasrec import trained_scores
 from hanorec.ranking.scoring import target_columns
 from hanorec.ranking.slices import Slicings, measure_slices
@@ -68,7 +68,9 @@ class Measured:
                 path = ROOT / study.run_folder(arm, seed) / predictions_name(split)
                 if path.exists():
                     scores = read_scores(path, data.items.ids, examples)
-                    self.runs.setdefault(arm, {})[seed] = measure_slices(*scores, targets, slicings, 0)
+                    result = measure(*scores, targets)
+                    result.slices = measure_slices(scores[0], None, targets, slicings, 0).slices  # AUC would take long
+                    self.runs.setdefault(arm, {})[seed] = result
         fewest = min(FEWEST, len(seeds))
         self.runs = {arm: results for arm, results in self.runs.items() if len(results) >= fewest}
         self.reference = "continued" if "continued" in self.runs else "sft"
@@ -199,7 +201,8 @@ def grid_table(study: Study) -> str | None:
 
 def figure(study: Study, by_split: dict[str, Measured]) -> str:
     """Return an SVG: for each arm and split the difference to SFT continued in NDCG@3, with its interval."""
-    arms = [name for name in study.arms if name in next(iter(by_split.values())).minus and study.arms[name].group]
+    finished = set.intersection(*(set(one.minus) for one in by_split.values()))
+    arms = [name for name, arm in study.arms.items() if arm.group and name in finished]
     ends = [end for one in by_split.values() for arm in arms for end in one.minus[arm].interval("NDCG@3")]
     low, high = min(ends), max(ends)
     left, width, line = 290, 300, 20

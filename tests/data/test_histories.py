@@ -130,7 +130,8 @@ def test_the_summary_has_ten_lines_and_the_warning_is_seen(tmp_path, monkeypatch
     shop(tmp_path / "raw")
     prepare(monkeypatch, tmp_path / "raw", tmp_path / "data")
     printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == 10
+    lines = printed.out.splitlines()
+    assert len(lines) == 11 and lines[-1].startswith("next: python sft.py --data ")
     counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
     assert f"{counts['interactions']} of {counts['interactions_read']}" in printed.out
     assert f"{counts['repeated_items_dropped']} repeated (--repeats first)" in printed.out
