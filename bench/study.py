@@ -184,9 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = {arm: study.arms[arm] for arm in options.arms or study.arms}
         train(replace(study, arms=chosen), seeds, options.cores, options.grid)
     if not options.train_only:
-        commands = [prepare_command(study), sasrec_command(study, seeds[0])]
-        commands += [training_command(study, arm, seeds[0]) for arm in study.arms]
-        tables.write(study, seeds, commands)
+        before = [prepare_command(study), sasrec_command(study, seeds[0])]
+        tables.write(study, seeds, before, {arm: training_command(study, arm, seeds[0]) for arm in study.arms})
 
 
 if __name__ == "__main__":

@@ -233,12 +233,17 @@ def figure(study: Study, by_split: dict[str, Measured]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def section(study: Study, seeds: list[int], commands: list[list[str]]) -> str:
-    """Return the study's section of docs/results.md, and write its figure beside it."""
+def section(study: Study, seeds: list[int], before: list[list[str]], training: dict[str, list[str]]) -> str:
+    """Return the study's section of docs/results.md, and write its figure beside it.
+
+    Args:
+        before: the commands that come before the training. training: the training command of each arm.
+    """
     by_split = {split: Measured(study, seeds, split) for split in study.splits}
     with replacing(PAGE.with_name(f"study_{study.name}.svg")) as new:
         new.write_text(figure(study, by_split), encoding="utf-8")
     texts = [f"![differences in NDCG@3, with intervals](study_{study.name}.svg)", "", "```"]
+    commands = before + [command for arm, command in training.items() if arm in by_split["test"].runs]
     texts += [f"python {' '.join(command)}" for command in commands]
     texts += ["```", "", f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers.", ""]
     texts += ["A difference is in bold if its interval excludes 0.", ""]
@@ -268,9 +273,9 @@ def check_marks(name: str, page: Path = PAGE) -> None:
         raise ValueError(f"{page} lacks the marks of the study {name}")
 
 
-def write(study: Study, seeds: list[int], commands: list[list[str]], page: Path = PAGE) -> None:
-    """Evaluate nothing, but measure the predictions of the runs, and replace the study's section of the page."""
-    write_section(page, study.name, section(study, seeds, commands))
+def write(study: Study, seeds: list[int], before: list, training: dict, page: Path = PAGE) -> None:
+    """Measure the predictions of the runs, and replace the study's section of the page. See `section`."""
+    write_section(page, study.name, section(study, seeds, before, training))
 
 
 def write_section(page: Path, name: str, text: str) -> None:
