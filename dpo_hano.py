@@ -20,11 +20,11 @@ from hanorec.run.files import UserError, one_line_errors
 from hanorec.run.options import (
     Option,
     Parser,
-    bounded,
     complete,
     non_negative_float,
     positive_float,
     positive_int,
+    sign,
     training_options,
 )
 from hanorec.run.runs import check_out, read_run
@@ -53,7 +53,7 @@ OPTIONS = {
         Option("--sigma", non_negative_float, 0.05, SIGMA_HELP),
         Option("--noise", NOISES, "relative", NOISE_HELP),
         Option("--hardness", HARDNESS, "topk", HARDNESS_HELP),
-        Option("--hardness-sign", bounded(int, -1, 1, "[]"), 1, SIGN_HELP),
+        Option("--hardness-sign", sign, 1, SIGN_HELP),
         Option("--top-k", positive_int, 10, "number of neighbours in a profile or set"),
         Option("--responsiveness", ["batch", "ema", "none"], "batch", RESPONSIVENESS_HELP),
         Option("--rejected", positive_int, 1, REJECTED_HELP),

@@ -106,3 +106,9 @@ def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
     computed = ~cached.isnan().any(1)  # a short run computes only the pairs of its steps
     torch.testing.assert_close(found[computed], cached[computed], atol=1e-4, rtol=0)
     assert int(computed.sum()) == 3 * 6
+
+
+@pytest.mark.parametrize("value", ["0", "2", "up"])
+def test_the_sign_of_hardness_is_1_or_minus_1(capsys, value):
+    assert f"{value} is no sign; give 1 or -1" in refused(capsys, dpo_hano.main, "--hardness-sign", value)
+    assert dpo_hano.parse(["--hardness-sign", "-1"]).hardness_sign == -1

@@ -193,18 +193,20 @@ def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, opt
     Returns JSON values of each run: the fields of `Change`; `NDCG@3` of the targets by third of the start; and, where
     the data have misleading items, `follows_poster` with the number of decided candidates.
     """
-    before: dict[Path | None, np.ndarray] = {}
+    before: dict[tuple, np.ndarray] = {}  # by run (None: the backbone) and what its encoding depends on
     misleading, found = misleading_items(data), {}
     for run, config in configs.items():
         trained = config["options"]
         images = trained.get("images")
         encoding = Encoding(data, trained["model"], trained["blank_images"], images, options.trust_remote_code)
         first = Path(trained["sft"]) if config["stage"] == "dpo_hano" else None
+        seen = (trained["model"], trained["blank_images"], images)
         for name in (first, run):
-            if name not in before:
-                before[name] = alignments_of(name, encoding, options, accelerator)
-        found[run] = vars(changes(before[first], before[run], options.seed))
-        by_third = by_alignment(*scored[run], examples, before[first], options.seed)
+            if (name, *seen) not in before:
+                before[name, *seen] = alignments_of(name, encoding, options, accelerator)
+        start = before[first, *seen]
+        found[run] = vars(changes(start, before[run, *seen], options.seed))
+        by_third = by_alignment(*scored[run], examples, start, options.seed)
         found[run]["NDCG@3"] = {name: result.values["NDCG@3"] for name, result in by_third.items()}
         if misleading and len(ceilings) == 2:
             best = [scores for scores, _ in ceilings.values()]

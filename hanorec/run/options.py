@@ -155,6 +155,13 @@ positive_float, non_negative_float = bounded(float, 0, 1e36, "()"), bounded(floa
 probability = bounded(float, 0, 1)
 
 
+def sign(text: str) -> int:
+    """A type for an option: 1 or -1."""
+    if text not in ("1", "-1"):
+        raise argparse.ArgumentTypeError(f"{text} is no sign; give 1 or -1")
+    return int(text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Options of several scripts
 
