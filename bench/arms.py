@@ -125,7 +125,7 @@ class Study:
     Args:
         prepare: options of prepare_data.py.
         options: of each script, by script.
-        recipes: the learning rate and beta of each family, chosen on validation.
+        recipes: the learning rate and beta of each family.
         arms: the arms by name; `sft` and `continued` are among them.
         splits: the splits to evaluate.
     """
@@ -148,18 +148,19 @@ class Study:
         return f"runs/{self.name}/grid/{family}-{lr}-{beta}-1"
 
 
+RECIPES = {  # chosen on the demo's validation, from GRID; `paper` is the paper's
+    "continued": "--lr 3e-4 --beta 0.1",
+    "softmax": "--lr 3e-3 --beta 1",
+    "dpo": "--lr 1e-3 --beta 1",
+    "sdpo": "--lr 3e-3 --beta 1",
+    "paper": "--lr 1e-4 --beta 0.1",
+}
 STUDIES = {
     "demo": Study(
         name="demo",
         prepare="",
         options={"sft.py": "", "dpo_hano.py": "--max-steps 300"},
-        recipes={
-            "continued": "--lr 3e-4 --beta 0.1",
-            "softmax": "--lr 3e-3 --beta 1",
-            "dpo": "--lr 1e-3 --beta 1",
-            "sdpo": "--lr 3e-3 --beta 1",
-            "paper": "--lr 1e-4 --beta 0.1",
-        },
+        recipes=RECIPES,
         arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | HERE,
         splits=["test", "test_hard"],
         seeds=[1, 2, 3, 4, 5],
@@ -172,13 +173,7 @@ STUDIES = {
             "sft.py": "--warmup-steps 4000 --dropout 0 --lr 3e-4 --max-steps 1500 --eval-limit 0 --dtype float32",
             "dpo_hano.py": "--max-steps 200 --eval-limit 0",
         },
-        recipes={
-            "continued": "--lr 3e-4 --beta 0.1",
-            "softmax": "--lr 3e-3 --beta 1",
-            "dpo": "--lr 1e-3 --beta 1",
-            "sdpo": "--lr 3e-3 --beta 1",
-            "paper": "--lr 1e-4 --beta 0.1",
-        },
+        recipes=RECIPES,
         arms=START | CONTROLS | PREFERENCE | with_larger_noise(PAPER),
         splits=["test", "test_popularity"],
         seeds=[1, 2, 3, 4, 5],
