@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     # Model and pairs
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
     packed = load_policy(options, encoding, accelerator)
-    vectors = item_vectors(encoding, packed.core)  # before the weights are sharded
+    needed = options.hardness not in ("margin", "none")
+    vectors = item_vectors(encoding, packed.core) if needed else None  # before the weights are sharded
     pairs = load_pairs(prompts, examples, options, accelerator)
     batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(pairs.kinds), options, accelerator)
     optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=options.lr, fused=True)

@@ -16,7 +16,7 @@ from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores
 from hanorec.ranking.markdown import cell, markdown
 from hanorec.ranking.metrics import Result, measure, pool
-from hanorec.ranking.sasrec import trained_scores
+from hanorec.ranking.sasrec import predictions_name, trained_scores
 from hanorec.ranking.scoring import target_columns
 from hanorec.ranking.slices import Slicings, measure_slices
 from hanorec.run.files import read_json, replacing
@@ -41,11 +41,6 @@ PUBLISHED = {
     "wo_sam": (76.89, 70.12, 53.91),
     "wo_all": (74.03, 65.87, 49.82),
 }
-
-
-def predictions_name(split: str) -> str:
-    """Return the name of the file that evaluate.py writes for a split."""
-    return "predictions.jsonl" if split == "test" else f"{split}_predictions.jsonl"
 
 
 class Measured:
@@ -77,7 +72,7 @@ class Measured:
         self.minus = {arm: self.difference(arm, self.reference) for arm in self.runs if arm != self.reference}
 
         def measured(scores: np.ndarray) -> Result:
-            return measure_slices(scores, scores, targets, {}, 0)
+            return measure(scores, scores, targets)
 
         self.others = {name: measured(scores) for name, (scores, _) in ceiling_scores(data, split, examples).items()}
         for name, own in trained_scores(data, split, examples).items():
@@ -85,8 +80,7 @@ class Measured:
         shuffled = [ROOT / study.run_folder("sft", seed) / f"shuffled_{predictions_name(split)}" for seed in seeds]
         found = [read_scores(path, data.items.ids, examples) for path in shuffled if path.exists()]
         if found:
-            results = [measure_slices(*scores, targets, {}, 0) for scores in found]
-            self.others["SFT, posters shuffled at evaluation"] = pool(results)
+            self.others["SFT, posters shuffled at evaluation"] = pool([measure(*scores, targets) for scores in found])
         for name, scores in baseline_scores(sequences, len(data.items), examples).items():
             self.others[name] = measured(scores)
 

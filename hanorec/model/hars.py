@@ -82,7 +82,9 @@ def distance_hardness(options, distance: torch.Tensor, columns: torch.Tensor) ->
     return hardness
 
 
-def pair_hardness(options, vectors: torch.Tensor, pairs: Pairs, reference: torch.Tensor, accelerator) -> torch.Tensor:
+def pair_hardness(
+    options, vectors: torch.Tensor | None, pairs: Pairs, reference: torch.Tensor, accelerator
+) -> torch.Tensor:
     """Return lambda of each pair with each item of its pool: [pairs, P], and print its range. Smaller means harder.
 
     topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
@@ -91,7 +93,7 @@ def pair_hardness(options, vectors: torch.Tensor, pairs: Pairs, reference: torch
     training pairs.
 
     Args:
-        vectors: [N, d], of the items. Not read by margin and none.
+        vectors: [N, d], of the items; None for margin and none.
         reference: [pairs, 1 + P], the reference's log-probabilities. Read by margin only.
     """
     if options.hardness == "none":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import hanorec_loss
-from hanorec.model.packing import PackedMLLM
+from hanorec.model.packing import PackedMLLM, answer_sums
 from hanorec.model.pairs import PairBatch
 
 
@@ -63,8 +63,7 @@ def noise_effect(model, batch: PairBatch, noise) -> dict[str, torch.Tensor]:
         with context, torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout's next masks stay
             logps = model(batch.trees, tokens=True)  # [S, V]
         of_targets = logps.gather(1, batch.trees.target[:, None])[:, 0]
-        answers = logps.new_zeros(len(batch.trees.answers)).index_add(0, batch.trees.answer, of_targets)
-        log_ratio = batch.lay_out(answers) - batch.reference
+        log_ratio = batch.lay_out(answer_sums(batch.trees, of_targets)) - batch.reference
         gap = log_ratio[:, :1] - log_ratio[:, 1:]
         sizes[f"{name}_margin_size"] = gap[~gap.isnan()].abs().mean()
         distributions[name] = logps

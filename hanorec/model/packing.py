@@ -146,7 +146,7 @@ class PackedMLLM(nn.Module):
         if tokens:
             return logits.float().log_softmax(dim=-1)
         logps = -F.cross_entropy(logits.float(), batch.target, reduction="none")
-        return logps.new_zeros(len(batch.answers)).index_add(0, batch.answer, logps)
+        return answer_sums(batch, logps)
 
     def packed_logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits [S, V] that predict the scored tokens, by one packed forward.
@@ -183,3 +183,8 @@ class PackedMLLM(nn.Module):
             own = families.own_logits(self.core, ids[number][None], images, keep=batch.scored[number][1])
             logits.append(own[0, predicted_from[number] - end])  # from the end: there may be the last logits only
         return torch.cat(logits)
+
+
+def answer_sums(batch: Batch, logps: torch.Tensor) -> torch.Tensor:
+    """Sum the log-probabilities of the scored tokens, [S], over each answer: [A]."""
+    return logps.new_zeros(len(batch.answers)).index_add(0, batch.answer, logps)

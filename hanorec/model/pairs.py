@@ -68,12 +68,12 @@ class Pairs(Samples):
     def __init__(self, prompts: Prompts, examples: Sequence[Example], kinds: Sequence[str], max_length: int, pool):
         super().__init__(prompts, prompts.pair_tree, examples, kinds, max_length)
         self.pool = pool
-        self.columns = torch.arange(len(pool[0])).repeat(len(pool), 1)
+        self.columns = all_columns(pool)
 
     def whole(self) -> "Pairs":
         """Return the same pairs with the whole pool rejected, for scoring it."""
         pairs = copy.copy(self)
-        pairs.columns = torch.arange(len(self.pool[0])).repeat(len(self.pool), 1)
+        pairs.columns = all_columns(self.pool)
         return pairs
 
     @property
@@ -123,6 +123,11 @@ class Pairs(Samples):
 
     def load_state_dict(self, state: dict) -> None:
         self.columns = torch.tensor(state["columns"])
+
+
+def all_columns(pool: list[list[int]]) -> torch.Tensor:
+    """Return the numbers of all items in each example's pool: [E, P]."""
+    return torch.arange(len(pool[0])).repeat(len(pool), 1)
 
 
 def pools(examples: Sequence[Example], rejected: int, source: str) -> list[list[int]]:

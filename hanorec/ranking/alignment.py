@@ -25,7 +25,9 @@ from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.model.trees import Node
 from hanorec.ranking.markdown import markdown, short
-from hanorec.ranking.metrics import Result, measure
+from hanorec.ranking.metrics import Result
+from hanorec.ranking.scoring import target_columns
+from hanorec.ranking.slices import measure_slices
 from hanorec.run.progress import progress
 
 THIRDS = ("lowest", "middle", "highest")
@@ -126,16 +128,9 @@ def by_alignment(
     scores: np.ndarray, yes_scores: np.ndarray | None, examples: Sequence[Example], start: np.ndarray, seed: int = 0
 ) -> dict[str, Result]:
     """Return the metrics of the examples whose targets start lowest, in the middle and highest, of those that exist."""
-    target = np.array([example.candidates.index(example.target) for example in examples])
     third = third_of(start)[[example.target for example in examples]]
-    results = {}
-    for number, name in enumerate(THIRDS):
-        mask = third == number
-        if not mask.any():
-            continue
-        own_yes_scores = None if yes_scores is None else yes_scores[mask]
-        results[name] = measure(scores[mask], own_yes_scores, target[mask], seed)
-    return results
+    masks = {name: third == number for number, name in enumerate(THIRDS) if (third == number).any()}
+    return measure_slices(scores, yes_scores, target_columns(examples), {"start": masks}, seed).slices["start"]
 
 
 def misleading_items(data: DataFolder) -> set[int]:
