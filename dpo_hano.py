@@ -8,8 +8,8 @@ Starts from the SFT model and trains a new LoRA on it. The reference is the same
 reference's log-probabilities are computed once and kept in reference/ of the SFT run. Writes config.json, metrics.jsonl
 and adapter/: the LoRA of the epoch with the best validation metric, in PEFT's format. `python -m hanorec.export` turns
 a run into a model that loads without this project. The same command continues an interrupted run. Equations (5) to (12)
-of the paper are in hanorec_loss.py. (5, 6) are called in hanorec/model/hars.py, (9, 10) in hanorec/model/noise.py, the
-others here in `preference_loss`.
+of the paper are in hanorec_loss.py. (5, 6, 8) are called in hanorec/model/hars.py, (9, 10) in hanorec/model/noise.py,
+the others here in `preference_loss`.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def choose_rejected(pairs: Pairs, logps: torch.Tensor, data: DataFolder, options
 
 
 def preference_loss(policy: torch.Tensor, batch: PairBatch, responsiveness, options, accelerator):
-    """Return (loss of a micro-batch, metrics): equations (7, 8, 11, 12), or a control.
+    """Return (loss of a micro-batch, metrics): equations (7, 11, 12), with eta from `responsiveness`, or a control.
 
     Args:
         policy: [B, 1 + K], log-probabilities of the chosen and of the rejected answers.

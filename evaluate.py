@@ -24,7 +24,7 @@ from hanorec.run.runs import expand_runs, next_command, read_run
 
 DEMO_RUNS = (Path("runs/demo/sft"), Path("runs/demo/dpo_hano"))
 SPLIT_HELP = "the split to evaluate; test_...: the targets of test among other candidates, if the data folder has them"
-COMPARE_HELP = "also print each other row minus this run; with --pool, minus the group that these runs form"
+COMPARE_HELP = "also print other runs and systems minus this run; with --pool, minus the group that these runs form"
 ALIGNMENT_HELP = "also print how alike the model holds each item's title and image, before and after the training"
 REPORT_HELP = "write report.html into the run, a page to look at; of several runs: into FILE"
 RECBOLE_HELP = "write the examples and the first run's scores of all candidates as RecBole's files"
@@ -90,12 +90,12 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     """Parse the options and read the runs.
 
     Returns (options, config of each run, data folder of all runs, groups of runs that become one row of the results,
-    the name of the row to compare with or None). A report of several runs compares with the first one by itself.
+    the name of the row to compare with or None). Without --compare and --pool, a report compares with its first run.
     """
     options = parse(argv)
     runs = [] if options.scores and not options.run else expand_runs(options.run, options.data, DEMO_RUNS)
     configs = {run: read_run(run) for run in [*runs, *options.compare]}
-    # Without --pool each run is a group of its own; the seed 0 stands for any, so that --compare pairs every two
+    # Without --pool each run is a group of its own, under the same seed 0, so that any two can be paired
     groups = group_runs(configs) if options.pool else {str(run): {(0,): run} for run in configs}
     if options.compare:
         reference = reference_group(groups, options.compare)

@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         print(warning, file=sys.stderr, flush=True)
     if options.show:
         show(options)
-    of_a_run = (Path(options.model).parent / "config.json").exists()  # --model RUN stands for RUN/model
+    of_a_run = is_run(Path(options.model).parent)  # --model RUN stands for RUN/model
     stage = "later_data" if of_a_run else "prepare_data"
     print("next:", printable(next_command(stage, options)))
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     data = DataFolder(ROOT / "data" / study.name)
     examples = data.examples("test")
     ceilings = ceiling_scores(data, "test", examples)
-    options = SimpleNamespace(dtype="auto", no_pack=False, trust_remote_code=False, seed=0)
+    options = SimpleNamespace(dtype="auto", no_pack=False, images=None, trust_remote_code=False, seed=0)
     found = {arm: [] for arm in given.arms}
     for seed in given.seeds:  # the arms of a seed share their start
         runs = {arm: Path(study.run_folder(arm, seed)) for arm in given.arms}

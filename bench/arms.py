@@ -1,4 +1,4 @@
-"""The arms of bench/study.py: which runs a study compares, with their options. Options are data, not code."""
+"""The arms of bench/study.py: which runs a study compares, with their options."""
 
 from dataclasses import dataclass, replace
 
@@ -12,9 +12,10 @@ class Arm:
     Args:
         label: name of the row.
         options: options of the script, besides those of its family and of the study.
-        family: arms of a family share a learning rate and a beta, which `study.py --grid` compares on validation.
+        family: arms of a family share a learning rate and a beta, which `study.py --grid` compares on validation;
+            those of `paper` are the paper's.
         script: `sft.py`, or `dpo_hano.py`, which starts from the arm `sft`.
-        group: number of the table.
+        group: index of its table's title in tables.TITLES.
     """
 
     label: str
@@ -96,7 +97,7 @@ def combined(label: str, options: str) -> Arm:
     return Arm(f"S-DPO, 9 rejected, {label}", f"--rejected 9 --responsiveness none {options}", "sdpo", group=5)
 
 
-HERE = {
+COMBINED = {
     "sdpo9_margin": combined("lambda margin", "--hardness margin --sigma 0"),
     "sdpo9_turned": combined("lambda margin, sign turned", "--hardness margin --hardness-sign -1 --sigma 0"),
     "sdpo9_nodo": combined("NoDO relative .3", "--hardness none --sigma 0.3"),
@@ -161,7 +162,7 @@ STUDIES = {
         prepare="",
         options={"sft.py": "", "dpo_hano.py": "--max-steps 300"},
         recipes=RECIPES,
-        arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | HERE,
+        arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | COMBINED,
         splits=["test", "test_hard"],
         seeds=[1, 2, 3, 4, 5],
     ),

@@ -5,7 +5,7 @@
 
 Also prints `union`, a second reading of "cluster similarity": the profiles of both items, softmax of the cosines of
 their K nearest neighbours, are laid out over the union of the neighbours, and D is their Euclidean distance.
-`margin` needs the reference's log-probabilities of the pairs, which are computed for the first --pairs examples.
+All forms are computed for the first --pairs examples; `margin` needs the reference's log-probabilities of their pairs.
 """
 
 import argparse

@@ -6,8 +6,8 @@
     python bench/study.py demo --tables                           # the tables alone, of what is finished
 
 The arms are in arms.py. Each run has a core of its own. A finished run is not trained again, and an interrupted one
-continues. The output of a run is in runs/<study>/<arm>-<seed>.log. Validation chooses the weights and the recipes; the
-test split is evaluated at the end.
+continues. The output of a run is in runs/<study>/<arm>-<seed>.log. Validation alone chooses the weights and the
+recipes; each run is evaluated on the test splits once it is trained.
 """
 
 import argparse
@@ -114,7 +114,10 @@ def jobs_of(study: Study, seeds: list[int], grid: bool) -> list[list[tuple[str, 
         recipes = [(family, recipe) for family in GRID for recipe in GRID[family]]
         names = [study.grid_folder(family, recipe).rpartition("/")[2] for family, recipe in recipes]
         commands = [grid_command(study, family, recipe) for family, recipe in recipes]
-        return [first[:1], [(name, command, []) for name, command in zip(names, commands, strict=True)]]
+        return [
+            [("sft-1", training_command(study, "sft", 1), [])],
+            [(name, command, []) for name, command in zip(names, commands, strict=True)],
+        ]
     later = [jobs for arm, jobs in arms.items() if study.arms[arm].script != "sft.py"]
     return [first, [job for jobs in zip(*later, strict=True) for job in jobs]]  # all arms of a seed, then the next seed
 
@@ -177,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if len(set(seeds)) < max(2, len(seeds)):
         parser.error("--seeds: give two or more, each once")
+    if options.grid and (options.arms or options.seeds):
+        parser.error("--grid trains every family with seed 1; do not give --arms or --seeds")
     if unknown := set(options.arms or []) - set(study.arms):
         parser.error(f"--arms: {', '.join(sorted(unknown))} is no arm of {study.name}; it has {', '.join(study.arms)}")
     tables.check_marks(study.name)

@@ -14,7 +14,7 @@ from hanorec.data.folder import DataFolder, Example
 from hanorec.ranking.baselines import baseline_scores
 from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores
-from hanorec.ranking.markdown import cell, markdown
+from hanorec.ranking.markdown import cell, markdown, short
 from hanorec.ranking.metrics import Result, measure, pool
 from hanorec.ranking.sasrec import predictions_name, trained_scores
 from hanorec.ranking.scoring import target_columns
@@ -47,10 +47,12 @@ class Measured:
     """The results of a study's runs in one split.
 
     Attributes:
-        runs: the Result of each finished seed, by arm and seed. An arm with fewer than FEWEST seeds is left out.
+        runs: the Result of each finished seed, by arm and seed. An arm with fewer than FEWEST seeds is left out,
+            or with fewer than all if fewer are asked for.
+        users: the number of examples.
         reference: the arm `continued`, or `sft` if no run of that is finished.
         minus: for each arm the difference to the reference, paired by seed and user, pooled over the seeds.
-        others: the ceilings, SASRec and the baselines.
+        others: the ceilings, SASRec, SFT with shuffled posters if it was evaluated, and the baselines.
     """
 
     def __init__(self, study: Study, seeds: list[int], split: str):
@@ -96,7 +98,7 @@ def slicings_of(data: DataFolder, examples: list[Example]) -> Slicings:
     return evaluate.slicings_of({}, data, examples, options)
 
 
-def difference(result: Result, metric: str) -> str:
+def difference_cell(result: Result, metric: str) -> str:
     """Return a difference with its interval, in bold if the interval excludes 0."""
     low, high = result.interval(metric)
     text = cell(result, metric)
@@ -104,7 +106,7 @@ def difference(result: Result, metric: str) -> str:
 
 
 def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
-    """Return the table of a group of arms: values, and differences to SFT continued."""
+    """Return the table of a group of arms: values, and differences to the reference."""
     minus = [f"{metric} minus {study.arms[measured.reference].label}" for metric in COLUMNS]
     rows = [[f"{split}, {measured.users} users", "seeds", *COLUMNS, *minus]]
     if group == 0:
@@ -114,14 +116,14 @@ def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
         if arm.group == group and name in measured.runs:
             own = pool([*measured.runs[name].values()])
             minus = measured.minus.get(name)
-            compared = [difference(minus, metric) for metric in COLUMNS] if minus else ["", "", ""]
+            compared = [difference_cell(minus, metric) for metric in COLUMNS] if minus else ["", "", ""]
             count = str(len(measured.runs[name]))
             rows.append([arm.label, count, *(cell(own, metric) for metric in COLUMNS), *compared])
     return markdown(rows)
 
 
 def slices_table(study: Study, measured: Measured, split: str) -> str:
-    """Return NDCG@3 minus SFT continued in the slices of the examples."""
+    """Return NDCG@3 minus the reference in the slices of the examples."""
     slicings = next(iter(measured.minus.values())).slices
     columns = [(slicing, name) for slicing in slicings for name in slicings[slicing] if "popularity" not in slicing]
     corner = f"{split}: NDCG@3 minus {study.arms[measured.reference].label}"
@@ -129,12 +131,12 @@ def slices_table(study: Study, measured: Measured, split: str) -> str:
     for name, arm in study.arms.items():
         if name in measured.minus and arm.group:
             parts = measured.minus[name].slices
-            rows.append([arm.label, *(difference(parts[slicing][label], "NDCG@3") for slicing, label in columns)])
+            rows.append([arm.label, *(difference_cell(parts[slicing][label], "NDCG@3") for slicing, label in columns)])
     return markdown(rows)
 
 
 def training_table(study: Study, seeds: list[int], finished: Collection[str]) -> str:
-    """Return what the logs say of the training of these arms: means over the seeds and over the last 50 steps."""
+    """Return what the logs say of the training of these arms: means over seeds and the last 50 logged steps."""
     names = {
         "chosen_change": "change of the chosen answer, nats",
         "accuracy": "pairs ranked right",
@@ -175,7 +177,7 @@ def published_table(study: Study, measured: Measured) -> str:
         auc, hr, ndcg = ((ours - full) / 100 for ours, full in zip(PUBLISHED[arm], PUBLISHED["paper"], strict=True))
         cells = []
         for value, metric in ((ndcg, "NDCG@3"), (hr, "HR@3"), (auc, "AUC")):
-            cells += [f"{value:.3f}".replace("0.", "."), difference(result, metric)]
+            cells += [short(value), difference_cell(result, metric)]
         rows.append([study.arms[arm].label, *cells])
     return markdown(rows)
 
@@ -194,7 +196,7 @@ def grid_table(study: Study) -> str | None:
 
 
 def figure(study: Study, by_split: dict[str, Measured]) -> str:
-    """Return an SVG: for each arm and split the difference to SFT continued in NDCG@3, with its interval."""
+    """Return an SVG: for each arm and split the difference to the reference in NDCG@3, with its interval."""
     finished = set.intersection(*(set(one.minus) for one in by_split.values()))
     arms = [name for name, arm in study.arms.items() if arm.group and name in finished]
     ends = [end for one in by_split.values() for arm in arms for end in one.minus[arm].interval("NDCG@3")]

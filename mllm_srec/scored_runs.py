@@ -1,6 +1,6 @@
 """Score the candidates of examples with the model of a finished run.
 
-This stands in the last room because a run may have been trained on MLLM-SRec's prompts.
+It is in mllm_srec because a run may have been trained on MLLM-SRec's prompts.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def score_run(run: Path, config: dict, data: DataFolder, examples: list[Example]
 
 
 def scoring_settings(run: Path, options: argparse.Namespace, accelerator) -> dict:
-    """Return what the scores of a run depend on, images aside: the weights, and what changes the last digits."""
+    """Return what a run's scores depend on besides --blank-images and --shuffle-images: weights, and last digits."""
     settings = {name: getattr(options, name) for name in ("images", "dtype", "no_pack", "batch_size")}
     weights = read_json(run / "result.json", {"weights": str}, "train the run again")["weights"]
     return settings | {"weights": weights, "device": accelerator.device.type}

@@ -60,7 +60,7 @@ class Example:
     """A line of train.jsonl or of a split in EVALUATED. Items are item indices.
 
     Args:
-        history: the user's last items before the candidates that the user took, oldest first.
+        history: the user's last items before the target, oldest first; before the first of several positives.
         target: the item to predict.
         candidates: items to rank, the target among them.
         rejected: a candidate other than the target, which training rejects.
@@ -139,7 +139,7 @@ class DataFolder:
         """Return each user's whole history and the other items that the user touched: item indices, by user.
 
         A folder of an earlier version has no histories.jsonl. There a history is the training sequence and the targets
-        of validation and test. With --split user, it is what the example of a validation or test user holds.
+        of validation and test. With --split user, a validation or test user has only the example's history and target.
         """
         if "histories.jsonl" in self.manifest["files"]:
             read = {}

@@ -115,13 +115,14 @@ def kept_interactions(raw: Raw, order: np.ndarray, options: argparse.Namespace):
     Args:
         order: the order of all interactions by user and time: [M].
 
-    Returns (users, items, places in `order`, times, counts, places of all users with those that have few items).
+    Returns (users, items, places in `order`, times, counts, places of all interactions that count, also those of users
+    with few items).
     """
     users, items, times, ratings = (column[order] for column in raw.columns)
     if options.min_rating is not None and not raw.interactions.rated:
         raise UserError("the source has no ratings; do not give --min-rating")
     rated = ratings >= (-np.inf if options.min_rating is None else options.min_rating)
-    # The title of an item that is not listed: "" drops the item here; number_items refuses it with any other text
+    # Stands for the title of an unlisted item: "" drops it here; otherwise number_items raises an error for it
     unlisted = "" if options.drop_untitled else "unlisted"
     untitled = np.array([not raw.titles.get(item, unlisted) for item in raw.interactions.item_codes])
     places = np.flatnonzero(rated & ~untitled[items])

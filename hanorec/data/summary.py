@@ -1,4 +1,4 @@
-"""What prepare_data.py prints at its end: a summary of ten lines, and a warning if no item has a picture."""
+"""What prepare_data.py prints at its end: a summary, and a warning if no item has a picture."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from hanorec.run.files import printable
 
 
 def summary(manifest: dict, data: Sequences, raw: Raw, encoded: str) -> list[str]:
-    """Describe a data folder in nine lines.
+    """Describe a data folder, a line for each topic.
 
     Args:
         manifest: the content of its manifest.json.

@@ -87,7 +87,7 @@ def make_batch(segments, images, ids, positions, parents, scored, scored_counts,
     starts = lengths.cumsum(0) - lengths
     depths = (visible * lengths).sum(1) - lengths  # of each node: the number of tokens before it on its path
     index, predicted_from, answer = scored_tokens(scored, parents, starts, lengths)
-    predicting, predicted_by = predicted_from.unique(return_inverse=True)  # on a GPU the host would have to wait
+    predicting, predicted_by = predicted_from.unique(return_inverse=True)
     ends = itertools.accumulate(length for _, length in segments)
     parts = predicted_from.split(scored_counts)
     to_end = [end - min(part.tolist(), default=end) for end, part in zip(ends, parts, strict=True)]

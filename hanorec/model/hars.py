@@ -61,7 +61,7 @@ def standardised(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
 def margin_hardness(pairs: Pairs, reference: torch.Tensor, sign: int) -> torch.Tensor:
     """Return lambda from the reference's margin: [pairs, P], NaN where a Yes/No pair has no answer.
 
-    Each kind of pairs is standardised by itself, because its answers have other lengths.
+    Each kind of pairs is standardised by itself, because the answers of each kind have other lengths.
     """
     margin, hardness = reference[:, :1] - reference[:, 1:], torch.empty(len(pairs), len(pairs.pool[0]))
     kinds = len(pairs.kinds)
@@ -85,7 +85,9 @@ def distance_hardness(options, distance: torch.Tensor, columns: torch.Tensor) ->
 def pair_hardness(
     options, vectors: torch.Tensor | None, pairs: Pairs, reference: torch.Tensor, accelerator
 ) -> torch.Tensor:
-    """Return lambda of each pair with each item of its pool: [pairs, P], and print its range. Smaller means harder.
+    """Return lambda of each pair with each item of its pool: [pairs, P], and print its range.
+
+    Smaller is harder, unless --hardness-sign is -1.
 
     topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
     standardised difference of the reference's log-probabilities, chosen minus rejected. constant: the mean of topk's

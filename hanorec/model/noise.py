@@ -33,9 +33,10 @@ def noisy_embeddings(packed: PackedMLLM, sigma: float, generator: torch.Generato
 
 
 def perturbation(packed: PackedMLLM, options, step: int, number: int):
-    """Return NoDO's context manager for one micro-batch, equations (9, 10). It yields ||noise|| / ||weights||.
+    """Return the context manager of --noise for one micro-batch: NoDO, equations (9, 10), or noise on the embeddings.
 
-    To replace NoDO by another perturbation, change this function only. The noise depends on the seed, the step and the
+    It yields the relative size of the noise: ||noise|| / ||weights||, or sigma on the embeddings. To use another
+    perturbation, change this function only. The noise depends on the seed, the step and the
     number of the micro-batch in the step, so it is the same on all processes.
     """
     seed = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]

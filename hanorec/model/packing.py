@@ -181,7 +181,7 @@ class PackedMLLM(nn.Module):
             end += length
             images = families.encoder_outputs(self.core, tokens[number], grids[number])
             own = families.own_logits(self.core, ids[number][None], images, keep=batch.scored[number][1])
-            logits.append(own[0, predicted_from[number] - end])  # from the end: there may be the last logits only
+            logits.append(own[0, predicted_from[number] - end])  # from the end: it may be the last logits
         return torch.cat(logits)
 
 

@@ -131,10 +131,10 @@ def all_columns(pool: list[list[int]]) -> torch.Tensor:
 
 
 def pools(examples: Sequence[Example], rejected: int, source: str) -> list[list[int]]:
-    """Return for each example the items that can be rejected: negatives among its candidates, `rejected` first.
+    """Return for each example the items that can be rejected: its own `rejected` item, then other negatives.
 
-    They are negatives among the candidates. From the data these are the first ones that --rejected needs. The other
-    sources draw among all of them. An item of the history, and another target of the same history, is none of them.
+    These are its candidates without the items of its history and without any target of the same history. With
+    --rejected-from data a pool is cut to --rejected items; the other sources draw from the whole pool.
 
     Raises:
         UserError: an example has too few negatives.

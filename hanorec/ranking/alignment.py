@@ -5,7 +5,6 @@ that noise in the weights mends it. Here the alignment of an item is the cosine 
 title's tokens and over its image's tokens, in the prompt of a history that has this item alone.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,11 +168,11 @@ def follows_the_poster(
 # Runs
 
 
-def alignments_of(run: Path | None, encoding: Encoding, options: argparse.Namespace, accelerator) -> np.ndarray:
+def alignments_of(run: Path | None, encoding: Encoding, options, pack: bool, accelerator) -> np.ndarray:
     """Return the alignments [N] under the model of a finished run; None: under the backbone."""
     dtype = pick_dtype(options.dtype, accelerator)
     model = load_finished(run, encoding, dtype) if run else load_model(encoding.source, dtype, trust=encoding.trust)
-    packed = load_packed(model, encoding, not options.no_pack, accelerator.device)
+    packed = load_packed(model, encoding, pack, accelerator.device)
     prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
     return alignments(packed, prompts, encoding.tokens, accelerator.device)
 
@@ -192,13 +191,13 @@ def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, opt
     misleading, found = misleading_items(data), {}
     for run, config in configs.items():
         trained = config["options"]
-        images = trained.get("images")
+        images, pack = options.images or trained.get("images"), not (options.no_pack or trained.get("no_pack"))
         encoding = Encoding(data, trained["model"], trained["blank_images"], images, options.trust_remote_code)
         first = Path(trained["sft"]) if config["stage"] == "dpo_hano" else None
         seen = (trained["model"], trained["blank_images"], images)
         for name in (first, run):
             if (name, *seen) not in before:
-                before[name, *seen] = alignments_of(name, encoding, options, accelerator)
+                before[name, *seen] = alignments_of(name, encoding, options, pack, accelerator)
         start = before[first, *seen]
         found[run] = vars(changes(start, before[run, *seen], options.seed))
         by_third = by_alignment(*scored[run], examples, start, options.seed)

@@ -8,7 +8,7 @@ from hanorec.data.folder import Example
 
 
 def interaction_counts(sequences: Sequence[list[int]], items: int) -> np.ndarray:
-    """Return the number of training interactions of each item: [N].
+    """Return the number of interactions of each item in these sequences: [N].
 
     Args:
         sequences: the training sequence of each user, item indices.

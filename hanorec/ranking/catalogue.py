@@ -25,16 +25,16 @@ Ranking = list[tuple[int, float | None]]  # (item index, score), best first
 
 
 class CatalogueRanker:
-    """Ranks candidates with the model of a run. No prompt is too long: the history is cut, and the list is divided.
+    """Ranks candidates with the model of a run. To stay within max_length it cuts the history and divides the list.
 
     Args:
         model: a PackedMLLM. prompts: the Prompts of its run. tokens: the ImageTokens of the data folder.
         tasks: of the run. Ranking is used if the run was trained on it, else Yes/No.
         max_length: of the run, in tokens.
-        device, autocast: of the accelerator.
+        accelerator: moves the batches to its device, and chooses the precision.
 
     Attributes:
-        shortened: number of histories that were cut to max_length.
+        shortened: number of histories that were cut, so that max_length has room for WISHED candidates.
         too_long: number of prompts that are longer than max_length even with one item of history and the fewest
             candidates. They are scored all the same.
     """

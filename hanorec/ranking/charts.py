@@ -180,7 +180,7 @@ def curves(title: str, note: str, series: Sequence[Series], warm_up: int | None 
 
 
 def curve(series: Series, axis: Axis, last: float, class_: str) -> list[Html]:
-    """Return one series: its band, and its line or, if it is one point, a dot."""
+    """Return one series: its band, its line and, if it has fewer than 12 points, a dot for each."""
 
     def path(values: Sequence[float], xs: Sequence[float]) -> str:
         return "L".join(f"{scaled_x(0, last, x):.1f} {scaled_y(axis, y):.1f}" for x, y in zip(xs, values, strict=True))

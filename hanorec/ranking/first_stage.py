@@ -13,7 +13,7 @@ from hanorec.ranking.sasrec import CONFIG
 from hanorec.ranking.sasrec_model import SASRec
 from hanorec.run.files import UserError, file_hash, printable, read_json
 
-NEWCOMERS_SHARE = 10  # one of so many places of a shortlist is for an item that nobody has
+PLACES_PER_NEWCOMER = 10  # one of so many places of a shortlist is for an item that nobody has
 
 
 class CoOccurrence:
@@ -96,10 +96,13 @@ class Newcomers:
 
 
 def shortlist(stage, newcomers: Newcomers, history: list[int], candidates: list[int], size: int) -> list[int]:
-    """Return `size` of the candidates. A tenth are newcomers, if there are so many; the stage chooses the others."""
+    """Return `size` of the candidates: up to a tenth are newcomers, or more if there are too few other items.
+
+    The stage chooses the others.
+    """
     new = newcomers.best_first(history, candidates)
     old = stage.best_first(history, [item for item in candidates if not newcomers.nobody_has[item]])
-    places = max(size // NEWCOMERS_SHARE, size - len(old))
+    places = max(size // PLACES_PER_NEWCOMER, size - len(old))
     new = new[:places]
     return old[: size - len(new)] + new
 

@@ -92,7 +92,7 @@ class Recommender:
         encoding = open_encoding(run, self.data, settings.trust)
         later = self.config["data"] != encoding.hash()
         if later:
-            backbone_for_later_data(run)
+            backbone_for_later_data(run)  # raises UserError if the run needs its own data folder
         model = load_finished(run, encoding, pick_dtype(settings.dtype, accelerator))
         if later:
             check_vision(run, model, encoding)
@@ -137,7 +137,7 @@ class Recommender:
         """Return the recommendations after a history, as `recommend` returns them.
 
         Args:
-            others: further items that the user has.
+            others: further items that the user touched, which are not recommended either.
         """
         items, settings = self.data.items, self.settings
         # Equal titles are one item, because a prompt shows the title alone

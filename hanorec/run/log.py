@@ -131,9 +131,9 @@ class Log:
         self.bar.update()
 
     def validation(self, step: int, epoch: float, metrics: dict) -> bool:
-        """Log validation metrics. Return whether `select` is the best so far: then save.
+        """Log validation metrics. Return whether the weights are the best so far, by `select`; the caller saves them.
 
-        `select` is NDCG@3, or AUC without ranking.
+        `select` is NDCG@3, or AUC if the run is not trained to rank.
         """
         self.write(step, {f"val_{name}": value for name, value in metrics.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -194,7 +194,7 @@ def backbone_files(run: Path) -> str:
 
 
 def backbone_for_later_data(run: Path) -> str:
-    """Return `backbone_files`. UserError if the data folder of the run holds them, as an adapter's tiny backbone."""
+    """Return `backbone_files`. UserError for an adapter on a tiny backbone, which only its own data has."""
     name = backbone_files(run)
     if name == TINY:
         fault = f"{run} is an adapter on the tiny backbone of the data that it was trained on, and does not hold it"
