@@ -110,13 +110,16 @@ def with_larger_noise(arms: dict[str, Arm]) -> dict[str, Arm]:
     return {name: replace(arm, options=arm.options.replace("sigma 0.05", "sigma 0.1")) for name, arm in arms.items()}
 
 
-RATES = [f"--lr {lr} --beta {beta}" for lr in ("1e-3", "3e-3") for beta in ("0.1", "1")]
-GRID = {  # the recipes that each family tries, four each
-    "continued": [f"--lr {lr} --beta 0.1" for lr in ("1e-4", "3e-4", "1e-3", "3e-3")],  # without a beta in the loss
-    "softmax": RATES,
-    "dpo": RATES,
-    "sdpo": RATES,
-}
+def grid(alone: tuple[str, ...], rates: tuple[str, str]) -> dict[str, list[str]]:
+    """Return the four recipes that each family tries: two learning rates with two betas, or four learning rates.
+
+    Args:
+        alone: the learning rates of SFT continued, whose loss has no beta. rates: those of the other families.
+    """
+    both = [f"--lr {lr} --beta {beta}" for lr in rates for beta in ("0.1", "1")]
+    return {"continued": [f"--lr {lr} --beta 0.1" for lr in alone], "softmax": both, "dpo": both, "sdpo": both}
+
+
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Study:
     Args:
         prepare: options of prepare_data.py.
         options: of each script, by script.
-        recipes: the learning rate and beta of each family.
+        grid: the recipes that each family tries. recipes: the one that it takes.
         arms: the arms by name; `sft` and `continued` are among them.
         splits: the splits to evaluate.
     """
@@ -134,6 +137,7 @@ class Study:
     name: str
     prepare: str
     options: dict[str, str]
+    grid: dict[str, list[str]]
     recipes: dict[str, str]
     arms: dict[str, Arm]
     splits: list[str]
@@ -149,7 +153,7 @@ class Study:
         return f"runs/{self.name}/grid/{family}-{lr}-{beta}-1"
 
 
-RECIPES = {  # chosen on the demo's validation, from GRID; `paper` is the paper's
+RECIPES = {  # `paper` is the paper's
     "continued": "--lr 3e-4 --beta 0.1",
     "softmax": "--lr 3e-3 --beta 1",
     "dpo": "--lr 1e-3 --beta 1",
@@ -161,6 +165,7 @@ STUDIES = {
         name="demo",
         prepare="",
         options={"sft.py": "", "dpo_hano.py": "--max-steps 300"},
+        grid=grid(("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3")),
         recipes=RECIPES,
         arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | COMBINED,
         splits=["test", "test_hard"],
@@ -174,6 +179,7 @@ STUDIES = {
             "sft.py": "--warmup-steps 4000 --dropout 0 --lr 3e-4 --max-steps 1500 --eval-limit 0 --dtype float32",
             "dpo_hano.py": "--max-steps 200 --eval-limit 0",
         },
+        grid=grid(("3e-5", "1e-4", "3e-4", "1e-3"), ("1e-4", "3e-4")),
         recipes=RECIPES,
         arms=START | CONTROLS | PREFERENCE | with_larger_noise(PAPER),
         splits=["test", "test_popularity"],

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import tables  # noqa: E402
-from arms import GRID, STUDIES, Study  # noqa: E402
+from arms import STUDIES, Study  # noqa: E402
 
 import dpo_hano  # noqa: E402
 import evaluate  # noqa: E402
@@ -111,7 +111,7 @@ def jobs_of(study: Study, seeds: list[int], grid: bool) -> list[list[tuple[str, 
     }
     first = [job for arm, jobs in arms.items() if study.arms[arm].script == "sft.py" for job in jobs]
     if grid:
-        recipes = [(family, recipe) for family in GRID for recipe in GRID[family]]
+        recipes = [(family, recipe) for family in study.grid for recipe in study.grid[family]]
         names = [study.grid_folder(family, recipe).rpartition("/")[2] for family, recipe in recipes]
         commands = [grid_command(study, family, recipe) for family, recipe in recipes]
         return [

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from arms import GRID, Study
+from arms import Study
 
 import evaluate
 from hanorec.data.folder import DataFolder, Example
@@ -185,7 +185,7 @@ def published_table(study: Study, measured: Measured) -> str:
 def grid_table(study: Study) -> str | None:
     """Return the validation metrics of the recipes that were tried, or None without any."""
     rows = [["family", "recipe", *COLUMNS, ""]]
-    for family, recipes in GRID.items():
+    for family, recipes in study.grid.items():
         for recipe in recipes:
             run = ROOT / study.grid_folder(family, recipe)
             if (run / "result.json").exists():

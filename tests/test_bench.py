@@ -253,11 +253,11 @@ def test_arms_differ_and_a_family_shares_its_recipe():
         options = [" ".join(word for word in command if word != command[4]) for command in commands]
         assert commands[0][3] == "--out" and len(set(options)) == len(options)
         assert {arm.family for arm in own.arms.values()} >= set(own.recipes)
-        assert all(recipe in study.GRID[family] for family, recipe in own.recipes.items() if family in study.GRID)
-    for family, recipes in study.GRID.items():
-        for recipe in recipes:
-            command = study.grid_command(study.STUDIES["demo"], family, recipe)
-            assert f"{dpo_hano.parse(command[1:]).lr:g}" == f"{float(recipe.split()[1]):g}"
+        assert set(own.grid) == set(own.recipes) - {"paper"} and {len(own.grid[family]) for family in own.grid} == {4}
+        for family, recipes in own.grid.items():
+            for recipe in recipes:
+                command = study.grid_command(own, family, recipe)
+                assert f"{dpo_hano.parse(command[1:]).lr:g}" == f"{float(recipe.split()[1]):g}"
 
 
 @pytest.fixture
