@@ -120,8 +120,6 @@ def grid(alone: tuple[str, ...], rates: tuple[str, str]) -> dict[str, list[str]]
     return {"continued": [f"--lr {lr} --beta 0.1" for lr in alone], "softmax": both, "dpo": both, "sdpo": both}
 
 
-
-
 @dataclass(frozen=True)
 class Study:
     """A study.
