@@ -52,34 +52,24 @@ def pool_distances(options, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor
     return distance.view(pool.shape)
 
 
-def standardised(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """Return the values in standard deviations from the mean of `among`, a part of them. NaN there does not count."""
-    among = among[~among.isnan()]
-    return (values - among.mean()) / among.std().clamp_min(1e-8)
+def lambdas(options, values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Return lambda of the pairs of one kind with each item of their pools, as `pair_hardness` says: [pairs, P].
 
-
-def margin_hardness(pairs: Pairs, reference: torch.Tensor, sign: int) -> torch.Tensor:
-    """Return lambda from the reference's margin: [pairs, P], NaN where a Yes/No pair has no answer.
-
-    Each kind of pairs is standardised by itself, because the answers of each kind have other lengths.
+    Args:
+        values: [pairs, P], the distances D; the reference's margins with margin, 1 with none. NaN does not count.
+        among: the part of the values that the pairs reject now. The mean and the deviation are theirs.
     """
-    margin, hardness = reference[:, :1] - reference[:, 1:], torch.empty(len(pairs), len(pairs.pool[0]))
-    kinds = len(pairs.kinds)
-    for kind in range(kinds):
-        own = standardised(margin[kind::kinds], pairs.of_pool(margin, range(kind, len(pairs), kinds)))
-        hardness[kind::kinds] = 0.5 + (sign * own).sigmoid()
-    return hardness
-
-
-def distance_hardness(options, distance: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return lambda from the distances D of the pool: [E, P]. columns: [E, K], of the rejected items."""
-    sign, among = options.hardness_sign, distance.gather(1, columns)
-    if options.hardness in ("clusters", "cosine"):
-        return hanorec_loss.hardness_weight(sign * standardised(distance, among), 0.0)
-    hardness = hanorec_loss.hardness_weight(sign * distance, sign * among.mean())
+    among, sign = among[~among.isnan()], options.hardness_sign
+    if options.hardness == "none":
+        return values
+    if options.hardness == "topk":
+        return hanorec_loss.hardness_weight(sign * values, sign * among.mean())
     if options.hardness == "constant":
-        return hardness.gather(1, columns).mean().expand_as(hardness)
-    return hardness
+        return hanorec_loss.hardness_weight(sign * among, sign * among.mean()).mean().expand_as(values)
+    standardised = sign * (values - among.mean()) / among.std().clamp_min(1e-8)
+    if options.hardness == "margin":
+        return 0.5 + standardised.sigmoid()
+    return hanorec_loss.hardness_weight(standardised, 0.0)
 
 
 def pair_hardness(
@@ -91,22 +81,28 @@ def pair_hardness(
 
     topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
     standardised difference of the reference's log-probabilities, chosen minus rejected. constant: the mean of topk's
-    lambda. none: 1. --hardness-sign -1 turns the sign of D, or of the margin. Means and deviations are those of the
-    training pairs.
+    lambda. none: 1. --hardness-sign -1 turns the sign of D, or of the margin. Each kind of pairs has its own mean and
+    deviation, over its training pairs; with --rejected-from self those of the first epoch stay. A Yes/No pair has NaN
+    from its second column on.
 
     Args:
         vectors: [N, d], of the items; None for margin and none.
         reference: [pairs, 1 + P], the reference's log-probabilities. Read by margin only.
     """
+    kinds = len(pairs.kinds)
     if options.hardness == "none":
-        hardness = torch.ones(len(pairs), len(pairs.pool[0]))
+        values = torch.ones(len(pairs), len(pairs.pool[0]))
     elif options.hardness == "margin":
-        hardness = margin_hardness(pairs, reference, options.hardness_sign)
+        values = reference[:, :1] - reference[:, 1:]
     else:
-        distance = pool_distances(options, vectors, pairs)
-        hardness = distance_hardness(options, distance, pairs.columns).repeat_interleave(len(pairs.kinds), dim=0)
+        values = pool_distances(options, vectors, pairs).repeat_interleave(kinds, dim=0)
+    hardness = torch.full_like(values, torch.nan)
+    for number, kind in enumerate(pairs.kinds):
+        count = values.shape[1] if kind == "rank" else 1  # a Yes/No pair has one rejected answer
+        among = pairs.of_pool(values, range(number, len(pairs), kinds))[:, :count]
+        hardness[number::kinds, :count] = lambdas(options, values[number::kinds, :count], among)
     rejected = pairs.of_pool(hardness, range(len(pairs)))
-    low, high = (np.nanpercentile(rejected.numpy(), [1, 99])).tolist()
+    low, high = np.nanpercentile(rejected.numpy(), [1, 99]).tolist()
     accelerator.print(f"lambda ({options.hardness}): mean {rejected.nanmean():.4f}, 1%-99% {low:.4f} to {high:.4f}")
     return hardness
 

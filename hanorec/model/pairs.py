@@ -82,11 +82,18 @@ class Pairs(Samples):
         return self.columns.shape[1]
 
     def tree(self, number: int) -> list[Node]:
-        """Return the prompt tree of a pair: the chosen answer and the rejected ones, with as many items as fit."""
+        """Return the prompt tree of a pair: the chosen answer and the rejected ones, with as many items as fit.
+
+        The history is cut so that the whole pool fits: the reference scores the whole pool behind the same prompt.
+        """
         example, kind = number // len(self.kinds), self.kinds[number % len(self.kinds)]
-        rejected = [self.pool[example][column] for column in self.columns[example]]
-        build = partial(self.prompts.pair_tree, kind=kind, rejected=rejected)
-        return fit_to_length(build, self.examples[example], self.max_length, self.shortened)
+        pool = self.pool[example]
+        build = partial(self.prompts.pair_tree, kind=kind, rejected=pool)
+        tree = fit_to_length(build, self.examples[example], self.max_length, self.shortened)
+        if kind != "rank":
+            return tree
+        answers = tree[-len(pool) :]  # of the pool
+        return tree[: -len(pool)] + [answers[column] for column in self.columns[example]]
 
     def batch(self, numbers: Sequence[int], packed: PackedMLLM, tokens, reference=None, hardness=None) -> "PairBatch":
         """Return these pairs as a PairBatch.

@@ -11,6 +11,7 @@ from hanorec.data.folder import Example
 from hanorec.model.finished import load_finished
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.pairs import Pairs, draw_by_popularity, draw_from_the_harder, pools
+from hanorec.model.trees import tree_length
 from hanorec.run.files import UserError
 
 KINDS = ("rank", "yes", "no")
@@ -106,6 +107,23 @@ def test_the_table_of_a_batch_equals_one_pair_after_another(opened, sft_run):
         columns = pairs.columns[own].tolist() if kind == "rank" else [0]
         assert batch.reference[row, :used].tolist() == reference[number, [0, *(1 + c for c in columns)]].tolist()
         assert batch.hardness[row, : used - 1].tolist() == hardness[number, columns].tolist()
+
+
+def test_the_policy_reads_the_prompt_that_the_reference_scored(opened, monkeypatch):
+    """A pair that rejects a short title loses as many history items as the pool with its long title."""
+    pairs = make(opened, 1, "model")
+    number = next(n for n in range(0, len(pairs), 3) if len(pairs.examples[n // 3].history) > 1)
+    own, pool = pairs.examples[number // 3], pairs.pool[number // 3]
+    titles = [title * (1 + 4 * (item == pool[-1])) for item, title in enumerate(opened.items.titles)]
+    monkeypatch.setattr(pairs.prompts.items, "titles", titles)
+    pairs.columns = pairs.columns[:, :1]
+    pairs.max_length = tree_length(pairs.whole().tree(number)) - 1
+    short, whole = pairs.tree(number), pairs.whole().tree(number)
+    assert len(short) == 3 and len(whole) == 2 + len(pool)
+    assert short[0].ids == whole[0].ids
+    assert [node.ids for node in short[1:]] == [node.ids for node in whole[1:3]]
+    alone = pairs.prompts.pair_tree(own, "rank", pool[:1])
+    assert tree_length(alone) <= pairs.max_length  # alone, the pair would have kept its whole history
 
 
 def test_a_gradient_flows_through_the_table(opened, sft_run):
