@@ -136,8 +136,12 @@ def slices_table(study: Study, measured: Measured, split: str) -> str:
 
 
 def training_table(study: Study, seeds: list[int], finished: Collection[str]) -> str:
-    """Return what the logs say of the training of these arms: means over seeds and the last 50 logged steps."""
+    """Return what the logs say of the training of these arms: means over seeds and the last 50 logged steps.
+
+    The validation metric is that of the weights that the run kept, on the examples that its --eval-limit leaves.
+    """
     names = {
+        "val_NDCG@3": "NDCG@3 on validation",
         "chosen_change": "change of the chosen answer, nats",
         "accuracy": "pairs ranked right",
         "margin": "reward gap",
@@ -152,9 +156,9 @@ def training_table(study: Study, seeds: list[int], finished: Collection[str]) ->
         lines = []
         for seed in seeds:
             path = ROOT / study.run_folder(name, seed) / "metrics.jsonl"
-            text = path.read_text() if path.exists() else ""
-            logged = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
-            lines += logged[-50:]
+            logged = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            lines += [line for line in logged if "loss" in line][-50:]
+            lines += sorted((line for line in logged if "val_select" in line), key=lambda line: line["val_select"])[-1:]
         if not lines:
             continue
         means = {}
