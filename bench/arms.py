@@ -127,7 +127,7 @@ class Study:
     Args:
         prepare: options of prepare_data.py.
         options: of each script, by script.
-        grid: the recipes that each family tries. recipes: the one that it takes.
+        grid: the recipes that each family tries, on validation. recipes: the one that it takes.
         arms: the arms by name; `sft` and `continued` are among them.
         splits: the splits to evaluate.
     """
@@ -151,20 +151,20 @@ class Study:
         return f"runs/{self.name}/grid/{family}-{lr}-{beta}-1"
 
 
-RECIPES = {  # `paper` is the paper's
-    "continued": "--lr 3e-4 --beta 0.1",
-    "softmax": "--lr 3e-3 --beta 1",
-    "dpo": "--lr 1e-3 --beta 1",
-    "sdpo": "--lr 3e-3 --beta 1",
-    "paper": "--lr 1e-4 --beta 0.1",
-}
+PAPER_RECIPE = {"paper": "--lr 1e-4 --beta 0.1"}
 STUDIES = {
     "demo": Study(
         name="demo",
         prepare="",
         options={"sft.py": "", "dpo_hano.py": "--max-steps 300"},
         grid=grid(("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3")),
-        recipes=RECIPES,
+        recipes=PAPER_RECIPE
+        | {
+            "continued": "--lr 3e-4 --beta 0.1",
+            "softmax": "--lr 3e-3 --beta 1",
+            "dpo": "--lr 1e-3 --beta 1",
+            "sdpo": "--lr 3e-3 --beta 1",
+        },
         arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | COMBINED,
         splits=["test", "test_hard"],
         seeds=[1, 2, 3, 4, 5],
@@ -178,7 +178,13 @@ STUDIES = {
             "dpo_hano.py": "--max-steps 200 --eval-limit 0",
         },
         grid=grid(("3e-5", "1e-4", "3e-4", "1e-3"), ("1e-4", "3e-4")),
-        recipes=RECIPES,
+        recipes=PAPER_RECIPE
+        | {
+            "continued": "--lr 3e-5 --beta 0.1",
+            "softmax": "--lr 3e-4 --beta 1",
+            "dpo": "--lr 1e-4 --beta 1",
+            "sdpo": "--lr 1e-4 --beta 1",
+        },
         arms=START | CONTROLS | PREFERENCE | with_larger_noise(PAPER),
         splits=["test", "test_popularity"],
         seeds=[1, 2, 3, 4, 5],
