@@ -15,10 +15,13 @@ import measure
 import ours
 import torch
 import workload
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 
 import hanorec_loss
 from hanorec.model.images import encode_items
 from hanorec.model.load import load_image_processor, load_tokenizer
+from hanorec.model.lora import FROZEN, LeanLinear, lora_targets
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)
@@ -102,6 +105,25 @@ def rejected(folder: Path) -> list[dict]:
     return rows
 
 
+def adapters(folder: Path) -> list[dict]:
+    """Measure a step in bf16: DPO's adapter alone, SFT's frozen adapter below it, and both with PEFT's own layers."""
+    steps = {}
+    for case in ("DPO's adapter alone", "SFT's adapter below it", "SFT's adapter below it, PEFT's own layers"):
+        work, core = workload.make(folder / f"adapters{len(steps)}", SHAPE, SIDE, examples=32, dtype=torch.bfloat16)
+        if steps:
+            config = LoraConfig(r=ours.RANK, lora_alpha=ours.ALPHA, target_modules=lora_targets(core))
+            core = get_peft_model(core, config, adapter_name=FROZEN)
+            ours.randomize(core)
+        packed = ours.trainable(core)
+        for layer in packed.modules():
+            if type(layer) is LeanLinear and "PEFT" in case:
+                layer.__class__ = Linear
+        steps[case] = ours.Dpo(work, packed, 4)
+    seconds, _ = measure.alternating(*(partial(several, step.step) for step in steps.values()))
+    times = dict(zip(steps, map(each_step, seconds), strict=True))
+    return [row("Scaling: adapters", case, "s per step of 4", values) for case, values in times.items()]
+
+
 def processes(folder: Path) -> list[dict]:
     """Measure data-parallel training on a CPU, launched by accelerate, with 4 pairs in each process."""
     rows = []
@@ -168,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     measure.cpu_only()
     rows = [neighbours(*NEIGHBOURS)]
     with tempfile.TemporaryDirectory() as name:
-        for part in (histories, batches, rejected, processes, encoding, live):
+        for part in (histories, batches, rejected, adapters, processes, encoding, live):
             rows += part(Path(name))
     return measure.save(options.json, {"rows": rows})
 

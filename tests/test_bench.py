@@ -136,6 +136,7 @@ def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
     monkeypatch.setattr(scaling, "LIVE_SIDES", (56,))
     assert ["live" in row["case"] for row in scaling.live(tmp_path)] == [False, True]
     assert scaling.neighbours(2_000, 16)["more_mib"] > 0
+    assert [row["ours"]["median"] > 0 for row in scaling.adapters(tmp_path)] == [True] * 3
 
 
 def test_seconds_per_text_in_batches_and_one_by_one(monkeypatch):
