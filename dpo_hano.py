@@ -117,12 +117,13 @@ from mllm_srec.chain_of_thought import load_run_prompts, training_hash
 
 
 def load_policy(options, encoding: Encoding, accelerator) -> PackedMLLM:
-    """Load the SFT model with a new LoRA."""
+    """Load the SFT model with a new LoRA.
+
+    The SFT run's own LoRA is merged in float32. In half precision or on a quantized backbone it stays a frozen adapter.
+    """
     dtype = pick_dtype(options.dtype, accelerator)
-    if options.quantize:
-        base = load_finished(options.sft, encoding, dtype, options.attn)  # the SFT run's LoRA stays a frozen adapter
-    else:
-        base = load_finished(options.sft, encoding, None, options.attn).to(dtype)  # the LoRA is merged in float32
+    merge = dtype == torch.float32 and not options.quantize
+    base = load_finished(options.sft, encoding, None if merge else dtype, options.attn)
     model = add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
     packed = load_packed(model, encoding, not options.no_pack, training.first_device(model, accelerator))
     if options.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""Measure how a DPO step, the encoding and HaRS's neighbours grow: python bench/scaling.py [--json FILE]"""
+"""Measure how a DPO step, the encoding and HaRS's neighbours grow: python bench/scaling.py [--part P] [--json FILE]"""
 
 import argparse
 import copy
@@ -15,13 +15,17 @@ import measure
 import ours
 import torch
 import workload
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 
 import hanorec_loss
 from hanorec.model.images import encode_items
 from hanorec.model.load import load_image_processor, load_tokenizer
+from hanorec.model.lora import FROZEN, LeanLinear, lora_targets
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
-HISTORIES, BATCHES, PROCESSES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (1, 2), (112, 224, 504)
+HISTORIES, BATCHES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (112, 224, 504)
+PROCESSES = ((1, None), (1, 1), (2, 1))  # processes, and OMP_NUM_THREADS; None: all cores
 REJECTED = (1, 3, 9)
 IMAGES = 16
 LIVE_SIDES = (112, 224)
@@ -102,21 +106,42 @@ def rejected(folder: Path) -> list[dict]:
     return rows
 
 
+def adapters(folder: Path) -> list[dict]:
+    """Measure a step in bf16: DPO's adapter alone, SFT's frozen adapter below it, and both with PEFT's own layers."""
+    steps = {}
+    for case in ("DPO's adapter alone", "SFT's adapter below it", "SFT's adapter below it, PEFT's own layers"):
+        work, core = workload.make(folder / f"adapters{len(steps)}", SHAPE, SIDE, examples=32, dtype=torch.bfloat16)
+        if steps:
+            config = LoraConfig(r=ours.RANK, lora_alpha=ours.ALPHA, target_modules=lora_targets(core))
+            core = get_peft_model(core, config, adapter_name=FROZEN)
+            ours.randomize(core)
+        packed = ours.trainable(core)
+        for layer in packed.modules():
+            if type(layer) is LeanLinear and "PEFT" in case:
+                layer.__class__ = Linear
+        steps[case] = ours.Dpo(work, packed, 4)
+    seconds, _ = measure.alternating(*(partial(several, step.step) for step in steps.values()))
+    times = dict(zip(steps, map(each_step, seconds), strict=True))
+    return [row("Scaling: adapters", case, "s per step of 4", values) for case, values in times.items()]
+
+
 def processes(folder: Path) -> list[dict]:
     """Measure data-parallel training on a CPU, launched by accelerate, with 4 pairs in each process."""
     rows = []
-    for count in PROCESSES:
-        shared = folder / f"processes{count}"
+    for count, threads in PROCESSES:
+        shared = folder / f"processes{count}-{threads}"
         launch = [sys.executable, "-m", "accelerate.commands.launch"]
         launch += ["--multi_gpu", "--main_process_port", "0"] if count > 1 else ["--cpu"]
         launch += ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
         launch += ["--dynamo_backend", "no", __file__, "--worker", str(shared)]
-        environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if count > 1 else {})
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment |= {"ACCELERATE_USE_CPU": "true"} if count > 1 else {}
+        environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         subprocess.run(launch, check=True, env=environment, capture_output=True)
         seconds = json.loads((shared / "seconds.json").read_text())
         pairs = 4 * count / seconds["median"]
         words = "1 process" if count == 1 else f"{count} processes"
-        case = f"{words}, {4 * count} pairs a step"
+        case = f"{words}, {'1 thread each' if threads else 'all cores'}, {4 * count} pairs a step"
         rows.append(row("Scaling: processes", case, "s per step", seconds, pairs_per_second=pairs))
     return rows
 
@@ -156,9 +181,13 @@ def neighbours(items: int, width: int) -> dict:
     return row("Scaling: neighbours", f"{items:,} items of width {width:,}", "s", seconds, more_mib=memory)
 
 
+PARTS = {part.__name__: part for part in (histories, batches, rejected, adapters, processes, encoding, live)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", choices=[*PARTS], help="one table alone; default: all")
     parser.add_argument(
         "--worker", type=Path, metavar="DIR", help="train in this process, one of those that accelerate launched"
     )
@@ -166,9 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.worker:
         return worker(options.worker)
     measure.cpu_only()
-    rows = [neighbours(*NEIGHBOURS)]
+    rows = [] if options.part else [neighbours(*NEIGHBOURS)]
     with tempfile.TemporaryDirectory() as name:
-        for part in (histories, batches, rejected, processes, encoding, live):
+        for part in [PARTS[options.part]] if options.part else PARTS.values():
             rows += part(Path(name))
     return measure.save(options.json, {"rows": rows})
 

@@ -1,16 +1,20 @@
 """Build the chain-of-thought prompts of MLLM-SRec, and choose between them and the plain prompts."""
 
+import json
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+from tokenizers.normalizers import NFC
 
 from hanorec.data.folder import DataFolder, Example
 from hanorec.model.encoding import Encoding
 from hanorec.model.finished import check_prompts
 from hanorec.model.prompts import Prompts, fit_to_length
 from hanorec.model.template import ChatTemplate, load_template
-from hanorec.model.trees import Node
+from hanorec.model.trees import Node, tree_length
 from hanorec.run.files import read_json, value_hash
 from mllm_srec.preferences import MANIFEST, UserTexts, load_user_texts, summaries_folder, summarize_command, timelines
 from mllm_srec.texts import fill
@@ -31,6 +35,7 @@ class ThoughtPrompts(Prompts):
         super().__init__(template, items, tokens)
         self.user_texts, self.texts, self.steps_share = user_texts, user_texts.texts, steps_share
         self.yes, self.no = self.texts["yes"], self.texts["no"]
+        self.byte_level = is_byte_level(self.tokenizer)
 
     def yesno_questions(self, example: Example, candidates, score_steps: bool = False) -> list[Node]:
         """Return the user, then the question and the steps about each candidate: nodes 1, 2, ... of the tree."""
@@ -74,8 +79,41 @@ class ThoughtPrompts(Prompts):
         for example in examples:
             short = replace(example, history=example.history[-1:])
             for build in builds:
-                fit_to_length(build, short, max_length)
-                fit_to_length(build, replace(short, rejected=longest), max_length)
+                for tried in (short, replace(short, rejected=longest)):
+                    if self.most_tokens(build, tried) > max_length:
+                        fit_to_length(build, tried, max_length)
+
+    def most_tokens(self, build, example: Example) -> float:
+        """Return an upper bound of the length of an example's tree, without its tokens.
+
+        A byte-level tokenizer makes at most one token of each byte. For other tokenizers the bound is infinite.
+        """
+        if not self.byte_level:
+            return math.inf
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+
+        def bytes_of(text: str) -> range:
+            if normalizer and not text.isascii():
+                text = normalizer.normalize_str(text)
+            return range(len(text.encode()))
+
+        tokens_of, self.text = self.text, bytes_of
+        try:
+            return tree_length(build(example))
+        finally:
+            self.text = tokens_of
+
+
+def is_byte_level(tokenizer) -> bool:
+    """Whether a tokenizer works on the bytes of a text, in Unicode's form NFC at most, and adds no spaces to it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.pre_tokenizer is None or type(backend.normalizer) not in (type(None), NFC):
+        return False
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    parts = state.get("pretokenizers", [state])
+    return [part.get("add_prefix_space") for part in parts if part["type"] == "ByteLevel"] == [False] and all(
+        part["type"] in ("ByteLevel", "Split", "Digits", "Punctuation") for part in parts
+    )
 
 
 def load_prompts(

@@ -6,6 +6,7 @@ items up to the end of its history. The target comes after the cut: it is the ne
 before its cut.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -64,6 +65,12 @@ def window_ends(cuts: Iterable[int], window: int, step: int, before: int = 0) ->
         return cuts
     start = max(0, cuts[0] - before) if before else 0
     return list(range(start + window, cuts[-1] + 1, step))
+
+
+@functools.lru_cache(maxsize=10_000)
+def words_of(text: str) -> dict[str, None]:
+    """Return the distinct words of a text, in order, as the keys of a dict."""
+    return dict.fromkeys(re.findall(r"\w{3,}", text.casefold()))
 
 
 class UserTexts:
@@ -144,14 +151,13 @@ class UserTexts:
 
     def item_words(self, item: int) -> list[str]:
         """Return the distinct words of an item's title and summary, in order."""
-        text = f"{self.items.titles[item]} {self.summaries[item] or ''}"
-        return list(dict.fromkeys(re.findall(r"\w{3,}", text.casefold())))
+        return list(words_of(f"{self.items.titles[item]} {self.summaries[item] or ''}"))
 
     def shared_words(self, item: int, *texts: str) -> str:
         """Return the words of an item that also are in one of the texts. Words of more than half of all items do not
         count."""
         written = " ".join(text for text in texts if text != self.texts["nothing"])
-        text_words = set(re.findall(r"\w{3,}", written.casefold()))
+        text_words = words_of(written)
         words = [word for word in self.item_words(item) if word in text_words and word not in self.frequent]
         return ", ".join(words) or self.texts["nothing"]
 

@@ -1,5 +1,6 @@
 """Read a file of MLLM-SRec's prompts, and replace the placeholders in them, such as {title}."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def without_words(texts: dict[str, str]) -> list[str]:
     return [re.sub(r"{\w+}", "", text) for text in texts.values()]
 
 
+@functools.lru_cache(maxsize=100)
+def pieces(text: str) -> list[str]:
+    """Split a prompt into text and names of placeholders, in turn."""
+    return re.split(r"{(\w+)}", text)
+
+
 def fill(text: str, **values) -> list[str | int]:
     """Replace the placeholders of a text. Returns the parts of a prompt: strings, and item indices for images.
 
@@ -72,7 +79,7 @@ def fill(text: str, **values) -> list[str | int]:
         values: by placeholder: a string, or the item index of an image. Placeholders in these strings are not replaced.
     """
     parts: list = [""]
-    for number, piece in enumerate(re.split(r"{(\w+)}", text)):  # text and placeholders in turn
+    for number, piece in enumerate(pieces(text)):
         value = values[piece] if number % 2 else piece
         if isinstance(value, int):
             parts += [value, ""]

@@ -134,8 +134,12 @@ def test_scaling_at_small_sizes(tmp_path, short, monkeypatch):
     assert seconds["median"] > 0 and tokens > 2 * 4
     assert 2 * floor["flops"] == pytest.approx(scaling.dpo_seconds(tmp_path, history=2, batch=4)[2]["flops"])
     monkeypatch.setattr(scaling, "LIVE_SIDES", (56,))
-    assert ["live" in row["case"] for row in scaling.live(tmp_path)] == [False, True]
+    monkeypatch.setattr(measure, "cpu_only", lambda: None)
+    scaling.main(["--part", "live", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert ["live" in row["case"] for row in rows] == [False, True]
     assert scaling.neighbours(2_000, 16)["more_mib"] > 0
+    assert [row["ours"]["median"] > 0 for row in scaling.adapters(tmp_path)] == [True] * 3
 
 
 def test_seconds_per_text_in_batches_and_one_by_one(monkeypatch):

@@ -1,5 +1,7 @@
 """What bench/fakes.py and bench/rehearse_cuda.py see, at tiny size on the CPU."""
 
+import json
+import re
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
+import at_scale
 import fakes
 import full_steps
 import operations
@@ -154,6 +157,18 @@ def test_depth_counts_as_the_whole_backbone(small, tmp_path, monkeypatch):
     found = operations.at_full_depth(tmp_path, "Qwen2.5-VL-3B", "sft")
     assert found["tflop"] == pytest.approx(expected["tflop"], rel=1e-6)
     assert found["gib"] == pytest.approx(expected["gib"], rel=1e-3)
+
+
+def test_the_amounts_in_the_document_about_scale_are_those_of_the_script(tmp_path):
+    counts = json.loads((ROOT / "bench" / "results.json").read_text())["operations"]["counts"]
+    tower = at_scale.tower_tflop(tmp_path)
+    # 32 layers of 19.7 million weights each take most of it: 2 operations a weight for each of 1,296 patches
+    assert 1.6 < tower < 1.3 * 2 * 32 * 19.7e6 * 1296 / 1e12
+    document = (ROOT / "docs" / "scale.md").read_text()
+    head, *rows = at_scale.table(counts, tower)
+    assert len(rows) == 11 and all(len(row) == len(head) for row in rows)
+    for name, amount, _ in rows[1:]:
+        assert re.search(rf"(?<![\d.,]){re.escape(amount.split()[0])}(?![\d.,]*\d)", document), (name, amount)
 
 
 def test_pairs_that_fit():

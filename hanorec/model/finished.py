@@ -9,7 +9,7 @@ from hanorec.data.folder import DataFolder
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import encode_images, neutral_image
 from hanorec.model.load import load_image_processor, load_model, load_tokenizer, save_with_processors
-from hanorec.model.lora import FROZEN, TRAINED, load_adapter
+from hanorec.model.lora import FROZEN, TRAINED, lean, load_adapter
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.prompts import Prompts
 from hanorec.run.files import UserError, print_main, read_json, replacing
@@ -22,9 +22,8 @@ def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = Non
     """Load the model of a finished run: the backbone or the run's own weights, then the adapters of SFT and DPO.
 
     Args:
-        dtype: of the model, None for float32. With None all adapters are merged. Otherwise the last adapter is not
-            merged: rounding to half precision would lose most of its small weights. On a quantized backbone no adapter
-            is merged if there is a dtype.
+        dtype: of the model, None for float32. With None all adapters are merged; in float32 all but the last. In half
+            precision or on a quantized backbone none is merged: rounding would lose a part of what it has learned.
         attn: the attention implementation; None for that of the run.
     """
     config = finished_config(run, encoding)
@@ -37,15 +36,15 @@ def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = Non
             raise UserError(f"{run} was trained on other weights of {start}; run dpo_hano.py again")
         runs.insert(0, (start, finished_config(start, encoding)))  # the SFT run, before the DPO run
     adapters = [(folder, own["stage"]) for folder, own in runs if own["options"].get("tune") != "full"]
-    model = load_base(*runs[0], encoding, dtype if quantize or not adapters else None, attn)
+    half = dtype not in (None, torch.float32)
+    apart = dtype is not None and bool(quantize or half)
+    # The model is loaded in its dtype: model.to(dtype) would round the frequencies of its positions too
+    model = load_base(*runs[0], encoding, dtype if apart or not adapters else None, attn)
     for folder, stage in adapters:
-        last = (folder, stage) == adapters[-1]
-        if last and not quantize and dtype is not None:
-            model = model.to(dtype)
-        merge = dtype is None or not (last or quantize)
-        name = FROZEN if quantize and stage != "dpo_hano" else TRAINED
+        merge = dtype is None or not (apart or (folder, stage) == adapters[-1])
+        name = FROZEN if apart and stage != "dpo_hano" else TRAINED
         model = load_adapter(model, folder / "adapter", merge, name)
-    return model
+    return lean(model) if half else model  # in half precision another order of the sums is another model
 
 
 def finished_config(run: Path, encoding: Encoding) -> dict:

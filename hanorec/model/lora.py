@@ -6,9 +6,13 @@ backward. `LoRASum` adds LoRA's part to the output in place, by one matrix produ
 [T, r], and draws 16 random bits for each element of dropout's mask. In half precision it computes LoRA's products in
 the base's dtype, as autocast does. The weights of LoRA, their gradients and the optimizer stay in float32. The names of
 weights and the files are PEFT's.
+
+In half precision and on a quantized base, SFT's adapter stays apart below DPO's, frozen: the base's weights are too
+coarse to take it in.
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -25,7 +29,7 @@ from hanorec.model import families
 from hanorec.model.load import loading
 
 TRAINED = "default"  # the adapter in training; PEFT saves this name without a subfolder
-FROZEN = "sft"  # the SFT adapter on a quantized base; merging it into the base would round it
+FROZEN = "sft"  # the SFT adapter below DPO's; merging it into a base that is not in float32 would round it
 LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold, so probabilities are multiples of 1 / 65536
 MAX_DROPOUT = 0.99  # above it PEFT's layer computes; at 1, the scaling in `LeanLinear` would divide by zero
 
@@ -62,7 +66,7 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
     for module in model.modules():
         if FROZEN in getattr(module, "lora_dropout", {}):
             module.lora_dropout[FROZEN] = nn.Identity()  # a frozen adapter belongs to the base, which has no dropout
-    return activate(model)
+    return lean(activate(model))
 
 
 def load_adapter(model, folder: str | Path, merge: bool = True, name: str = TRAINED):
@@ -121,22 +125,25 @@ def keep_mask(x: torch.Tensor, probability: float) -> torch.Tensor | None:
 class LoRASum(torch.autograd.Function):
     """Computes x W.T + bias + scaling (x * keep) A.T B.T, a tensor [T, out].
 
-    The shapes: x and keep [T, in], W [out, in], bias [out], A [r, in], B [out, r]. keep may be None. W and bias are
-    frozen: they get no gradient.
+    The shapes: x and keep [T, in], W [out, in], bias [out], A [r, in], B [out, r]. keep may be None. `below` may be
+    A, B and scaling of a further adapter, whose part is added too. It is frozen like W and bias: these get no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling, keep):
+    def forward(ctx, x, weight, bias, A, B, scaling, keep, *below):
         dropped = x if keep is None else x * keep.to(x.dtype)
         narrow = dropped @ A.to(x.dtype).T
-        ctx.save_for_backward(x, weight, A, B, narrow, keep)
-        ctx.scaling = scaling
-        return F.linear(x, weight, bias).addmm_(narrow, B.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, weight, A, B, narrow, keep, *below[:2])
+        ctx.scaling, ctx.scaling_below = scaling, below[2:]
+        out = F.linear(x, weight, bias)
+        if below:
+            out.addmm_(x @ below[0].to(x.dtype).T, below[1].to(x.dtype).T, alpha=below[2])
+        return out.addmm_(narrow, B.to(x.dtype).T, alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, A, B, narrow, keep = ctx.saved_tensors
+        x, weight, A, B, narrow, keep, *below = ctx.saved_tensors
         narrow_grad = (grad @ B.to(x.dtype)) * ctx.scaling
         B_grad = (grad.T @ narrow) * ctx.scaling
         if keep is None:
@@ -145,31 +152,56 @@ class LoRASum(torch.autograd.Function):
             keep = keep.to(x.dtype)
             A_grad = narrow_grad.T @ (x * keep)  # the product has no name, so that its memory is free at once
         x_grad = None
-        if ctx.needs_input_grad[0] and keep is None:
-            x_grad = (grad @ weight).addmm_(narrow_grad, A.to(x.dtype))
-        elif ctx.needs_input_grad[0]:
-            x_grad = (grad @ weight).addcmul_(narrow_grad @ A.to(x.dtype), keep)
-        return x_grad, None, None, A_grad.to(A.dtype), B_grad.to(B.dtype), None, None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad @ weight
+            if below:
+                x_grad.addmm_(grad @ below[1].to(x.dtype), below[0].to(x.dtype), alpha=ctx.scaling_below[0])
+            if keep is None:
+                x_grad.addmm_(narrow_grad, A.to(x.dtype))
+            else:
+                x_grad.addcmul_(narrow_grad @ A.to(x.dtype), keep)
+        return x_grad, None, None, A_grad.to(A.dtype), B_grad.to(B.dtype), *[None] * (2 + 3 * bool(below))
 
 
 class LeanLinear(Linear):
-    """PEFT's LoRA layer. `LoRASum` computes it if one adapter is active on a frozen nn.Linear, else PEFT does."""
+    """PEFT's LoRA layer. `LoRASum` computes one adapter on a frozen nn.Linear, or two of which the first is frozen.
+
+    PEFT computes everything else.
+    """
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        base = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         unusual = self.disable_adapters or self.merged or self.lora_variant or torch.is_autocast_enabled(x.device.type)
-        frozen = type(base) is nn.Linear and not any(parameter.requires_grad for parameter in base.parameters())
-        if unusual or not frozen or len(active) != 1 or args or kwargs:
+        if unusual or args or kwargs or not x.numel() or not self.fits(active):
             return super().forward(x, *args, **kwargs)
-        A, B, dropout = self.lora_A[active[0]], self.lora_B[active[0]], self.lora_dropout[active[0]]
-        probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        if B.bias is not None or probability > MAX_DROPOUT or not x.numel():
-            return super().forward(x, *args, **kwargs)
-        flat = x.flatten(0, -2)
-        scaling = self.scaling[active[0]] / (1 - round(probability * LEVELS) / LEVELS)
-        out = LoRASum.apply(flat, base.weight, base.bias, A.weight, B.weight, scaling, keep_mask(flat, probability))
+        *below, last = active
+        probability = self.dropout_of(last)
+        scaling = self.scaling[last] / (1 - round(probability * LEVELS) / LEVELS)
+        flat, base = x.flatten(0, -2), self.base_layer
+        trained = self.lora_A[last].weight, self.lora_B[last].weight, scaling, keep_mask(flat, probability)
+        frozen = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in below]
+        out = LoRASum.apply(flat, base.weight, base.bias, *trained, *itertools.chain(*frozen))
         return out.view(*x.shape[:-1], -1)
+
+    def fits(self, active: list[str]) -> bool:
+        """Whether `LoRASum` can compute these adapters."""
+        base = self.base_layer
+        if type(base) is not nn.Linear or any(parameter.requires_grad for parameter in base.parameters()):
+            return False
+        if not 1 <= len(active) <= 2 or any(self.lora_B[name].bias is not None for name in active):
+            return False
+        if self.dropout_of(active[-1]) > MAX_DROPOUT:
+            return False
+        if len(active) == 1:
+            return True
+        below = active[0]
+        trained = self.lora_A[below].weight.requires_grad or self.lora_B[below].weight.requires_grad
+        return not trained and not self.dropout_of(below)
+
+    def dropout_of(self, name: str) -> float:
+        """Return the probability of an adapter's dropout, 0 in evaluation."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def lean(model):

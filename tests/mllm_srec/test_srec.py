@@ -8,10 +8,13 @@ import pytest
 from conftest import Opened
 from echo import texts_of, thought_prompts
 from layouts import lines
+from tokenizers import normalizers, pre_tokenizers
 
 from hanorec.data.folder import DataFolder
+from hanorec.model.prompts import fit_to_length
 from hanorec.model.trees import tree_length
 from hanorec.run.files import UserError, file_hash, write_json
+from mllm_srec import chain_of_thought
 from mllm_srec.preferences import timelines
 from mllm_srec.texts import PROMPTS_FILE, fill, read_texts
 
@@ -119,6 +122,70 @@ def test_an_example_that_cannot_fit_is_refused(data):
     prompts.user_texts.summaries[unused] = "long " * 2 * longest
     with pytest.raises(UserError, match="train with a larger --max-length"):
         prompts.check_fit([build], examples, 2 * longest + 100)
+
+
+def fault(check, *args):
+    """The message of the UserError of check(*args), or None."""
+    try:
+        check(*args)
+    except UserError as error:
+        return str(error)
+
+
+def check_slowly(tried, max_length):
+    """Make the tokens of every tree. tried: (function from an example to a tree, example)."""
+    for build, example in tried:
+        fit_to_length(build, example, max_length)
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_what_fits_is_what_the_slow_way_finds(data, byte_level, monkeypatch):
+    """A bound in bytes decides most trees."""
+    loaded = Opened(data)
+    prompts, examples = thought_prompts(loaded), loaded.examples("train", 12)
+    assert prompts.byte_level
+    prompts.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    prompts.byte_level, texts = byte_level, prompts.user_texts
+    for item, odd in enumerate(
+        ("\u0958" * 30, "\U0001d160" * 20, "e\u0301\u0323" * 30, "\U0001f469\u200d\U0001f4bb" * 9)
+    ):
+        texts.summaries[item] = odd
+    kinds = [lambda example, kind=kind: prompts.pair_tree(example, kind) for kind in ("yes", "no")]
+    for builds in ([partial(prompts.sft_tree, task="yesno")], kinds):
+        lengths = [len(prompts.text(texts.item_lines([item]))) for item in range(len(prompts.items))]
+        tried = []
+        for example in (replace(example, history=example.history[-1:]) for example in examples):
+            for build in builds:
+                tried += [(build, example), (build, replace(example, rejected=lengths.index(max(lengths))))]
+        exact = [tree_length(build(example)) for build, example in tried]
+        assert all(prompts.most_tokens(*each) >= length for each, length in zip(tried, exact, strict=True))
+        for limit in (max(exact), *sorted(set(exact))[-6:-1], min(exact) - 1):
+            slow = fault(check_slowly, tried, limit)
+            assert fault(prompts.check_fit, builds, examples, limit) == slow
+            assert (slow is None) == (limit == max(exact))
+    built = []
+    monkeypatch.setattr(chain_of_thought, "fit_to_length", lambda *args: built.append(args))
+    prompts.check_fit(kinds, examples, 100_000)
+    assert len(built) == (0 if byte_level else 4 * len(examples))
+
+
+def test_which_tokenizers_have_a_bound_in_bytes(data):
+    tokenizer = thought_prompts(Opened(data)).tokenizer
+    backend = tokenizer.backend_tokenizer
+    split, bytes_alone = pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for parts, normalizer, expected in (
+        ([split, bytes_alone], normalizers.NFC(), True),
+        ([split, bytes_alone], None, True),
+        ([split, bytes_alone], normalizers.NFKC(), False),  # a ligature becomes many letters
+        ([split, pre_tokenizers.ByteLevel(add_prefix_space=True)], None, False),
+        ([pre_tokenizers.Metaspace(), bytes_alone], None, False),
+        ([split], None, False),
+    ):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        backend.normalizer = normalizer
+        assert chain_of_thought.is_byte_level(tokenizer) == expected, (parts, normalizer)
+    backend.pre_tokenizer = bytes_alone
+    assert chain_of_thought.is_byte_level(tokenizer) and not chain_of_thought.is_byte_level(object())
 
 
 def test_a_text_that_is_not_known_shares_no_words(data):

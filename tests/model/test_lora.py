@@ -23,6 +23,17 @@ def layer(dropout=0.0, bias=True, dtype=torch.float32):
     return model
 
 
+def two_adapters(dropout=0.0):
+    """The model of `layer` with a frozen adapter of rank 2 below the trained one."""
+    torch.manual_seed(1)
+    model = layer(dropout)
+    model.add_adapter(lora.FROZEN, LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and f".{lora.FROZEN}." not in name)
+    model.base_model.model[0]._active_adapter = [lora.FROZEN, lora.TRAINED]
+    return model
+
+
 def outcome(model, x, signs):
     """Output, gradient of the input, and gradients of the trainable weights."""
     x = x.clone().requires_grad_(True)
@@ -40,6 +51,18 @@ def test_lean_layer_equals_pefts_layer(bias):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_two_adapters_equal_pefts(training, monkeypatch):
+    own, lean = two_adapters().train(training), lora.lean(two_adapters(dropout=0.0 if training else 0.5))
+    lean.train(training)
+    x, signs = torch.randn(2, 5, 24), torch.randn(2, 5, 16)
+    expected = outcome(own, x, signs)
+    monkeypatch.setattr(Linear, "forward", None)  # LoRASum computes both
+    for one, other in zip(outcome(lean, x, signs), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert len(expected) == 4  # the frozen adapter has no gradient
+
+
 def test_half_precision_is_as_good_as_autocast():
     """Compare with PEFT's layer in float64."""
     x, signs = torch.randn(64, 24).bfloat16(), torch.randn(64, 16).bfloat16()
@@ -50,8 +73,9 @@ def test_half_precision_is_as_good_as_autocast():
         assert float(((one.double() - other).norm() / other.norm()).detach()) < 1e-2
 
 
-def test_dropout_has_its_probability_and_the_right_gradient():
-    lean = lora.lean(layer(dropout=0.25)).double()
+@pytest.mark.parametrize("make", [layer, two_adapters])
+def test_dropout_has_its_probability_and_the_right_gradient(make):
+    lean = lora.lean(make(dropout=0.25)).double()
     x = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
     weights = [p for p in lean.parameters() if p.requires_grad]
 
@@ -60,7 +84,7 @@ def test_dropout_has_its_probability_and_the_right_gradient():
         return lean(x)
 
     assert torch.autograd.gradcheck(run, (x, *weights))
-    plain = lean.base_model.model[0].base_layer
+    plain = lean.base_model.model[0].base_layer  # without the part of the frozen adapter, which has no dropout
     many = torch.stack([lean(x.detach()) - plain(x.detach()) for _ in range(4000)])
     expected = lean.eval()(x.detach()) - plain(x.detach())
     error = (many.mean(0) - expected).abs() / (many.std(0) / 4000**0.5)
@@ -70,7 +94,11 @@ def test_dropout_has_its_probability_and_the_right_gradient():
 
 
 def test_unsupported_settings_are_left_to_peft():
-    """LoRA with its own biases, and a base layer that is trained."""
+    """LoRA with its own biases, a base layer that is trained, two trained adapters."""
+    both = lora.lean(two_adapters())
+    for name, parameter in both.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    assert len(outcome(both, torch.randn(5, 24), torch.ones(5, 16))) == 6
     x, outcomes = torch.randn(5, 24), []
     for wrap in (lambda model: model, lora.lean):
         torch.manual_seed(0)
