@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from hanorec.data.folder import DataFolder
-from hanorec.ranking.baselines import interaction_counts
+from hanorec.ranking.baselines import CoOccurrence, interaction_counts
 from hanorec.ranking.sasrec import CONFIG
 from hanorec.ranking.sasrec_model import SASRec
 from hanorec.run.files import UserError, file_hash, printable, read_json
@@ -16,10 +16,8 @@ from hanorec.run.files import UserError, file_hash, printable, read_json
 PLACES_PER_NEWCOMER = 10  # one of so many places of a shortlist is for an item that nobody has
 
 
-class CoOccurrence:
-    """Scores items by the number of pairs (item of the history, user who has that item and the scored one).
-
-    Items of equal scores are in the order of their popularity.
+class MostShared:
+    """Ranks items by CoOccurrence with a history. Items of equal scores are in the order of their popularity.
 
     Args:
         histories: the history of each user, item indices.
@@ -30,18 +28,14 @@ class CoOccurrence:
     name, key = "co-occurrence and popularity", "co-occurrence"
 
     def __init__(self, histories: Sequence[list[int]], items: int, length: int):
-        self.items = np.concatenate([np.array(history, dtype=int) for history in histories])  # [M]
-        self.users = np.repeat(np.arange(len(histories)), [len(history) for history in histories])  # [M]
+        self.counter, self.length = CoOccurrence(histories, items), length
         self.popularity = interaction_counts(histories, items)  # [N]
-        self.count, self.length = len(histories), length
 
     def best_first(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
         """Return the candidates, best first."""
-        of_history = np.bincount(np.array(history[-self.length :], dtype=int), minlength=len(self.popularity))
-        shared = np.bincount(self.users, weights=of_history[self.items], minlength=self.count)  # by user
-        scores = np.bincount(self.items, weights=shared[self.users], minlength=len(self.popularity))
         candidates = np.array(candidates, dtype=int)
-        return candidates[np.lexsort((-self.popularity[candidates], -scores[candidates]))].tolist()
+        scores = self.counter.scores(history[-self.length :], candidates)
+        return candidates[np.lexsort((-self.popularity[candidates], -scores))].tolist()
 
 
 class TrainedSASRec:
@@ -107,7 +101,7 @@ def shortlist(stage, newcomers: Newcomers, history: list[int], candidates: list[
     return old[: size - len(new)] + new
 
 
-def first_stage(data: DataFolder, histories: Sequence[list[int]], length: int) -> CoOccurrence | TrainedSASRec:
+def first_stage(data: DataFolder, histories: Sequence[list[int]], length: int) -> MostShared | TrainedSASRec:
     """Return the SASRec in <data>/sasrec* that was trained on this data, the first by name, else co-occurrence.
 
     Args:
@@ -118,4 +112,4 @@ def first_stage(data: DataFolder, histories: Sequence[list[int]], length: int) -
         path = config_path.with_name("model.safetensors")
         if config["files"] == data.manifest["files"] and path.exists():
             return TrainedSASRec(path, config["options"], len(data.items))
-    return CoOccurrence(histories, len(data.items), length)
+    return MostShared(histories, len(data.items), length)
