@@ -13,6 +13,11 @@ log p(Yes) - log p(No), which also ranks if a run was not trained on titles. No 
 has a bootstrap interval. Where the data folder holds exact probabilities, their metrics are the row `ceiling`.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 from pathlib import Path
 

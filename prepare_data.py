@@ -11,6 +11,11 @@ histories.jsonl (each user's whole history), manifest.json and encoded/<backbone
 from --seed, once, and stored.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import os.path
 import sys
