@@ -204,32 +204,43 @@ def strip(posters: Posters, example: Example, scores: np.ndarray) -> Html:
 
 
 def card(
-    number: int, tags: Sequence[str], systems: Sequence[System], example: Example, targets: np.ndarray, posters: Posters
-):
-    """Return one example: its history, the texts about it, and each system's order.
+    number: int,
+    tags: Sequence[str],
+    systems: Sequence[System],
+    example: Example,
+    targets: np.ndarray,
+    posters: Posters,
+    is_open: bool = False,
+) -> Html:
+    """Return one example: a line with the target's places, and below it the history, each system's order and the texts.
 
     Args:
         number: of the example.
         tags: its groups and outcomes.
+        is_open: whether the reader sees more than the line without a click.
     """
     shown = example.history[-HISTORY:]
     left = len(example.history) - len(shown)
     heading = f"history, oldest first ({left} earlier items are not shown)" if left else "history, oldest first"
     history = element("div", *[posters.poster(item) for item in shown], class_="strip")
-    blocks = []
+    blocks, count, line = [], len(example.candidates), []
     for index, system in enumerate(systems):
         place = places(system.scores[[number]], targets[[number]])[0]
         name = element("span", system.name, class_=f"key c{index % COLOURS}")
-        title = element("h4", name, f" {system.run} target in place {place:g} of {len(example.candidates)}")
+        line.append(element("span", name, f" {place:g}"))
+        title = element("h4", name, f" {system.run} target in place {place:g} of {count}")
         blocks.append(
             element("section", title, strip(posters, example, system.scores[number]), texts_of(system, example))
         )
     labels = [element("span", tag, class_="tag") for tag in tags]
     prefix = None if example.user.casefold().startswith("user") else "User "
-    title = element("h3", prefix, element("bdi", example.user), *labels)
+    in_place = element("span", f"place of the target (of {count}):", *line, class_="note places")
+    title = element("h3", element("span", prefix, element("bdi", example.user)), *labels, in_place)
     classes = " ".join(["card", *(identifier(tag) for tag in tags)])
     sides = element("div", *blocks, class_="sides")
-    return element("article", title, element("h4", heading), history, sides, class_=classes)
+    state = {"open": ""} if is_open else {}
+    content = element("details", element("summary", title), element("h4", heading), history, sides, **state)
+    return element("article", content, class_=classes)
 
 
 def texts_of(system: System, example: Example) -> Html | None:
