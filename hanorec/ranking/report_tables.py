@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from hanorec.ranking import charts
-from hanorec.ranking.gallery import System, places
+from hanorec.ranking.gallery import System
 from hanorec.ranking.markdown import LONG_TABLES, SLICE_TABLE, TABLES, short
 from hanorec.ranking.markup import Html, element, joined
-from hanorec.ranking.metrics import Result
+from hanorec.ranking.metrics import Result, target_ranks
 from hanorec.ranking.results import Results
 
 SHORT_METRICS = ("NDCG@3", "HR@3", "AUC")  # of the sentences
@@ -50,7 +50,7 @@ def in_short(results: Results, systems: Sequence[System], targets: np.ndarray, r
     Args:
         recipes: how each system that is a run was trained, by its name.
     """
-    own = {system.name: places(system.scores, targets) for system in systems}
+    own = {system.name: target_ranks(system.scores, targets) for system in systems}
     lines = []
     begun = {name: [element("b", name), f" ({recipes[name]})" if name in recipes else ""] for name in own}
     if results.differences and results.reference in recipes:

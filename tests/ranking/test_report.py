@@ -20,7 +20,7 @@ from hanorec.ranking.curves import training_charts
 from hanorec.ranking.gallery import Posters, System
 from hanorec.ranking.markdown import TABLES, cell, short
 from hanorec.ranking.markup import Html, element
-from hanorec.ranking.metrics import measure
+from hanorec.ranking.metrics import measure, target_ranks
 from hanorec.ranking.report_recipes import recipe
 from hanorec.ranking.report_tables import results_section
 
@@ -106,7 +106,7 @@ def test_the_table_holds_the_numbers_of_the_results(page):
                 texts.append(f"{value} [{low}, {high}]")
             assert names[name] + "".join(texts) in rows
     (line, other) = [one.text for one in read.of("li")][:2]
-    first, last = (gallery.places(system.scores, targets_of(page)) for system in page[1][1])
+    first, last = (target_ranks(system.scores, targets_of(page)) for system in page[1][1])
     up, down = (first > last).sum(), (first < last).sum()
     assert f"{up} moved up, {down} moved down and {len(first) - up - down} kept their place" in line
     low, high = made.differences["runs/small/<b>hanorec</b>"].interval("NDCG@3")
@@ -211,7 +211,7 @@ def test_a_single_system_and_a_long_list(prepared, tmp_path):
     assert not [one for one in read.of("section") if one.attributes.get("id") == "differences"]
     assert "gained most" not in path.read_text(encoding="utf-8") and not results.differences
     targets = np.array([example.candidates.index(example.target) for example in examples])
-    place = gallery.places(system.scores, targets)
+    place = target_ranks(system.scores, targets)
     assert f"{(place == 1).sum()} are in the first place" in read.of("li")[0].text
     example = SimpleNamespace(candidates=list(range(40)), target=7)
     scores = -np.arange(40.0)[::-1]
