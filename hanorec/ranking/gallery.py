@@ -225,7 +225,7 @@ def card(
         )
     labels = [element("span", tag, class_="tag") for tag in tags]
     prefix = None if example.user.casefold().startswith("user") else "User "
-    in_place = element("span", f"place of the target (of {count}):", *line, class_="note places")
+    in_place = element("span", f"target's place (of {count}):", *line, class_="note places")
     title = element("h3", element("span", prefix, element("bdi", example.user)), *labels, in_place)
     classes = " ".join(["card", *(identifier(tag) for tag in tags)])
     sides = element("div", *blocks, class_="sides")

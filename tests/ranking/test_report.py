@@ -357,7 +357,7 @@ def test_the_user_is_named_once(prepared):
     example, scores = data.examples("test")[0], np.arange(10.0)[None]
     for user, title in (("user102", "user102"), ("7", "User 7")):
         text = gallery.card(0, [], [System("a", scores)], replace(example, user=user), np.array([0]), Posters(data))
-        assert Read(text).of("h3")[0].text.partition("place of the target")[0] == title
+        assert Read(text).of("h3")[0].text.partition("target's place")[0] == title
 
 
 def test_notes_below_the_results_are_about_what_is_there():

@@ -91,7 +91,7 @@ def test_an_example_is_a_line_until_it_is_opened(page, report, width):
     number = [is_open for _, is_open in lines].index(False)
     card = f"document.querySelectorAll('.card')[{number}]"
     text = page.value(f"{card}.innerText")
-    assert "place of the target (of 10)" in text and "history" not in text
+    assert "target's place (of 10)" in text and "history" not in text
     page.value(f"{card}.querySelector('summary').click()")
     assert page.value(f"{card}.offsetHeight") > 200 and "history, oldest first" in page.value(f"{card}.innerText")
 
