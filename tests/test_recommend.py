@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import prepare_data
 from hanorec import recommend
 from hanorec.data.folder import DataFolder
 from hanorec.ranking import recommending, sasrec
+from hanorec.ranking.settings import Settings
 from hanorec.run.runs import read_run
 
 
@@ -57,7 +59,7 @@ def test_history_from_and_top_k(prepared, sft_run, tmp_path):
     (tmp_path / "ids.txt").write_text(f"{ids[40]}\n{ids[41]}\n\n{ids[42]}\n")
     (other,) = recommend.main([*common, "--from", str(tmp_path / "ids.txt"), "--top-k", "2"])
     assert other == line
-    assert recommending.recommend(sft_run, history=ids[30:32], among=ids[40:43], top_k=2) == [line]
+    assert recommend.recommend(sft_run, history=ids[30:32], among=ids[40:43], top_k=2) == [line]
 
 
 def test_all_users_are_written_and_an_interrupted_file_is_continued(prepared, sft_run, tmp_path, monkeypatch):
@@ -104,6 +106,21 @@ def test_a_complete_file_is_not_computed_again(prepared, sft_run, tmp_path, monk
     assert len(ranked) == 4 * count and out.read_bytes() == content
 
 
+def test_1900_items_answer_in_seconds(sft_run, tmp_path, capsys):
+    """With the first stage. The limit is wide, because other tests use the cores too."""
+    users = [f"{n},p{(37 * n + 11 * step) % 1900},{step}" for n in range(300) for step in range(8)]
+    (tmp_path / "orders.csv").write_text("\n".join(["user,item,timestamp", *users]) + "\n")
+    titles = [f"p{number},Thing {number % 83} of {number % 97}" for number in range(1900)]
+    (tmp_path / "products.csv").write_text("\n".join(["item,title", *titles]) + "\n")
+    prepare_shop(tmp_path, tmp_path / "shop", sft_run, "--keep-untouched")
+    began = time.monotonic()
+    (line,) = recommend.main(words("--run", sft_run, "--data", tmp_path / "shop", "--user", 7))
+    seconds = time.monotonic() - began
+    assert line["candidates"] == 1892 and line["first_stage"].startswith("co-occurrence") and len(chosen(line)) == 10
+    assert seconds < 20, seconds
+    assert Settings().shortlist == 100
+
+
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
     """A data folder of a shop whose customers have names, with its encoding of a run's model."""
@@ -116,9 +133,9 @@ def named(tmp_path_factory):
     return raw
 
 
-def prepare_shop(raw, out, model, orders="orders.csv"):
+def prepare_shop(raw, out, model, *more, orders="orders.csv"):
     tables = ["--interactions", raw / orders, "--items", raw / "products.csv"]
-    prepare_data.main(words("--dataset", "csv", *tables, "--model", model, "--out", out))
+    prepare_data.main(words("--dataset", "csv", *tables, "--model", model, "--out", out, *more))
 
 
 def test_a_name_in_other_capitals_is_guessed_right(named, sft_run, tmp_path, capsys):
@@ -146,12 +163,12 @@ def test_old_orders_that_later_data_lack_are_a_warning(named, sft_run, tmp_path,
     command = words("--run", run, "--data", tmp_path / "later", "--user", "Jana Brandt")
     orders = (named / "orders.csv").read_text().splitlines()
     (named / "later.csv").write_text("\n".join([*orders, "Jana Brandt,p15,99"]) + "\n")
-    prepare_shop(named, tmp_path / "later", run, "later.csv")
+    prepare_shop(named, tmp_path / "later", run, orders="later.csv")
     recommend.main(command)
     assert "WARNING" not in capsys.readouterr().out
     newest = [line for line in orders if line.split(",")[-1] not in "01" or not line.startswith(("Jana", "User 3"))]
     (named / "later.csv").write_text("\n".join([*newest, "Jana Brandt,p15,99"]) + "\n")
-    prepare_shop(named, tmp_path / "later", run, "later.csv")
+    prepare_shop(named, tmp_path / "later", run, orders="later.csv")
     (line,) = recommend.main(command)
     printed = capsys.readouterr().out
     assert "lacks orders that" in printed and "of 2 users (e.g. Jana Brandt: p0)" in printed
@@ -164,14 +181,16 @@ def test_old_orders_that_later_data_lack_are_a_warning(named, sft_run, tmp_path,
     assert "WARNING" not in capsys.readouterr().out  # nothing to compare with
 
 
-def test_a_first_stage_chooses_from_a_large_catalogue(data, prepared, sft_run, monkeypatch):
+def test_a_first_stage_chooses_from_a_large_catalogue(data, prepared, sft_run, monkeypatch, capsys):
     """Co-occurrence, or SASRec where it was trained on the data folder."""
     user = next(iter(whole(prepared)))
     common = ["--run", str(sft_run), "--data", str(data), "--user", user, "--top-k", "50"]
     with monkeypatch.context() as patch:
         patch.delattr(recommending, "first_stage")  # not built where the model ranks all
         recommend.main(common)
+        assert "chosen by" not in capsys.readouterr().out
     (few,) = recommend.main([*common, "--shortlist", "12"])
+    assert " candidates, chosen by co-occurrence and popularity, then ranked by log-li" in capsys.readouterr().out
     assert few["first_stage"].startswith("co-occurrence") and len(chosen(few)) == 12
     everything = DataFolder(data)
     histories = everything.histories()

@@ -114,6 +114,13 @@ def test_the_table_holds_the_numbers_of_the_results(page):
     assert verdict in line and f"a random order {short(made.table['chance'].values['NDCG@3'])}" in other
 
 
+def test_the_protocol_is_a_sentence(page, prepared):
+    read, (_, _, _, examples, *_), _ = page
+    expected = f"Each of the {len(examples)} examples of {prepared} (test, leave-one-out) ranks the item that a user "
+    expected += "chose next among 9 others (uniform negatives), after a history of up to 5 items. "
+    assert read.of("p")[0].text.startswith(expected)
+
+
 def targets_of(page):
     return np.array([example.candidates.index(example.target) for example in page[1][3]])
 
