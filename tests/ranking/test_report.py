@@ -18,7 +18,7 @@ from hanorec.data.folder import DataFolder
 from hanorec.ranking import charts, gallery, results
 from hanorec.ranking.curves import training_charts
 from hanorec.ranking.gallery import Posters, System
-from hanorec.ranking.markdown import TABLES, cell, short
+from hanorec.ranking.markdown import SLICE_TABLE, TABLES, cell, short
 from hanorec.ranking.markup import Html, element
 from hanorec.ranking.metrics import measure, target_ranks
 from hanorec.ranking.report_recipes import recipe
@@ -153,6 +153,23 @@ def test_bars_lie_on_the_axis_of_their_column(page):
             (_, low, high), (_, dot) = [entry for entry in row if entry[0] == column]
             expected = [x + (number - value) * scale for number in (result.values[metric], *result.interval(metric))]
             assert [dot, low, high] == pytest.approx(expected, abs=0.11)
+
+
+def test_slices_are_plots_of_their_numbers(page):
+    """A chart for each slicing and metric; the tip of each dot has the slice's value and interval."""
+    read, (made, *_), _ = page
+    titles, tips = {one.text for one in read.of("b")}, [one.text for one in read.of("title")]
+    count = 0
+    for metric in SLICE_TABLE:
+        for name in ("runs/small/<b>sft</b>", "runs/small/<b>hanorec</b>"):
+            for slicing, slices in made.table[name].slices.items():
+                assert (f"{metric} by {slicing}" in titles) == (len(slices) > 1)
+                for label, part in slices.items() if len(slices) > 1 else ():
+                    low, high = map(charts.number, part.interval(metric))
+                    values = f"{charts.number(part.values[metric])} [{low}, {high}]"
+                    assert f"{name.removeprefix('runs/small/')}, {label.partition(': ')[0]}: {values}" in tips
+                    count += 1
+    assert count >= 36
 
 
 def test_each_example_shows_its_posters_in_each_order(page):
