@@ -23,7 +23,7 @@ from hanorec.model.finished import load_finished, open_encoding
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import load_template
 from hanorec.ranking.catalogue import CatalogueRanker
-from hanorec.ranking.first_stage import MostShared
+from hanorec.ranking.first_stage import CoOccurrence
 from hanorec.run.launch import start_accelerator
 from hanorec.run.runs import read_run
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     for example in data.examples("test", options.users):
         owned = {*sequences[example.user], val[example.user]}
         candidates = [item for item in range(len(data.items)) if item not in owned]
-        stage = MostShared([*sequences.values()], len(data.items), len(example.history))
+        stage = CoOccurrence([*sequences.values()], len(data.items), len(example.history))
         order = stage.best_first(example.history, candidates)
         places["first stage"].append(order.index(example.target))
         narrow(ways["rounds"], example.history, order[:SHORTLIST])

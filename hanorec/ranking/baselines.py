@@ -22,7 +22,7 @@ def popularity_scores(sequences: Sequence[list[int]], items: int, examples: Sequ
     return interaction_counts(sequences, items)[[example.candidates for example in examples]].astype(float)
 
 
-class CoOccurrence:
+class PairCounts:
     """Counts the pairs (item of a history, user who has that item and the scored one).
 
     Args:
@@ -47,7 +47,7 @@ class CoOccurrence:
 
 def cooccurrence_scores(sequences: Sequence[list[int]], items: int, examples: Sequence[Example]) -> np.ndarray:
     """Return for each candidate the number of pairs (history item, training user with that item and the candidate)."""
-    counter = CoOccurrence(sequences, items)
+    counter = PairCounts(sequences, items)
     return np.array([counter.scores(example.history, example.candidates) for example in examples])
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from hanorec.data.folder import DataFolder
-from hanorec.ranking.baselines import CoOccurrence, interaction_counts
+from hanorec.ranking.baselines import PairCounts, interaction_counts
 from hanorec.ranking.sasrec import CONFIG
 from hanorec.ranking.sasrec_model import SASRec
 from hanorec.run.files import UserError, file_hash, printable, read_json
@@ -16,8 +16,8 @@ from hanorec.run.files import UserError, file_hash, printable, read_json
 PLACES_PER_NEWCOMER = 10  # one of so many places of a shortlist is for an item that nobody has
 
 
-class MostShared:
-    """Ranks items by CoOccurrence with a history. Items of equal scores are in the order of their popularity.
+class CoOccurrence:
+    """Ranks items by PairCounts with a history. Items of equal scores are in the order of their popularity.
 
     Args:
         histories: the history of each user, item indices.
@@ -28,7 +28,7 @@ class MostShared:
     name, key = "co-occurrence and popularity", "co-occurrence"
 
     def __init__(self, histories: Sequence[list[int]], items: int, length: int):
-        self.counter, self.length = CoOccurrence(histories, items), length
+        self.counter, self.length = PairCounts(histories, items), length
         self.popularity = interaction_counts(histories, items)  # [N]
 
     def best_first(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
@@ -101,7 +101,7 @@ def shortlist(stage, newcomers: Newcomers, history: list[int], candidates: list[
     return old[: size - len(new)] + new
 
 
-def first_stage(data: DataFolder, histories: Sequence[list[int]], length: int) -> MostShared | TrainedSASRec:
+def first_stage(data: DataFolder, histories: Sequence[list[int]], length: int) -> CoOccurrence | TrainedSASRec:
     """Return the SASRec in <data>/sasrec* that was trained on this data, the first by name, else co-occurrence.
 
     Args:
@@ -112,4 +112,4 @@ def first_stage(data: DataFolder, histories: Sequence[list[int]], length: int) -
         path = config_path.with_name("model.safetensors")
         if config["files"] == data.manifest["files"] and path.exists():
             return TrainedSASRec(path, config["options"], len(data.items))
-    return MostShared(histories, len(data.items), length)
+    return CoOccurrence(histories, len(data.items), length)

@@ -8,14 +8,14 @@ from spoilt import sign
 from hanorec.data.folder import DataFolder, Example
 from hanorec.ranking import sasrec
 from hanorec.ranking.baselines import cooccurrence_scores
-from hanorec.ranking.first_stage import MostShared, Newcomers, TrainedSASRec, first_stage, shortlist
+from hanorec.ranking.first_stage import CoOccurrence, Newcomers, TrainedSASRec, first_stage, shortlist
 
 
 def test_co_occurrence_then_popularity_against_brute_force():
     rng = np.random.default_rng(0)
     histories = [rng.permutation(30)[: rng.integers(1, 9)].tolist() for _ in range(40)]
     popularity = [sum(item in history for history in histories) for item in range(40)]  # 10 that nobody has
-    stage = MostShared(histories, 40, 3)
+    stage = CoOccurrence(histories, 40, 3)
     for history in ([5, 7, 9, 11], [2], [39]):
         pairs = [
             sum(past in other for other in histories if item in other for past in history[-3:]) for item in range(40)
@@ -35,7 +35,7 @@ def test_a_tenth_of_a_shortlist_is_for_items_that_nobody_has():
     histories = [rng.permutation(40)[:12].tolist() for _ in range(60)]  # nobody has 40 to 59
     text, image = torch.randn(60, 4), torch.randn(60, 4)
     image[::3] = 0  # without a picture
-    stage, newcomers = MostShared(histories, 60, 5), Newcomers(histories, text, image)
+    stage, newcomers = CoOccurrence(histories, 60, 5), Newcomers(histories, text, image)
     history, candidates = [3, 7, 45], [item for item in rng.permutation(60).tolist() if item not in (3, 7, 45)]
 
     def cosine(one, other):
@@ -76,9 +76,9 @@ def test_sasrec_where_it_was_trained_on_this_data(data):
     with pytest.raises(ValueError, match="cannot be loaded"):
         first_stage(folder, histories, 5)
     weights.unlink()  # of an earlier version
-    assert isinstance(first_stage(folder, histories, 5), MostShared)
+    assert isinstance(first_stage(folder, histories, 5), CoOccurrence)
     weights.write_bytes(content)
     first_line, rest = (data / "val.jsonl").read_text().split("\n", 1)
     (data / "val.jsonl").write_text(rest + first_line + "\n")
     sign(data)
-    assert isinstance(first_stage(DataFolder(data), histories, 5), MostShared)
+    assert isinstance(first_stage(DataFolder(data), histories, 5), CoOccurrence)
