@@ -1,12 +1,15 @@
 # make demo: the four commands with their defaults and the baseline SASRec, ending in the results table.
 # make test: style and tests. make fuzz: ten thousand spoilt inputs to every reader.
-# make bench: this project against TRL, into bench/RESULTS.md. All make .venv and install into it what they need.
+# make bench: this project against TRL, into bench/RESULTS.md. All make .venv and install into it what they need;
+# make install does that alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fuzz bench clean
+.PHONY: install demo test fuzz bench clean
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python prepare_data.py

@@ -12,6 +12,11 @@ of the paper are in hanorec_loss.py. (5, 6, 8) are called in hanorec/model/hars.
 the others here in `preference_loss`.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import itertools
 from pathlib import Path

@@ -13,6 +13,11 @@ log p(Yes) - log p(No), which also ranks if a run was not trained on titles. No 
 has a bootstrap interval. Where the data folder holds exact probabilities, their metrics are the row `ceiling`.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 from pathlib import Path
 
@@ -121,11 +126,11 @@ from hanorec.data.folder import DataFolder, Example
 from hanorec.model.encoding import Encoding
 from hanorec.ranking.alignment import alignment_table, measure_alignment
 from hanorec.ranking.baselines import interaction_counts
+from hanorec.ranking.by_title import examples_of_user, print_recommendations
 from hanorec.ranking.ceiling import ceiling_scores
 from hanorec.ranking.exchange import read_scores, write_predictions, write_recbole
 from hanorec.ranking.gallery import System
 from hanorec.ranking.metrics import Result, rank_changes
-from hanorec.ranking.recommending import examples_of_user, print_recommendations
 from hanorec.ranking.report import write_report
 from hanorec.ranking.results import file_prefix, measure_all, write_results
 from hanorec.ranking.scoring import target_columns

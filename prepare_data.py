@@ -11,6 +11,11 @@ histories.jsonl (each user's whole history), manifest.json and encoded/<backbone
 from --seed, once, and stored.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import os.path
 import sys
@@ -79,11 +84,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the options, and set those that depend on others. `model` stays None if it is not given."""
     parser = Parser(__doc__, OPTIONS)
     options = parser.parse_args(argv)
-    options.out = options.out or Path("data") / options.dataset
+    options.out, options.run = options.out or Path("data") / options.dataset, None
     if options.model:
         options.model = options.model.rstrip("/") or "/"
-        if is_run(Path(options.model)):
-            options.model = backbone_for_later_data(Path(options.model))
+        options.run = Path(options.model) if is_run(Path(options.model)) else None
+        if options.run:
+            options.model = backbone_for_later_data(options.run)
     name = os.path.normpath(options.model or "tiny").strip("/").replace("/", "--")
     if name.startswith("."):  # ../ckpt; readers skip names that begin with a dot
         name = Path(options.model).resolve().name
@@ -147,7 +153,7 @@ OF_OLD_DATA = ["encoded", "sasrec*", *CEILING_FILES, *(f"{name}.jsonl" for name 
 # The files of a data folder without manifest.json: an earlier command was interrupted
 DATA_FILES = {"images", "tiny", "summaries", "descriptions.jsonl", *OF_OLD_DATA, *(f"{name}.jsonl" for name in FILES)}
 # Options that do not change the data files
-NOT_DATA = ("model", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
+NOT_DATA = ("model", "run", "encoded", "max_pixels", "tokens", "trust_remote_code", "show", "encode_only", "out")
 
 
 def check_out(out: Path, dataset: str) -> None:
@@ -285,8 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         print(warning, file=sys.stderr, flush=True)
     if options.show:
         show(options)
-    of_a_run = is_run(Path(options.model).parent)  # --model RUN stands for RUN/model
-    stage = "later_data" if of_a_run else "prepare_data"
+    stage = "later_data" if options.run else "prepare_data"
     print("next:", printable(next_command(stage, options)))
 
 

@@ -10,6 +10,11 @@ answer tokens in the optimizer step. The vision tower is never trained, so the i
 folder (--images live computes them in each step).
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import itertools
 from pathlib import Path

@@ -7,6 +7,11 @@ Writes README.md (the model card) and merged/, the complete model in float32 wit
 run with LoRA gets adapter/ too. After DPO its base is the SFT model, which is then written as base/.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import shutil
 from pathlib import Path

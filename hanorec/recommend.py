@@ -10,6 +10,11 @@ for each user. With `accelerate launch -m hanorec.recommend`, processes share th
 interrupted file. The data folder may be prepared later than the run was trained: see docs/recommending.md.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import os
 from pathlib import Path

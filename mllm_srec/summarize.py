@@ -11,6 +11,11 @@ prompt or option, it writes the texts anew. Unusable texts (empty, refused, cut 
 form) are counted, and prompts go without them.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 from pathlib import Path
 

@@ -9,6 +9,11 @@ descriptions.jsonl in the data folder has one line per item: `item`, `text` (the
 (lessons.py) from random windows of the taught items. Writes a run folder like sft.py.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import itertools
 from pathlib import Path

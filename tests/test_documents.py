@@ -122,6 +122,23 @@ def test_the_readme_is_short_and_has_one_python_example():
     assert read(README).count("```python\n") == 1
 
 
+def test_the_readme_shows_a_shop_from_its_tables_to_the_page():
+    """Installing, two heads, five commands, what is printed, who else can get recommendations, and the page."""
+    _, _, section = read(README).partition("## Your own shop in five commands\n")
+    section = section.partition("\n## ")[0]
+    assert "user,item,timestamp" in section and "item,title" in section and "make install" in section
+    scripts = re.findall(r"^python (?:-m )?(\S+) --", section, re.M)[:5]
+    assert scripts == ["prepare_data.py", "sft.py", "dpo_hano.py", "hanorec.recommend", "evaluate.py"]
+    for text in ("3 of 68 candidates, ranked by", "**Recommending.**", "--history", "--users all", "**Look at it.**"):
+        assert text in section, text
+    assert "doi       = {10.1145/3805712.3809590}" in read(README)
+
+
+def test_on_one_device_the_readme_starts_no_launcher():
+    launched = [line for line in code_of(README) if "accelerate launch" in line]
+    assert launched and all("--num_processes" in line or line == "accelerate launch" for line in launched)
+
+
 def test_the_messages_in_the_readme_are_those_of_the_code():
     _, _, section = read(README).partition("## If something fails\n")
     messages = re.findall(r"^\| `(.+?)` \|", section.partition("\n## ")[0], re.M)

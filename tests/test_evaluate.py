@@ -58,6 +58,7 @@ def test_report_and_result_files(sft_run, dpo_run, tmp_path, capsys):
     assert page.index(f"<summary>{sft_run}</summary>") < page.index(f"<summary>{dpo_run}</summary>")
     text = (dpo_run / "first6_results.md").read_text(encoding="utf-8")
     assert "popularity of the target" in text and "popularity of the target" not in printed
+    assert f"next: python -m hanorec.recommend --run {dpo_run} --user " in printed
     assert text.split("\n\n")[1] in printed and (sft_run / "first6_results.md").read_text(encoding="utf-8") == text
     with open(dpo_run / "first6_results.csv", newline="", encoding="utf-8") as file:
         whole = {
@@ -229,6 +230,11 @@ def test_evaluate_refuses_what_is_no_run(prepared, sft_run, tmp_path, capsys, mo
     assert "needs --data" in refused(capsys, evaluate.main, "--scores", tmp_path / "x.jsonl")
     error = refused(capsys, evaluate.main, "--data", prepared, "--scores", tmp_path / "x.jsonl")
     assert "x.jsonl does not exist" in error
+    shutil.copytree(sft_run, tmp_path / "earlier")
+    config = json.loads((sft_run / "config.json").read_text())
+    write_json(tmp_path / "earlier" / "config.json", config | {"data": "of another hash"})
+    error = refused(capsys, evaluate.main, "--run", tmp_path / "earlier")
+    assert f"was trained on an earlier {prepared}; train it again, or prepare that data again" in error
     monkeypatch.chdir(tmp_path)
     assert "run sft.py first" in refused(capsys, evaluate.main)
 
@@ -294,7 +300,10 @@ def test_ceilings_and_hard_candidates(data, sft_run, capsys):
     assert "ceiling" not in evaluate.main([*words, other])
     predictions("oracle.jsonl", rows, yes=True)
     predictions("oracle_titles.jsonl", rows)
-    results = evaluate.main([*words, other])
+    results = evaluate.main([*words, other, "--report", str(data / "report.html")])
+    page = (data / "report.html").read_text(encoding="utf-8")
+    for name in ("ceiling", "ceiling, titles", "co-occurrence", "popularity", "chance"):
+        assert f'<span class="key other">{name}</span>' in page
     assert list(results) == [other, "ceiling", "ceiling, titles", "co-occurrence", "popularity", "chance"]
     assert results["ceiling"].values["HR@1"] == 1 > max(results["popularity"].values["HR@1"], 0.1)
     assert results["ceiling"].values["AUC"] == 0 and results["ceiling, titles"].values["AUC"] == 1

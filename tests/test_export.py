@@ -12,7 +12,9 @@ import torch
 from conftest import Opened
 from spoilt import refused
 
+import dpo_hano
 import evaluate
+import sft
 from hanorec import export
 from hanorec.data.folder import Example
 from hanorec.model.finished import load_finished
@@ -45,7 +47,9 @@ def own_logits(run, prepared):
 
 def test_an_export_loads_without_this_project(prepared, sft_run, dpo_run, tmp_path):
     """After DPO: merged/, and base/ with adapter/. The base is the SFT model."""
+    before = {path: path.read_bytes() for path in dpo_run.rglob("*") if path.is_file()}
     folder = exported(dpo_run, tmp_path / "export")
+    assert before == {path: path.read_bytes() for path in dpo_run.rglob("*") if path.is_file()}
     assert {path.name for path in folder.iterdir()} == {"README.md", "merged", "base", "adapter"}
     with_adapter = "logits = peft.PeftModel.from_pretrained(load('base'), 'adapter')(**ids).logits"
     for code, run in (
@@ -177,6 +181,8 @@ def test_what_export_refuses(prepared, sft_run, tmp_path, capsys):
         capsys, export.main, "--run", sft_run, "--to", tmp_path / "there"
     )
     assert "give --run RUN and --to DIR" in refused(capsys, export.main, "--run", sft_run)
+    for main in (sft.main, dpo_hano.main):  # exporting is no part of training
+        assert "unrecognized arguments: --export" in refused(capsys, main, "--export", tmp_path / "new")
     shutil.copytree(sft_run, tmp_path / "run")
     config = json.loads((sft_run / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"data": "other"}))

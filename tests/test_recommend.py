@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import prepare_data
 from hanorec import recommend
 from hanorec.data.folder import DataFolder
 from hanorec.ranking import recommending, sasrec
+from hanorec.ranking.settings import Settings
 from hanorec.run.runs import read_run
 
 
@@ -57,7 +59,7 @@ def test_history_from_and_top_k(prepared, sft_run, tmp_path):
     (tmp_path / "ids.txt").write_text(f"{ids[40]}\n{ids[41]}\n\n{ids[42]}\n")
     (other,) = recommend.main([*common, "--from", str(tmp_path / "ids.txt"), "--top-k", "2"])
     assert other == line
-    assert recommending.recommend(sft_run, history=ids[30:32], among=ids[40:43], top_k=2) == [line]
+    assert recommend.recommend(sft_run, history=ids[30:32], among=ids[40:43], top_k=2) == [line]
 
 
 def test_all_users_are_written_and_an_interrupted_file_is_continued(prepared, sft_run, tmp_path, monkeypatch):
@@ -85,11 +87,110 @@ def test_all_users_are_written_and_an_interrupted_file_is_continued(prepared, sf
     assert one in lines(out) and not list(tmp_path.glob(".*.part"))
 
 
-def test_a_first_stage_chooses_from_a_large_catalogue(data, prepared, sft_run):
+def test_a_complete_file_is_not_computed_again(prepared, sft_run, tmp_path, monkeypatch, capsys):
+    """It is, once it was changed, or with another option."""
+    out, ranked, line = tmp_path / "all.jsonl", [], recommending.Recommender.line
+    monkeypatch.setattr(recommending.Recommender, "line", lambda self, *user: ranked.append(user) or line(self, *user))
+    command = words("--run", sft_run, "--users", "all", "--out", out, "--top-k", 3)
+    first = recommend.main(command)
+    count, content = len(first), out.read_bytes()
+    assert len(ranked) == count and "complete already" not in capsys.readouterr().out
+    assert recommend.main(command) == first
+    assert len(ranked) == count and f"{out} is complete already; delete it" in capsys.readouterr().out
+    recommend.main([*command, "--repeat"])
+    assert len(ranked) == 2 * count
+    recommend.main(command)
+    assert len(ranked) == 3 * count and out.read_bytes() == content
+    out.write_text("{}\n")
+    recommend.main(command)
+    assert len(ranked) == 4 * count and out.read_bytes() == content
+
+
+def test_1900_items_answer_in_seconds(sft_run, tmp_path, capsys):
+    """With the first stage. The limit is wide, because other tests use the cores too."""
+    users = [f"{n},p{(37 * n + 11 * step) % 1900},{step}" for n in range(300) for step in range(8)]
+    (tmp_path / "orders.csv").write_text("\n".join(["user,item,timestamp", *users]) + "\n")
+    titles = [f"p{number},Thing {number % 83} of {number % 97}" for number in range(1900)]
+    (tmp_path / "products.csv").write_text("\n".join(["item,title", *titles]) + "\n")
+    prepare_shop(tmp_path, tmp_path / "shop", sft_run, "--keep-untouched")
+    began = time.monotonic()
+    (line,) = recommend.main(words("--run", sft_run, "--data", tmp_path / "shop", "--user", 7))
+    seconds = time.monotonic() - began
+    assert line["candidates"] == 1892 and line["first_stage"].startswith("co-occurrence") and len(chosen(line)) == 10
+    assert seconds < 20, seconds
+    assert Settings().shortlist == 100
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A data folder of a shop whose customers have names, with its encoding of a run's model."""
+    raw = tmp_path_factory.mktemp("named")
+    users = ["Jana Brandt", "Ali Okoye", "ali okoye", *(f"User {number}" for number in range(9))]
+    rows = [f"{user},p{(3 * n + 2 * step) % 30},{step}" for n, user in enumerate(users) for step in range(8)]
+    (raw / "orders.csv").write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    titles = [f"p{number},Thing {'abcdefghij'[number % 10]} {number}" for number in range(30)]
+    (raw / "products.csv").write_text("\n".join(["item,title", *titles]) + "\n")
+    return raw
+
+
+def prepare_shop(raw, out, model, *more, orders="orders.csv"):
+    tables = ["--interactions", raw / orders, "--items", raw / "products.csv"]
+    prepare_data.main(words("--dataset", "csv", *tables, "--model", model, "--out", out, *more))
+
+
+def test_a_name_in_other_capitals_is_guessed_right(named, sft_run, tmp_path, capsys):
+    prepare_shop(named, tmp_path / "shop", sft_run)
+    command = words("--run", sft_run, "--data", tmp_path / "shop", "--top-k", 2, "--user")
+    (right,) = recommend.main([*command, "Jana Brandt"])
+    assert "is read as" not in capsys.readouterr().out
+    for name in ("JANA BRANDT", "jana brandt", " Jana brandt "):
+        assert recommend.main([*command, name]) == [right]
+        assert f"{name} is read as Jana Brandt" in capsys.readouterr().out
+    assert "did you mean Ali Okoye or ali okoye?" in refused(capsys, recommend.main, *command, "ALI OKOYE")
+    (small,) = recommend.main([*command, "ali okoye"])
+    assert small["user"] == "ali okoye"
+    assert "did you mean Jana Brandt?" in refused(capsys, recommend.main, *command, "JANNA BRAND")
+
+
+def test_old_orders_that_later_data_lack_are_a_warning(named, sft_run, tmp_path, capsys):
+    """Compared with what the run's own data folder holds; a product that is gone cannot be recommended anyway."""
+    run = tmp_path / "run"
+    shutil.copytree(sft_run, run)
+    prepare_shop(named, tmp_path / "shop", run)
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["data"] = str(tmp_path / "shop")
+    (run / "config.json").write_text(json.dumps(config))
+    command = words("--run", run, "--data", tmp_path / "later", "--user", "Jana Brandt")
+    orders = (named / "orders.csv").read_text().splitlines()
+    (named / "later.csv").write_text("\n".join([*orders, "Jana Brandt,p15,99"]) + "\n")
+    prepare_shop(named, tmp_path / "later", run, orders="later.csv")
+    recommend.main(command)
+    assert "WARNING" not in capsys.readouterr().out
+    newest = [line for line in orders if line.split(",")[-1] not in "01" or not line.startswith(("Jana", "User 3"))]
+    (named / "later.csv").write_text("\n".join([*newest, "Jana Brandt,p15,99"]) + "\n")
+    prepare_shop(named, tmp_path / "later", run, orders="later.csv")
+    (line,) = recommend.main(command)
+    printed = capsys.readouterr().out
+    assert "lacks orders that" in printed and "of 2 users (e.g. Jana Brandt: p0)" in printed
+    assert "may be recommended what they have" in printed and printed.count("WARNING") == 1
+    assert line["interactions"] == 7
+    recommend.main(words("--run", run, "--user", "Jana Brandt"))
+    assert "WARNING" not in capsys.readouterr().out  # the run's own data folder
+    (tmp_path / "shop" / "manifest.json").unlink()
+    recommend.main(command)
+    assert "WARNING" not in capsys.readouterr().out  # nothing to compare with
+
+
+def test_a_first_stage_chooses_from_a_large_catalogue(data, prepared, sft_run, monkeypatch, capsys):
     """Co-occurrence, or SASRec where it was trained on the data folder."""
     user = next(iter(whole(prepared)))
     common = ["--run", str(sft_run), "--data", str(data), "--user", user, "--top-k", "50"]
+    with monkeypatch.context() as patch:
+        patch.delattr(recommending, "first_stage")  # not built where the model ranks all
+        recommend.main(common)
+        assert "chosen by" not in capsys.readouterr().out
     (few,) = recommend.main([*common, "--shortlist", "12"])
+    assert " candidates, chosen by co-occurrence and popularity, then ranked by log-li" in capsys.readouterr().out
     assert few["first_stage"].startswith("co-occurrence") and len(chosen(few)) == 12
     everything = DataFolder(data)
     histories = everything.histories()
@@ -151,7 +252,9 @@ def test_later_data_with_an_earlier_run(later, sft_run, tmp_path, capsys):
     error = refused(capsys, recommend.main, *command, "newcomer")
     assert f"prepare_data.py --out {folder} --encode-only --model {sft_run}" in error
     prepare_data.main(words("--out", folder, "--encode-only", "--model", sft_run))
-    assert "at most 3136 pixels" in capsys.readouterr().out  # as the run's own data
+    printed = capsys.readouterr().out
+    assert "at most 3136 pixels" in printed  # as the run's own data
+    assert f"next: python -m hanorec.recommend --run {sft_run} --data {folder} --users all" in printed
     (line,) = recommend.main([*command, "newcomer"])
     printed = capsys.readouterr().out
     assert printed.count("was trained on an earlier data folder") == 1
@@ -234,6 +337,17 @@ def test_spoilt_histories_are_refused(data, sft_run, capsys):
         changed("histories.jsonl", lambda line, field=field, value=value: line | {field: value})(data)
         assert message in refused(capsys, recommend.main, *command)
         (data / "histories.jsonl").write_bytes(before)
+
+
+def test_a_run_of_mllm_srec_is_refused(prepared, sft_run, tmp_path, capsys):
+    """Its texts are written for examples, not for histories after the last interaction."""
+    shutil.copytree(sft_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["options"]["summaries"] = "tiny"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    user = lines(prepared / "test.jsonl")[0]["user"]
+    error = refused(capsys, recommend.main, "--run", tmp_path / "run", "--user", user)
+    assert "texts of MLLM-SRec, which are written for examples only; give a run of --prompt plain" in error
 
 
 def test_a_run_of_other_prompts_is_refused(prepared, sft_run, tmp_path, capsys):

@@ -11,7 +11,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 from hanorec.data.tables import (
     ask_for_times,
     column,
+    column_options,
     encoding_of,
     find_file,
     find_images,
@@ -27,6 +27,7 @@ from hanorec.data.tables import (
     json_fields,
     table_rows,
     text_rows,
+    timestamp,
 )
 from hanorec.run.files import UserError
 
@@ -91,15 +92,6 @@ class Raw:
         read = self.interactions
         # User codes, item codes, times and ratings: [M] each, in input order
         self.columns = tuple(np.frombuffer(v, v.typecode) for v in (read.users, read.items, read.times, read.ratings))
-
-
-def timestamp(text: str) -> float:
-    """Convert text to a time: a number, or an ISO date (UTC if it names no zone) to seconds since 1970."""
-    try:
-        return float(text)
-    except ValueError:
-        time = datetime.fromisoformat(text.strip())
-        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def read_interactions(
@@ -259,22 +251,24 @@ def read_two_tables(
         suffix: ending of the usual names of the user and item columns (`_id` in RecBole's files). If it is not empty,
             the types are removed from the header (`user_id:token`).
     """
-    rows = rows_of(interactions)
-    header = header_of(rows, interactions, typed=bool(suffix))
-    usual_names = {"user": f"user{suffix}", "item": f"item{suffix}", "time": "timestamp", "rating": "rating"}
+    typed = bool(suffix)
+    rows, item_rows = rows_of(interactions), rows_of(items)
+    header, item_header = header_of(rows, interactions, typed), header_of(item_rows, items, typed)
+    usual_names = {"user": (f"user{suffix}",), "item": (f"item{suffix}",), "title": titled}
+    usual_names |= {"time": ("timestamp",), "rating": ("rating",)}
+    chosen = {name: getattr(options, f"{name}_column") for name in usual_names}
+    remedy = column_options(header, item_header, usual_names, chosen)
     positions = {}
-    for name, usual in usual_names.items():
-        chosen, remedy = getattr(options, f"{name}_column"), f"name it with --{name}-column"
-        absent = name in ("time", "rating") and (chosen == "none" or (not chosen and usual not in header))
-        positions[name] = None if absent else column(header, chosen, (usual,), interactions, remedy)
-    if positions["time"] is None and options.time_column != "none":
+    for name in ("user", "item", "time", "rating"):
+        absent = not chosen[name] and usual_names[name][0] not in header
+        absent = name in ("time", "rating") and (chosen[name] == "none" or absent)
+        positions[name] = None if absent else column(header, chosen[name], usual_names[name], interactions, remedy)
+    item = column(item_header, chosen["item"], usual_names["item"], items, remedy)
+    title = column(item_header, chosen["title"], titled, items, remedy)
+    if positions["time"] is None and chosen["time"] != "none":
         rows = ask_for_times(rows, interactions, header, positions)
     in_order = read_interactions(rows, interactions, **positions)
-    rows = rows_of(items)
-    header = header_of(rows, items, typed=bool(suffix))
-    item = column(header, options.item_column, (f"item{suffix}",), items, "name it with --item-column")
-    title = column(header, options.title_column, titled, items, "name it with --title-column")
-    titles = read_titles(items, rows, item, title, len(header))
+    titles = read_titles(items, item_rows, item, title, len(item_header))
     return Raw(in_order, titles, find_images(options, "images"), [interactions, items])
 
 

@@ -1,13 +1,16 @@
 """Find raw files, and read delimited text, JSON Lines and Parquet as rows with line numbers."""
 
 import argparse
+import contextlib
 import csv
 import gzip
 import itertools
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from hanorec.run.files import UserError
@@ -76,7 +79,9 @@ def text_rows(
                     yield number, row
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read: it is not UTF-8 ({error}); save it as UTF-8") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -149,8 +154,37 @@ def column(header: list[str], chosen: str | None, usual: tuple[str, ...], path: 
     raise UserError(f"{path} has no column {' or '.join(names)}, only {', '.join(header)}; {remedy}")
 
 
-# Names of columns that hold times: ordered_at, OrderDate, created, ts
-TIME_NAME = re.compile(r"time|date|datum|created|ordered|purchased|(^|_)(ts|at|when|day|zeit)$", re.I)
+# What the names of columns hold that are not named as usual: ordered_at, OrderDate, created, ts are times
+NAMES = {
+    "user": "user|customer|client|kunde|buyer|member|visitor",
+    "item": "item|product|article|sku|artikel|produkt",
+    "time": "time|date|datum|created|ordered|purchased|(^|_)(ts|at|when|day|zeit)$",
+    "title": "title|name|titel|bezeichnung",
+}
+DATE = re.compile(r"\s*(\d{4}-\d\d?-\d\d?|\d\d?([./])\d\d?\2\d{2,4})\b")  # the form of a date, in any order
+
+
+def column_options(header: list[str], item_header: list[str], usual: dict[str, tuple], chosen: dict) -> str:
+    """Return the options that name all columns which do not have their usual names: a remedy, with guesses.
+
+    Args:
+        header, item_header: of the interactions, and of the items.
+        usual, chosen: the usual names of each column, and the name that the user gave or None.
+    """
+    words = []
+    for name, pattern in NAMES.items():
+        names = item_header if name == "title" else header
+        if not chosen[name] and set(usual[name]) & set(names):
+            continue
+        found = [one for one in names if re.search(pattern, one, re.I)]
+        if name == "item":
+            found.sort(key=lambda one: one not in item_header)  # both tables have this column
+        if chosen[name] in ("none", *names):
+            found = [chosen[name]]
+        if found or name != "time":
+            words += [f"--{name}-column", shlex.quote(found[0]) if found else "NAME"]
+    same = "" if set(header) & set(item_header) else "; the column of items must have one name in both tables"
+    return f"name the columns: {' '.join(words)}{same}" if words else f"add this column{same}"
 
 
 def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict[str, int | None]) -> Iterator:
@@ -167,11 +201,43 @@ def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict
     for number, (name, value) in enumerate(zip(header, first[1], strict=False)):
         if number in positions.values():
             continue
-        if TIME_NAME.search(name) or re.match(r"\d{4}-\d\d-\d\d", value.strip()):
+        if re.search(NAMES["time"], name, re.I) or DATE.match(value):
             question = f"{path} has no column timestamp. Does {name!r}, with {value!r}, hold the times?"
             raise UserError(f"{question} Then give --time-column {name}; otherwise --time-column none")
     print(f"{path} has no column timestamp: the order of its lines is used (see --time-column)")
     return itertools.chain([first] if first[1] else [], rows)
+
+
+def separator(path: Path) -> str:
+    """Return what separates the fields of a CSV file: a semicolon or a tab if its header has no comma, else a comma."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
+        header = file.readline()
+        return next((mark for mark in ",;\t" if mark in header), ",")
+    return ","  # text_rows will report the error
+
+
+def timestamp(text: str) -> float:
+    """Convert text to a time: a number, or a date to seconds since 1970 (UTC if it names no zone).
+
+    Dates are ISO dates, or have the day first and points: 31.12.2025, 31.12.2025 14:05.
+
+    >>> timestamp("02.01.1970 01:00") == timestamp("1970-01-02T01:00") == 25 * 3600
+    True
+    """
+    with contextlib.suppress(ValueError):
+        return float(text)
+    date = re.sub(r"^(\d{1,2})\.(\d{1,2})\.(\d{4})(?=$|\D)", iso_date, text.strip())
+    try:
+        time = datetime.fromisoformat(date)
+    except ValueError as error:
+        forms = "a number, 2025-12-31, 2025-12-31 14:05 or 31.12.2025"
+        raise ValueError(f"{text!r} is no time that can be read; write times as {forms}") from error
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
+def iso_date(match: re.Match) -> str:
+    day, month, year = match.groups()
+    return f"{year}-{month:0>2}-{day:0>2}"
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -180,7 +246,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     Of a Parquet file only columns of text, numbers and times are read.
     """
     if path.suffix != ".parquet":
-        yield from text_rows(path, "\t" if path.suffix == ".tsv" else ",")
+        yield from text_rows(path, "\t" if path.suffix == ".tsv" else separator(path))
         return
     try:
         from pyarrow import ArrowException, parquet, types

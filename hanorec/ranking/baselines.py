@@ -22,20 +22,33 @@ def popularity_scores(sequences: Sequence[list[int]], items: int, examples: Sequ
     return interaction_counts(sequences, items)[[example.candidates for example in examples]].astype(float)
 
 
+class PairCounts:
+    """Counts the pairs (item of a history, user who has that item and the scored one).
+
+    Args:
+        sequences: the items of each user, item indices.
+        items: the number N of items.
+    """
+
+    def __init__(self, sequences: Sequence[list[int]], items: int):
+        users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+        interactions = np.concatenate([np.array(sequence, dtype=int) for sequence in sequences])
+        # The users of item i are users[start[i] : start[i + 1]]
+        self.users, self.count = users[np.argsort(interactions, kind="stable")], len(sequences)
+        self.start = np.append(0, interaction_counts(sequences, items).cumsum())
+
+    def scores(self, history: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
+        """Return the number of pairs of each candidate: [C]."""
+        shared = np.zeros(self.count)  # the number of history items that each user has
+        for item in history:
+            shared[self.users[self.start[item] : self.start[item + 1]]] += 1
+        return np.array([shared[self.users[self.start[i] : self.start[i + 1]]].sum() for i in candidates])
+
+
 def cooccurrence_scores(sequences: Sequence[list[int]], items: int, examples: Sequence[Example]) -> np.ndarray:
     """Return for each candidate the number of pairs (history item, training user with that item and the candidate)."""
-    users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
-    interactions = np.concatenate(sequences)
-    users = users[np.argsort(interactions, kind="stable")]  # the users of item i are users[start[i] : start[i + 1]]
-    start = np.append(0, interaction_counts(sequences, items).cumsum())
-    scores = np.zeros((len(examples), len(examples[0].candidates)))
-    for number, example in enumerate(examples):
-        shared = np.zeros(len(sequences))  # the number of history items that each training user has
-        for item in example.history:
-            shared[users[start[item] : start[item + 1]]] += 1
-        for column, item in enumerate(example.candidates):
-            scores[number, column] = shared[users[start[item] : start[item + 1]]].sum()
-    return scores
+    counter = PairCounts(sequences, items)
+    return np.array([counter.scores(example.history, example.candidates) for example in examples])
 
 
 def baseline_scores(sequences: Sequence[list[int]], items: int, examples: Sequence[Example]) -> dict[str, np.ndarray]:

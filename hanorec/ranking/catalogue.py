@@ -8,7 +8,7 @@ depend on the other candidates:
   only its scores are returned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from hanorec.data.folder import Example
 from hanorec.model.prompts import Prompts
 from hanorec.model.trees import Node, tree_length
-from hanorec.run.files import UserError
+from hanorec.run.files import UserError, print_main
 
 WISHED = 10  # candidates that a list has room for, before the history is shortened
 QUESTIONS = 50  # Yes/No questions in a forward
@@ -78,12 +78,14 @@ class CatalogueRanker:
         self.shortened += first > 0
         return history[first:]
 
-    def report(self, say: Callable[[str], None], run) -> None:
+    def report(self, run) -> None:
         """Say how many histories and prompts did not fit into the --max-length of the run."""
         if self.shortened:
-            say(f"{self.shortened} histories were cut to the --max-length {self.max_length} of {run}")
+            print_main(f"{self.shortened} histories were cut to the --max-length {self.max_length} of {run}")
         if self.too_long:
-            say(f"{self.too_long} prompts are longer than the --max-length {self.max_length} of {run}; they are scored")
+            print_main(
+                f"{self.too_long} prompts are longer than the --max-length {self.max_length} of {run}; they are scored"
+            )
 
     # Yes/No
 

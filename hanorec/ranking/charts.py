@@ -58,6 +58,16 @@ def number(value: float) -> str:
     return text.replace("0.", ".", 1) if 0 < abs(value) < 1 and "e" not in text else text
 
 
+def numbers(ticks: Sequence[float]) -> list[str]:
+    """Format the numbers of an axis, with as many digits as tell them apart.
+
+    >>> numbers([0.995, 1, 1.005]), numbers([0, 0.5])
+    (['.995', '1', '1.005'], ['0', '.5'])
+    """
+    texts = [number(tick) for tick in ticks]
+    return texts if len({*texts}) == len(ticks) else [f"{tick:.6g}".replace("0.", ".", 1) for tick in ticks]
+
+
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
     return element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=class_)
 
@@ -95,7 +105,8 @@ def interval_bar(axis: Axis, value: float, low: float, high: float, class_: str)
 def axis_labels(axis: Axis) -> Html:
     """Return the numbers of an axis, for the head of a column. Where there are many, every second is left out."""
     ticks = axis.ticks[:: 1 + (len(axis.ticks) > 4)]
-    return drawing(BAR_WIDTH, 12, None, *[label(bar_x(axis, tick), 10, number(tick)) for tick in ticks])
+    texts = zip(ticks, numbers(ticks), strict=True)
+    return drawing(BAR_WIDTH, 12, None, *[label(bar_x(axis, tick), 10, text) for tick, text in texts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,9 +153,9 @@ def scaled_y(axis: Axis, value: float) -> float:
 def frame(axis: Axis) -> list[Html]:
     """Return the horizontal lines of a chart, with their numbers."""
     parts = []
-    for tick in axis.ticks:
+    for tick, text in zip(axis.ticks, numbers(axis.ticks), strict=True):
         y = scaled_y(axis, tick)
-        parts += [line(LEFT, y, WIDTH - RIGHT, y, "grid"), label(LEFT - 5, y + 4, number(tick), "end")]
+        parts += [line(LEFT, y, WIDTH - RIGHT, y, "grid"), label(LEFT - 5, y + 4, text, "end")]
     return parts
 
 

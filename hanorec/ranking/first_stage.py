@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from hanorec.data.folder import DataFolder
-from hanorec.ranking.baselines import interaction_counts
+from hanorec.ranking.baselines import PairCounts, interaction_counts
 from hanorec.ranking.sasrec import CONFIG
 from hanorec.ranking.sasrec_model import SASRec
 from hanorec.run.files import UserError, file_hash, printable, read_json
@@ -17,9 +17,7 @@ PLACES_PER_NEWCOMER = 10  # one of so many places of a shortlist is for an item 
 
 
 class CoOccurrence:
-    """Scores items by the number of pairs (item of the history, user who has that item and the scored one).
-
-    Items of equal scores are in the order of their popularity.
+    """Ranks items by PairCounts with a history. Items of equal scores are in the order of their popularity.
 
     Args:
         histories: the history of each user, item indices.
@@ -30,18 +28,14 @@ class CoOccurrence:
     name, key = "co-occurrence and popularity", "co-occurrence"
 
     def __init__(self, histories: Sequence[list[int]], items: int, length: int):
-        self.items = np.concatenate([np.array(history, dtype=int) for history in histories])  # [M]
-        self.users = np.repeat(np.arange(len(histories)), [len(history) for history in histories])  # [M]
+        self.counter, self.length = PairCounts(histories, items), length
         self.popularity = interaction_counts(histories, items)  # [N]
-        self.count, self.length = len(histories), length
 
     def best_first(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
         """Return the candidates, best first."""
-        of_history = np.bincount(np.array(history[-self.length :], dtype=int), minlength=len(self.popularity))
-        shared = np.bincount(self.users, weights=of_history[self.items], minlength=self.count)  # by user
-        scores = np.bincount(self.items, weights=shared[self.users], minlength=len(self.popularity))
         candidates = np.array(candidates, dtype=int)
-        return candidates[np.lexsort((-self.popularity[candidates], -scores[candidates]))].tolist()
+        scores = self.counter.scores(history[-self.length :], candidates)
+        return candidates[np.lexsort((-self.popularity[candidates], -scores))].tolist()
 
 
 class TrainedSASRec:

@@ -14,6 +14,7 @@ from hanorec.data.folder import DataFolder, Example
 from hanorec.model.images import open_image
 from hanorec.ranking.charts import COLOURS
 from hanorec.ranking.markup import Html, element, joined
+from hanorec.ranking.metrics import target_ranks
 from hanorec.run.files import UserError
 
 GROUPS = ("gained most", "lost most", "at random", "uninformative title")  # how examples are picked
@@ -47,16 +48,6 @@ class System:
 # Choose examples
 
 
-def places(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the place of each example's target: [R], from 1. Candidates that tie share the mean of their places.
-
-    >>> places(np.array([[3.0, 1.0, 3.0, 0.0]]), np.array([2]))
-    array([1.5])
-    """
-    target = np.take_along_axis(scores, targets[:, None], axis=1)
-    return (scores > target).sum(1) + ((scores == target).sum(1) + 1) / 2
-
-
 def shares(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return the target's share of the probability among the candidates, if scores are log-likelihoods: [R]."""
     odds = np.exp(scores - scores.max(1, keepdims=True))
@@ -82,10 +73,10 @@ def outcomes(systems: Sequence[System], targets: np.ndarray, hard: np.ndarray) -
     `won` and `lost`: the last system puts the target higher or lower than the first one. Of a single system: the target
     is in the first place, or not among the first three.
     """
-    last = places(systems[-1].scores, targets)
+    last = target_ranks(systems[-1].scores, targets)
     if len(systems) == 1:
         return {"won": last == 1, "lost": last > 3, "hard": hard}
-    first = places(systems[0].scores, targets)
+    first = target_ranks(systems[0].scores, targets)
     return {"won": last < first, "lost": last > first, "hard": hard}
 
 
@@ -108,7 +99,7 @@ def choose(
     chosen = {name: random.permutation(pool)[:PICKED] for name, pool in pools.items()}
     if len(systems) > 1:
         first, last = systems[0].scores, systems[-1].scores
-        moves = places(first, targets) - places(last, targets)
+        moves = target_ranks(first, targets) - target_ranks(last, targets)
         changes = shares(last, targets) - shares(first, targets)
         for name, sign in (("gained most", 1), ("lost most", -1)):
             pools[name] = np.flatnonzero(sign * moves > 0)
@@ -204,32 +195,43 @@ def strip(posters: Posters, example: Example, scores: np.ndarray) -> Html:
 
 
 def card(
-    number: int, tags: Sequence[str], systems: Sequence[System], example: Example, targets: np.ndarray, posters: Posters
-):
-    """Return one example: its history, the texts about it, and each system's order.
+    number: int,
+    tags: Sequence[str],
+    systems: Sequence[System],
+    example: Example,
+    targets: np.ndarray,
+    posters: Posters,
+    is_open: bool = False,
+) -> Html:
+    """Return one example: a line with the target's places, and below it the history, each system's order and the texts.
 
     Args:
         number: of the example.
         tags: its groups and outcomes.
+        is_open: whether the reader sees more than the line without a click.
     """
     shown = example.history[-HISTORY:]
     left = len(example.history) - len(shown)
     heading = f"history, oldest first ({left} earlier items are not shown)" if left else "history, oldest first"
     history = element("div", *[posters.poster(item) for item in shown], class_="strip")
-    blocks = []
+    blocks, count, line = [], len(example.candidates), []
     for index, system in enumerate(systems):
-        place = places(system.scores[[number]], targets[[number]])[0]
+        place = target_ranks(system.scores[[number]], targets[[number]])[0]
         name = element("span", system.name, class_=f"key c{index % COLOURS}")
-        title = element("h4", name, f" {system.run} target in place {place:g} of {len(example.candidates)}")
+        line.append(element("span", name, f" {place:g}"))
+        title = element("h4", name, f" {system.run} target in place {place:g} of {count}")
         blocks.append(
             element("section", title, strip(posters, example, system.scores[number]), texts_of(system, example))
         )
     labels = [element("span", tag, class_="tag") for tag in tags]
     prefix = None if example.user.casefold().startswith("user") else "User "
-    title = element("h3", prefix, element("bdi", example.user), *labels)
+    in_place = element("span", f"target's place (of {count}):", *line, class_="note places")
+    title = element("h3", element("span", prefix, element("bdi", example.user)), *labels, in_place)
     classes = " ".join(["card", *(identifier(tag) for tag in tags)])
     sides = element("div", *blocks, class_="sides")
-    return element("article", title, element("h4", heading), history, sides, class_=classes)
+    state = {"open": ""} if is_open else {}
+    content = element("details", element("summary", title), element("h4", heading), history, sides, **state)
+    return element("article", content, class_=classes)
 
 
 def texts_of(system: System, example: Example) -> Html | None:

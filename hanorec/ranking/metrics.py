@@ -55,18 +55,19 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     return metrics
 
 
-def rank_changes(scores: np.ndarray, other: np.ndarray, target: np.ndarray) -> float:
-    """Return the share of examples whose target has another rank in the other scores. Ties have their mean rank.
+def target_ranks(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the rank of each example's target: [R], from 1. Candidates that tie share the mean of their ranks.
 
-    Args:
-        scores, other: [R, C].
-        target: [R], the target's column.
+    >>> target_ranks(np.array([[3.0, 1.0, 3.0, 0.0]]), np.array([2]))
+    array([1.5])
     """
-    ranks = []
-    for values in (scores, other):
-        above, tied = above_and_tied(values, target)
-        ranks.append(1 + above + tied / 2)
-    return float((ranks[0] != ranks[1]).mean())
+    above, tied = above_and_tied(scores, target)
+    return 1 + above + tied / 2
+
+
+def rank_changes(scores: np.ndarray, other: np.ndarray, target: np.ndarray) -> float:
+    """Return the share of examples whose target has another rank in the other scores: [R, C] each."""
+    return float((target_ranks(scores, target) != target_ranks(other, target)).mean())
 
 
 def group_auc(scores: np.ndarray, target: np.ndarray) -> np.ndarray:

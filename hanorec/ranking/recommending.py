@@ -1,13 +1,10 @@
-"""Recommend items after a user's last interaction, and print the ranking of an example by title."""
+"""Recommend items after a user's last interaction, or after any history."""
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from hanorec.data.folder import MANIFEST, PREPARE, DataFolder, Example
+from hanorec.data.folder import MANIFEST, PREPARE, DataFolder
 from hanorec.model.check import load_packed
 from hanorec.model.finished import check_prompts, check_vision, load_finished, open_encoding
 from hanorec.model.load import pick_dtype
@@ -16,7 +13,16 @@ from hanorec.model.template import load_template
 from hanorec.ranking.catalogue import CatalogueRanker
 from hanorec.ranking.first_stage import Newcomers, first_stage, shortlist
 from hanorec.ranking.settings import Settings
-from hanorec.run.files import UserError, printable, read_json, require, value_hash
+from hanorec.run.files import (
+    UserError,
+    file_hash,
+    print_main,
+    read_json,
+    read_jsonl,
+    require,
+    value_hash,
+    write_json,
+)
 from hanorec.run.launch import start_accelerator
 from hanorec.run.progress import progress
 from hanorec.run.records import Record
@@ -46,36 +52,30 @@ def recommend(
         UserError: the run, the data folder, a user or an item cannot be used.
     """
     accelerator, settings = start_accelerator(), Settings(**settings)
-
-    def say(text: str) -> None:
-        accelerator.print(printable(text), flush=True)
-
-    recommender = Recommender(Path(run), settings, say)
+    recommender = Recommender(Path(run), settings)
     if history is not None:
         work = [(ANYBODY, recommender.items(history, "--history"), [])]
     else:
-        work = [(user, *recommender.user(user)) for user in (recommender.histories if users is None else users)]
+        work = [recommender.user(user) for user in (recommender.histories if users is None else users)]
     recommender.load_model(accelerator)
     lines = computed(recommender, work, settings, accelerator)
-    recommender.ranker.report(say, run)
+    recommender.ranker.report(run)
     return lines
 
 
 class Recommender:
     """A run and a data folder, opened to recommend.
 
-    Args:
-        say: a function that prints a line of text about what is unusual.
-
     Raises:
         UserError: the run cannot be used with the data folder.
     """
 
-    def __init__(self, run: Path, settings: Settings, say: Callable[[str], None]):
-        self.run, self.config, self.settings, self.say = run, read_run(run), settings, say
+    def __init__(self, run: Path, settings: Settings):
+        self.run, self.config, self.settings = run, read_run(run), settings
         options = self.config["options"]
         if options.get("summaries"):
-            raise UserError(f"{run} reads texts that are written for examples only; give a run of --prompt plain")
+            remedy = "give a run of --prompt plain, or rank a test example with evaluate.py --user"
+            raise UserError(f"{run} reads texts of MLLM-SRec, which are written for examples only; {remedy}")
         folder = Path(settings.data or options["data"])
         if not folder.exists():
             raise UserError(f"{folder}, the data folder of {run}, does not exist; give --data DIR")
@@ -84,7 +84,11 @@ class Recommender:
         among = settings.among
         self.among = list(range(len(self.data.items))) if among is None else self.items(among, "--from")
         if "histories.jsonl" not in self.data.manifest["files"]:
-            say(f"{folder} was prepared by an earlier version: it has no users with few interactions; prepare it again")
+            lack = "it has no users with few interactions; prepare it again"
+            print_main(f"{folder} was prepared by an earlier version: {lack}")
+        lost = lost_orders(Path(options["data"]), self.data, self.histories)
+        if lost:
+            print_main(lost)
 
     def load_model(self, accelerator) -> None:
         """Load the model, and the first stage."""
@@ -96,17 +100,21 @@ class Recommender:
         model = load_finished(run, encoding, pick_dtype(settings.dtype, accelerator))
         if later:
             check_vision(run, model, encoding)
-            self.say(f"{run} was trained on an earlier data folder; it recommends from {self.data.folder} as it is now")
+            used = f"it recommends from {self.data.folder} as it is now"
+            print_main(f"{run} was trained on an earlier data folder; {used}")
         packed = load_packed(model, encoding, not options.get("no_pack"), accelerator.device)
         template = load_template(encoding.source, settings.trust)
         prompts = Prompts(template, encoding.items, encoding.tokens, options["candidate_images"])
         check_prompts(run, self.config, prompts)
         tasks, max_length = options["tasks"], options["max_length"]
         self.ranker = CatalogueRanker(packed, prompts, encoding.tokens, tasks, max_length, accelerator)
-        histories, vectors = [items for items, _ in self.histories.values()], encoding.tokens.vectors
-        self.first = first_stage(self.data, histories, self.length)
-        self.newcomers = Newcomers(histories, vectors["text"], vectors["image"])
-        read = [self.data.manifest["files"], encoding.manifest, list(prompts.texts), self.first.key]
+        self.first = None
+        if len(self.among) > settings.shortlist:
+            histories, vectors = [items for items, _ in self.histories.values()], encoding.tokens.vectors
+            self.first = first_stage(self.data, histories, self.length)
+            self.newcomers = Newcomers(histories, vectors["text"], vectors["image"])
+        first = self.first and self.first.key
+        read = [self.data.manifest["files"], encoding.manifest, list(prompts.texts), first]
         choices = [settings.top_k, settings.shortlist, settings.repeat, settings.dtype, self.among]
         self.key = [weights_hash(run), self.config, read, choices, accelerator.device.type]
 
@@ -125,13 +133,23 @@ class Recommender:
             raise UserError(f"{option} holds no item; give item ids, separated by commas")
         return [items.index_of[item] for item in ids]
 
-    def user(self, user: str) -> tuple[list[int], list[int]]:
-        """Return the user's history and the other items that the user touched. UserError for an unknown user."""
+    def user(self, user: str) -> tuple[str, list[int], list[int]]:
+        """Return the user's name, history, and the other items that the user touched.
+
+        A name that differs from one user's alone in capitals, or spaces at its ends, stands for that user.
+
+        Raises:
+            UserError: the data folder has no such user.
+        """
         if user not in self.histories:
-            hint = suggestion(user, list(self.histories))
-            remedy = "prepare the data with this user's interactions, or give --history ID,ID,..."
-            raise UserError(f"user {user} has no item of {self.data.folder / 'items.jsonl'}{hint}; {remedy}")
-        return self.histories[user]
+            alike = [name for name in self.histories if name.strip().casefold() == user.strip().casefold()]
+            if len(alike) != 1:
+                hint = f" (did you mean {' or '.join(alike)}?)" if alike else suggestion(user, [*self.histories])
+                remedy = "prepare the data with this user's interactions, or give --history ID,ID,..."
+                raise UserError(f"user {user} has no item of {self.data.folder / 'items.jsonl'}{hint}; {remedy}")
+            print_main(f"{user} is read as {alike[0]}")
+            user = alike[0]
+        return user, *self.histories[user]
 
     def line(self, user: str, history: list[int], others: list[int]) -> dict:
         """Return the recommendations after a history, as `recommend` returns them.
@@ -168,9 +186,10 @@ class Recommender:
 
 
 def suggestion(name: str, names: Sequence[str]) -> str:
-    """Return a question about the most similar name, or an empty text."""
-    similar = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {similar[0]}?)" if similar else ""
+    """Return a question about the most similar name, or an empty text. Capitals do not count."""
+    folded = {other.casefold(): other for other in names}
+    similar = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f" (did you mean {folded[similar[0]]}?)" if similar else ""
 
 
 def trained_length(options: dict, data: DataFolder) -> int:
@@ -183,6 +202,32 @@ def trained_length(options: dict, data: DataFolder) -> int:
     return require(manifest["options"], {"history": int}, "the options in manifest.json", PREPARE)["history"]
 
 
+def lost_orders(own: Path, data: DataFolder, histories: dict[str, tuple[list[int], list[int]]]) -> str | None:
+    """Return a warning if users lack items in `data` that they have in the data folder of the run, else None.
+
+    Args:
+        own: the data folder of the run. If it is `data`, or cannot be read any more, there is nothing to compare.
+        histories: those of `data`.
+    """
+    if own.resolve() == data.folder.resolve():
+        return None
+    try:
+        before = DataFolder(own)
+        old_histories = before.histories()
+    except UserError:
+        return None
+    lost = []
+    for user in old_histories.keys() & histories.keys():
+        had = {before.items.ids[item] for items in old_histories[user] for item in items}
+        has = {data.items.ids[item] for items in histories[user] for item in items}
+        lost += [(user, item) for item in sorted(had - has) if item in data.items.index_of]
+    if not lost:
+        return None
+    users, (user, item) = len({user for user, _ in lost}), min(lost)
+    text = f"WARNING: {data.folder} lacks orders that {own} has, of {users} users (e.g. {user}: {item})"
+    return f"{text}: they may be recommended what they have; prepare all orders, old and new"
+
+
 def computed(recommender: Recommender, work: list[tuple], settings: Settings, accelerator) -> list[dict]:
     """Return the line of each user. With --out, the processes share the users and write the lines.
 
@@ -193,55 +238,32 @@ def computed(recommender: Recommender, work: list[tuple], settings: Settings, ac
         return [recommender.line(*user) for user in work]
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = Record(out, value_hash([recommender.key, [[user, items] for user, items, _ in work]]), accelerator)
+    key = value_hash([recommender.key, work])
+    complete = finished_lines(out, key)
+    if complete:
+        print_main(f"{out} is complete already; delete it to compute it again")
+        return complete
+    record = Record(out, key, accelerator)
     done = {line["user"] for line in record.done}
     chunks = [work[first : first + USERS_AT_ONCE] for first in range(0, len(work), USERS_AT_ONCE)]
     chunks = chunks[accelerator.process_index :: accelerator.num_processes]
     for chunk in progress(chunks, desc="recommend", unit="batch", leave=False):
         record.add([recommender.line(*user) for user in chunk if user[0] not in done])
     place = {user: number for number, (user, _, _) in enumerate(work)}
-    return record.finish(lambda line: place[line["user"]])
+    lines = record.finish(lambda line: place[line["user"]])
+    if accelerator.is_main_process:
+        write_json(key_file(out), {"key": key, "file": file_hash(out)})
+    return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluate.py --user: an example by title
+def key_file(out: Path) -> Path:
+    """Return the file beside `out` that says what its lines were computed from."""
+    return out.with_name(f".{out.name}.key")
 
 
-def examples_of_user(user: str, among: str | None, data: DataFolder, split: str) -> list[Example]:
-    """Return the user's first example of a split, in a list.
-
-    Args:
-        among: ids of other candidates, separated by commas. None: the example's own candidates.
-    """
-    examples = [example for example in data.examples(split) if example.user == user]
-    if not examples:
-        raise UserError(f'user {user} has no example in {data.folder / split}.jsonl; its "user" fields are the ids')
-    ids = [item.strip() for item in (among or "").split(",") if item.strip()]
-    for item in ids:
-        if item not in data.items.index_of:
-            raise UserError(f"--from: {item} is not in {data.folder / 'items.jsonl'}")
-    candidates = [data.items.index_of[item] for item in dict.fromkeys(ids)]
-    return [replace(examples[0], candidates=candidates)] if candidates else examples[:1]
-
-
-def print_recommendations(
-    name: str, data: DataFolder, example: Example, scores: Sequence[float], top_k: int, unit: str
-) -> None:
-    """Print a user's history and the best candidates by title.
-
-    Args:
-        name: the run's name.
-        scores: [C], one for each candidate.
-        unit: what the scores are, e.g. log-likelihood.
-    """
-    titles = data.items.titles
-    print(f"\n{name}: user {printable(example.user)}\n  history, oldest first:")
-    for item in example.history:
-        print(f"    {printable(titles[item])}")
-    print(f"  top {min(top_k, len(scores))} of {len(scores)}, with {unit}:")
-    best = np.argsort(-np.asarray(scores), kind="stable")[:top_k]
-    for rank, column in enumerate(best, 1):
-        item = example.candidates[column]
-        mark = "  <- came next" if item == example.target else ""
-        label = printable(f"{titles[item]} ({data.items.ids[item]})")
-        print(f"    {rank:2}. {label}, {scores[column]:.3f}{mark}")
+def finished_lines(out: Path, key: str) -> list[dict]:
+    """Return the lines of `out` if it was computed with this key and has not been changed since, else []."""
+    if not out.is_file() or not key_file(out).is_file():
+        return []
+    recorded = read_json(key_file(out), {}, f"delete {out} and this file")
+    return read_jsonl(out, {}, f"delete {out}") if recorded == {"key": key, "file": file_hash(out)} else []

@@ -154,10 +154,12 @@ def examples_section(
     cards, counts = [], {}
     for number, picked in groups.items():
         tags = [*picked, *(outcome for outcome, of in outcomes.items() if of[number])]
+        first = any(tag not in counts for tag in picked)  # of its group
         for tag in tags:
             counts[tag] = counts.get(tag, 0) + 1
-        cards.append(gallery.card(number, tags, systems, examples[number], targets, posters))
-    cards.append(element("p", f" of {len(cards)} examples are shown", class_="note count"))
+        cards.append(gallery.card(number, tags, systems, examples[number], targets, posters, first))
+    shown = f" of {len(cards)} examples are shown. Click on an example to see its posters."
+    cards.append(element("p", shown, class_="note count"))
     picked, own = ({tag: counts[tag] for tag in tags if tag in counts} for tags in (gallery.GROUPS, gallery.OUTCOMES))
     return joined(
         [

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from hanorec.ranking import charts
-from hanorec.ranking.gallery import System, places
+from hanorec.ranking.gallery import System
 from hanorec.ranking.markdown import LONG_TABLES, SLICE_TABLE, TABLES, short
 from hanorec.ranking.markup import Html, element, joined
-from hanorec.ranking.metrics import Result
+from hanorec.ranking.metrics import Result, target_ranks
 from hanorec.ranking.results import Results
 
 SHORT_METRICS = ("NDCG@3", "HR@3", "AUC")  # of the sentences
@@ -50,7 +50,7 @@ def in_short(results: Results, systems: Sequence[System], targets: np.ndarray, r
     Args:
         recipes: how each system that is a run was trained, by its name.
     """
-    own = {system.name: places(system.scores, targets) for system in systems}
+    own = {system.name: target_ranks(system.scores, targets) for system in systems}
     lines = []
     begun = {name: [element("b", name), f" ({recipes[name]})" if name in recipes else ""] for name in own}
     if results.differences and results.reference in recipes:
@@ -122,7 +122,7 @@ def result_tables(results: dict[str, Result], colours: dict[str, str], minus: st
             ends = [end for result in results.values() if metric in result.values for end in result.interval(metric)]
             axes[metric] = charts.axis_of(ends, zero=minus is not None)
         head = [element("th", f"minus {minus}" if minus else "")]
-        head += [element("th", metric, charts.axis_labels(axes[metric])) for metric in metrics]
+        head += [element("th", element("span", metric), charts.axis_labels(axes[metric])) for metric in metrics]
         rows = []
         for name, result in results.items():
             colour = colours.get(name, "other")
@@ -139,13 +139,12 @@ def result_tables(results: dict[str, Result], colours: dict[str, str], minus: st
 def result_cell(result: Result, metric: str, axis: charts.Axis, colour: str, form) -> Html:
     """Return a cell: value, standard deviation over seeds, interval, and the bar."""
     if metric not in result.values:
-        return element("td", "-")
+        return element("td", "-", data_metric=metric)
     low, high = result.interval(metric)
     spread = f" ±{short(result.sd[metric])}" if metric in result.sd else ""
     interval = element("span", f"{spread} [{form(low)}, {form(high)}]", class_="note")
-    return element(
-        "td", form(result.values[metric]), interval, charts.interval_bar(axis, result.values[metric], low, high, colour)
-    )
+    bar = charts.interval_bar(axis, result.values[metric], low, high, colour)
+    return element("td", element("span", form(result.values[metric]), interval), bar, data_metric=metric)
 
 
 def differences(results: Results, colours: dict[str, str]) -> Html | None:

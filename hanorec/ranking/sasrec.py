@@ -9,6 +9,11 @@ best NDCG@3 on validation is kept. Writes config.json, predictions.jsonl (test),
 val_predictions.jsonl, and the weights, with which hanorec.recommend chooses items for the model.
 """
 
+if __name__ == "__main__":
+    from hanorec.run import interrupts
+
+    interrupts.stop_at_once()  # before the other imports
+
 import argparse
 import itertools
 import json

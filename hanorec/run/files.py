@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from hanorec.run import interrupts
+
 
 class UserError(ValueError):
     """A mistake that the user can correct. The message names the cause, the place and the remedy."""
@@ -70,21 +72,13 @@ def disk_message(error: Exception) -> str | None:
 def one_line_errors(main: Callable) -> Callable:
     """Wrap a script's main: end a UserError, or an error in REMEDIES, with one line on stderr and exit code 2.
 
-    From its first call on, Ctrl-C ends the process with one line too, also during imports.
+    From the call of `main` on, Ctrl-C raises KeyboardInterrupt, which ends the process with one line too.
     """
-
-    def script() -> str:
-        return Path(sys.modules[main.__module__].__file__).name
-
-    def interrupted(kind, error, traceback) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            print(f"\n{script()}: stopped", file=sys.stderr, flush=True)
-        else:
-            sys.__excepthook__(kind, error, traceback)
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
-        sys.excepthook = interrupted
+        if main.__name__ == "main":  # not where the options are parsed, before the imports
+            interrupts.raise_again()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a title may not be in the terminal's encoding
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
@@ -96,7 +90,7 @@ def one_line_errors(main: Callable) -> Callable:
             message = printable(" ".join((message or str(error)).split()))
             if len(message) > LONGEST_MESSAGE:
                 message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
-            print(f"{script()}: error: {message}", file=sys.stderr, flush=True)
+            print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", file=sys.stderr, flush=True)
             raise SystemExit(UserError.exit_code) from error
 
     return wrapped

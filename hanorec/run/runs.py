@@ -42,7 +42,7 @@ NEXT = {
     "teach": "python -m mllm_srec.summarize --data {data} --run {out}",
     "summarize": "python sft.py --data {data} --prompt cot --summaries {name}",
     "prepare_data": "python sft.py --data {out}",
-    "later_data": "python -m hanorec.recommend --run RUN --data {out} --users all --out recommendations.jsonl",
+    "later_data": "python -m hanorec.recommend --run {run} --data {out} --users all --out recommendations.jsonl",
     "evaluate": "python -m hanorec.recommend --run {run} --user {user}",
 }
 

@@ -60,7 +60,7 @@ RAW = {
     "two datasets": ("recbole", put("other.inter", b""), "", "holds 2 files named *.inter"),
     "a folder for a file": ("csv", lambda f: ((f / "log.csv").unlink(), (f / "log.csv").mkdir()), "", "log.csv"),
     "no such column": ("csv", None, "--user-column who", "has no column who"),
-    "wrong delimiter": ("csv", put("log.csv", lambda b: b.replace(b",", b";")), "", "has no column user"),
+    "wrong delimiter": ("csv", put("log.csv", lambda b: b.replace(b",", b"|")), "", "has no column user"),
     "wrong delimiter in titles": ("microlens-tsv", put("Small_titles.csv", b"item;title\ni1;One\n"), "", "2 fields"),
     "spaces for tabs": ("microlens-tsv", put("Small_pairs.tsv", lambda b: b.replace(b"\t", b" ")), "", "a tab"),
     "wrong header": ("movielens-csv", put("ratings.csv", lambda b: b.replace(b"userId", b"uid")), "", "line 1"),

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 
 import layouts
 import pytest
@@ -147,6 +148,55 @@ def test_csv_with_named_columns_and_dates(tmp_path, monkeypatch):
         prepare(monkeypatch, tmp_path / "other", *argv)
 
 
+def test_semicolons_and_german_dates(tmp_path, monkeypatch):
+    """The header has no comma, so semicolons separate the fields; tabs in a file named .csv, too."""
+    rows = [(u, i, f"{t - 999:02}.01.2024 09:05") for u, i, t, _ in interactions() if t < 2000]
+    for mark in ";\t":
+        argv = write_tables(tmp_path, rows, ("user", "item", "timestamp"), mark)
+        check(*prepare(monkeypatch, tmp_path / "data", *argv), images=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [("31.12.2025", "2025-12-31"), ("1.2.2025 14:05:06", "2025-02-01T14:05:06"), (" 01.02.2025", "2025-02-01")],
+)
+def test_points_say_that_the_day_comes_first(text, time):
+    assert tables.timestamp(text) == tables.timestamp(time)
+
+
+@pytest.mark.parametrize("text", ["12/31/2025", "31.12.25", "31.13.2025", "2025-31-12"])
+def test_other_dates_are_refused_with_the_forms_that_are_read(text, tmp_path, capsys):
+    argv = write_tables(tmp_path, [("u1", "i1", text)], ("user", "item", "timestamp"))
+    error = refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data")
+    assert "log.csv, line 2" in error and f"{text!r} is no time that can be read" in error
+    assert "2025-12-31 14:05 or 31.12.2025" in error
+
+
+def test_a_file_that_is_not_utf_8_says_what_to_do(tmp_path, capsys):
+    argv = write_tables(tmp_path, [("Müller", "i1")])
+    (tmp_path / "log.csv").write_bytes((tmp_path / "log.csv").read_text().encode("latin-1"))
+    error = refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data")
+    assert "log.csv cannot be read: it is not UTF-8" in error and "save it as UTF-8" in error
+
+
+def test_all_columns_are_named_in_one_message(tmp_path, monkeypatch, capsys):
+    """The options of the message are those that a shop's export needs. After them the tables are read."""
+    rows = [
+        (number, u, i, 2, f"{t - 999:02}.01.2024") for number, (u, i, t, _) in enumerate(interactions()) if t < 2000
+    ]
+    argv = write_tables(tmp_path, rows, ("order_no", "customer", "product id", "quantity", "ordered_at"))
+    (tmp_path / "items.csv").write_bytes(table(["price", "product id", "name"], [(5, *row) for row in TITLES.items()]))
+    options = "--user-column customer --item-column 'product id' --time-column ordered_at --title-column name"
+    for more in ([], ["--user-column", "customer"], ["--user-column", "wrong"]):
+        error = refused(capsys, prepare_data.main, *argv, *more, "--out", tmp_path / "data")
+        assert error.strip().endswith(f"; name the columns: {options}"), error
+    check(*prepare(monkeypatch, tmp_path / "data", *argv, *shlex.split(options)), images=0)
+    (tmp_path / "items.csv").write_bytes(table(["id", "name"], TITLES.items()))
+    error = refused(capsys, prepare_data.main, *argv, *shlex.split(options), "--out", tmp_path / "data")
+    assert "items.csv has no column product id, only id, name" in error
+    assert "the column of items must have one name in both tables" in error
+
+
 def test_parquet(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -212,10 +262,10 @@ def test_movielens_titles_in_either_encoding(tmp_path, encoding, mark):
     assert [column.tolist() for column in raw.columns] == [[0], [0], [4], [3.5]]
 
 
-def write_tables(folder, rows, header=("user", "item")):
+def write_tables(folder, rows, header=("user", "item"), mark=","):
     """Write log.csv with these rows, and items.csv. Returns the options that name them."""
-    (folder / "log.csv").write_bytes(table(header, rows))
-    (folder / "items.csv").write_bytes(table(["item", "title"], TITLES.items()))
+    (folder / "log.csv").write_bytes(table(header, rows, mark))
+    (folder / "items.csv").write_bytes(table(["item", "title"], TITLES.items(), mark))
     return ["--dataset", "csv", "--interactions", folder / "log.csv", "--items", folder / "items.csv"]
 
 
@@ -306,4 +356,4 @@ def test_mistakes_in_tables_are_named(time, tmp_path, capsys):
     assert "needs --interactions FILE and --items FILE" in error_of("--dataset", "csv")
     assert "--source does not go with --dataset csv" in error_of(*argv, "--source", tmp_path)
     error = error_of(*argv, "--user-column", "who")
-    assert "log.csv has no column who, only user, item, timestamp; name it with --user-column" in error
+    assert "log.csv has no column who, only user, item, timestamp; name the columns: --user-column user" in error

@@ -18,9 +18,9 @@ from hanorec.data.folder import DataFolder
 from hanorec.ranking import charts, gallery, results
 from hanorec.ranking.curves import training_charts
 from hanorec.ranking.gallery import Posters, System
-from hanorec.ranking.markdown import TABLES, cell, short
+from hanorec.ranking.markdown import SLICE_TABLE, TABLES, cell, short
 from hanorec.ranking.markup import Html, element
-from hanorec.ranking.metrics import measure
+from hanorec.ranking.metrics import measure, target_ranks
 from hanorec.ranking.report_recipes import recipe
 from hanorec.ranking.report_tables import results_section
 
@@ -106,12 +106,19 @@ def test_the_table_holds_the_numbers_of_the_results(page):
                 texts.append(f"{value} [{low}, {high}]")
             assert names[name] + "".join(texts) in rows
     (line, other) = [one.text for one in read.of("li")][:2]
-    first, last = (gallery.places(system.scores, targets_of(page)) for system in page[1][1])
+    first, last = (target_ranks(system.scores, targets_of(page)) for system in page[1][1])
     up, down = (first > last).sum(), (first < last).sum()
     assert f"{up} moved up, {down} moved down and {len(first) - up - down} kept their place" in line
     low, high = made.differences["runs/small/<b>hanorec</b>"].interval("NDCG@3")
     verdict = "NDCG@3 higher" if low > 0 else "NDCG@3 lower" if high < 0 else "NDCG@3 no difference shown"
     assert verdict in line and f"a random order {short(made.table['chance'].values['NDCG@3'])}" in other
+
+
+def test_the_protocol_is_a_sentence(page, prepared):
+    read, (_, _, _, examples, *_), _ = page
+    expected = f"Each of the {len(examples)} examples of {prepared} (test, leave-one-out) ranks the item that a user "
+    expected += "chose next among 9 others (uniform negatives), after a history of up to 5 items. "
+    assert read.of("p")[0].text.startswith(expected)
 
 
 def targets_of(page):
@@ -146,6 +153,23 @@ def test_bars_lie_on_the_axis_of_their_column(page):
             (_, low, high), (_, dot) = [entry for entry in row if entry[0] == column]
             expected = [x + (number - value) * scale for number in (result.values[metric], *result.interval(metric))]
             assert [dot, low, high] == pytest.approx(expected, abs=0.11)
+
+
+def test_slices_are_plots_of_their_numbers(page):
+    """A chart for each slicing and metric; the tip of each dot has the slice's value and interval."""
+    read, (made, *_), _ = page
+    titles, tips = {one.text for one in read.of("b")}, [one.text for one in read.of("title")]
+    count = 0
+    for metric in SLICE_TABLE:
+        for name in ("runs/small/<b>sft</b>", "runs/small/<b>hanorec</b>"):
+            for slicing, slices in made.table[name].slices.items():
+                assert (f"{metric} by {slicing}" in titles) == (len(slices) > 1)
+                for label, part in slices.items() if len(slices) > 1 else ():
+                    low, high = map(charts.number, part.interval(metric))
+                    values = f"{charts.number(part.values[metric])} [{low}, {high}]"
+                    assert f"{name.removeprefix('runs/small/')}, {label.partition(': ')[0]}: {values}" in tips
+                    count += 1
+    assert count >= 36
 
 
 def test_each_example_shows_its_posters_in_each_order(page):
@@ -211,7 +235,7 @@ def test_a_single_system_and_a_long_list(prepared, tmp_path):
     assert not [one for one in read.of("section") if one.attributes.get("id") == "differences"]
     assert "gained most" not in path.read_text(encoding="utf-8") and not results.differences
     targets = np.array([example.candidates.index(example.target) for example in examples])
-    place = gallery.places(system.scores, targets)
+    place = target_ranks(system.scores, targets)
     assert f"{(place == 1).sum()} are in the first place" in read.of("li")[0].text
     example = SimpleNamespace(candidates=list(range(40)), target=7)
     scores = -np.arange(40.0)[::-1]
@@ -357,7 +381,7 @@ def test_the_user_is_named_once(prepared):
     example, scores = data.examples("test")[0], np.arange(10.0)[None]
     for user, title in (("user102", "user102"), ("7", "User 7")):
         text = gallery.card(0, [], [System("a", scores)], replace(example, user=user), np.array([0]), Posters(data))
-        assert Read(text).of("h3")[0].text == title
+        assert Read(text).of("h3")[0].text.partition("target's place")[0] == title
 
 
 def test_notes_below_the_results_are_about_what_is_there():

@@ -18,6 +18,7 @@ POSTERS = """Promise.all([...document.querySelectorAll('.card .poster')].map(asy
     if (address) { image.src = address[1]; await image.decode() }
     return [+poster.classList[1].slice(1), box.width, box.height, address ? image.naturalHeight : 0]
 }))"""
+OPEN_ALL = "document.querySelectorAll('.card details').forEach(card => { card.open = true })"
 VISIBLE = "[...document.querySelectorAll('.card')].filter(card => card.offsetHeight).map(card => card.className)"
 # The contrast of each text to the nearest background that is not transparent, as WCAG computes it; texts of 3 or less
 FAINT = """(() => {
@@ -57,6 +58,7 @@ def test_the_page_shows_every_poster_and_no_error(page, report, width, dark):
     path, (_, systems, data, *_) = report
     page.look(width, 900, dark)
     page.open(path)
+    page.value(OPEN_ALL)
     posters = page.value(POSTERS)
     assert len(posters) > 300 and page.value("document.querySelectorAll('.card .target').length") == (
         len(systems) * page.value("document.querySelectorAll('.card').length")
@@ -66,11 +68,32 @@ def test_the_page_shows_every_poster_and_no_error(page, report, width, dark):
         assert (image_height > 0) == (data.items.images[item] is not None), data.items.ids[item]
     assert page.messages == [] and page.requests() == [path.resolve().as_uri()]
     assert page.value("window.broken") is None and page.value("document.querySelectorAll('h1').length") == 1
-    assert page.value("document.documentElement.scrollWidth <= window.innerWidth")  # only tables scroll sideways
+    assert page.value("document.documentElement.scrollWidth <= window.innerWidth")
+    charts = page.value("[...document.querySelectorAll('.charts')].map(row => [row.scrollWidth, row.clientWidth])")
+    assert charts and all((whole > shown) == (width == 360 and whole > 360) for whole, shown in charts)
+    tables = page.value("[...document.querySelectorAll('.scroll')].map(box => [box.scrollWidth, box.clientWidth])")
+    assert tables and all(whole <= shown for whole, shown in tables)
     assert page.value(FAINT) == []
     ink, ground = (page.value(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
     brightness = [sum(map(int, text[4:-1].split(","))) for text in (ink, ground)]
     assert (brightness[0] > brightness[1]) == dark
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_an_example_is_a_line_until_it_is_opened(page, report, width):
+    """The first example of each group is open. The line names the target's place in each run."""
+    page.look(width, 900)
+    page.open(report[0])
+    lines = page.value("[...document.querySelectorAll('.card')].map(c => [c.offsetHeight, c.children[0].open])")
+    assert sum(is_open for _, is_open in lines) <= 4 < len(lines)
+    assert lines[0][1] and all((height > 200) == is_open and height < 2000 for height, is_open in lines)
+    assert all(height < 130 for height, is_open in lines if not is_open)
+    number = [is_open for _, is_open in lines].index(False)
+    card = f"document.querySelectorAll('.card')[{number}]"
+    text = page.value(f"{card}.innerText")
+    assert "target's place (of 10)" in text and "history" not in text
+    page.value(f"{card}.querySelector('summary').click()")
+    assert page.value(f"{card}.offsetHeight") > 200 and "history, oldest first" in page.value(f"{card}.innerText")
 
 
 def test_the_filters_hide_the_other_cards(page, report):
@@ -108,6 +131,7 @@ def test_the_colours_of_the_posters_are_on_the_screen(page, tmp_path):
     write_page(tmp_path / "data", tmp_path / "report.html")
     page.look()
     page.open(tmp_path / "report.html")
+    page.value(OPEN_ALL)
     tiles = {}
     for item, width, height, _ in page.value(POSTERS):
         tiles[item] = tiles.get(item, 0) + width * height

@@ -192,7 +192,17 @@ def test_evaluate_reads_the_scores_only_of_this_data(data, capsys):
     (first,) = sasrec.trained_scores(folder, "test", examples["test"][:1])["SASRec"]
     assert first.shape == (1, len(examples["test"][0].candidates))
 
-    table = evaluate.main(["--data", str(data), "--scores", str(data / "sasrec" / "predictions.jsonl")])
+    table = evaluate.main(
+        [
+            "--data",
+            str(data),
+            "--scores",
+            str(data / "sasrec" / "predictions.jsonl"),
+            "--report",
+            str(data / "report.html"),
+        ]
+    )
+    assert '<span class="key other">SASRec</span>' in (data / "report.html").read_text(encoding="utf-8")
     assert "SASRec" in table and table["SASRec"].values == table[str(data / "sasrec" / "predictions.jsonl")].values
     sasrec.main(["--data", str(data), "--out", str(data / "sasrec-2"), "--seed", "2", *QUICK])
     pooled = evaluate.main(["--data", str(data), "--scores", str(data / "sasrec-2" / "predictions.jsonl")])

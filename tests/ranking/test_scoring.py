@@ -7,7 +7,7 @@ from hanorec.data.folder import Example
 from hanorec.model.load import load_model
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.trees import tree_length
-from hanorec.ranking import recommending
+from hanorec.ranking import by_title
 from hanorec.ranking.scoring import score_examples
 
 
@@ -24,9 +24,9 @@ def test_examples_whose_history_was_cut_are_reported(prepared):
 
 def test_only_the_printed_titles_are_escaped(prepared, monkeypatch, capsys):
     escaped = []
-    monkeypatch.setattr(recommending, "printable", lambda text: escaped.append(text) or text)
+    monkeypatch.setattr(by_title, "printable", lambda text: escaped.append(text) or text)
     data = Opened(prepared).data
-    recommending.print_recommendations("run", data, Example("u", [0], 1, [1, 2, 3], 2), [0.5, 2.0, 1.0], 2, "scores")
+    by_title.print_recommendations("run", data, Example("u", [0], 1, [1, 2, 3], 2), [0.5, 2.0, 1.0], 2, "scores")
     titles, ids = data.items.titles, data.items.ids
     assert escaped == ["u", titles[0], f"{titles[2]} ({ids[2]})", f"{titles[3]} ({ids[3]})"]
     shown = f"     1. {titles[2]} ({ids[2]}), 2.000\n     2. {titles[3]} ({ids[3]}), 1.000\n"

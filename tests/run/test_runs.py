@@ -190,16 +190,6 @@ def test_a_finished_run_is_replaced_only_with_overwrite_and_says_so(tmp_path, ca
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "adapter").exists()
 
 
-def test_ctrl_c_ends_with_one_line_also_during_imports():
-    """The signal comes where a script imports its libraries: after its options are checked, outside of main."""
-    code = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
-    code += "from hanorec.run.files import one_line_errors\n"
-    code += "@one_line_errors\ndef parse(argv):\n    pass\nparse([])\nos.kill(os.getpid(), signal.SIGINT)\n"
-    done = subprocess.run([sys.executable, "-c", f"__file__ = 'evaluate.py'\n{code}"], capture_output=True, cwd=ROOT)
-    assert done.returncode == -signal.SIGINT
-    assert done.stderr.decode().strip() == "evaluate.py: stopped"
-
-
 def test_the_number_of_processes_in_the_launchers_command(monkeypatch):
     def launched(line):
         monkeypatch.setattr(Path, "read_text", lambda path, errors: "\0".join(line.split()))
