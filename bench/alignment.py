@@ -24,6 +24,7 @@ from hanorec.ranking.alignment import THIRDS, measure_alignment  # noqa: E402
 from hanorec.ranking.ceiling import ceiling_scores  # noqa: E402
 from hanorec.ranking.exchange import read_scores  # noqa: E402
 from hanorec.ranking.markdown import markdown, short  # noqa: E402
+from hanorec.ranking.metrics import STUDENT  # noqa: E402
 from hanorec.run.launch import start_accelerator  # noqa: E402
 from hanorec.run.runs import read_run  # noqa: E402
 
@@ -31,10 +32,17 @@ ARMS = ["sft", "continued", "softmax", "dpo", "sdpo9", "margin", "nodo_3", "abso
 ARMS += ["paper"]
 
 
-def spread(values: list[float]) -> str:
-    """Return mean and standard deviation over the seeds."""
-    deviation = f" ±{short(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
-    return short(float(np.mean(values))) + deviation
+def spread(values: list[float], interval: bool = False) -> str:
+    """Return mean and standard deviation over the seeds, and the 95% interval of the mean by Student's t."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return short(mean)
+    deviation = float(np.std(values, ddof=1))
+    text = f"{short(mean)} ±{short(deviation)}"
+    if not interval:
+        return text
+    half = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * deviation / len(values) ** 0.5
+    return f"{text} [{short(mean - half)}, {short(mean + half)}]"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         if not values:
             continue
         row = [study.arms[arm].label, str(len(values))]
-        row += [spread([value[field] for value in values]) for field in ("mean", "change", "slope")]
+        row += [spread([value[field] for value in values], field != "mean") for field in ("mean", "change", "slope")]
         row += [spread([value[field][name] for value in values]) for field in ("thirds", "NDCG@3") for name in THIRDS]
         shares = [value["follows_poster"][0] for value in values if "follows_poster" in value]
         rows.append([*row, spread(shares) if shares else "-"])
