@@ -43,7 +43,9 @@ def recipe(config: dict, reference: dict | None = None) -> str:
         f"{shown(options[name])} rejected" if name == "rejected" else worded(name, options) for name in names
     )
     start = next((Path(options[name]).name for name in STARTS if options.get(name)), options.get("model"))
-    title = f"{'DPO' if stage == 'dpo_hano' else stage.upper()}{f' from {start}' if start else ''}"
+    whole = options.get("objective", "dpo") == "dpo" and not off_parts(config)
+    method = stage.upper() if stage != "dpo_hano" else "HaNoRec" if whole else "DPO"
+    title = f"{method} from {start}" if start else method
     return "; ".join([f"{title}: {words}" if words else title, *parts_of(config)])
 
 

@@ -73,6 +73,8 @@ def in_short(results: Results, systems: Sequence[System], targets: np.ndarray, r
             counts = f"Of {len(targets)} targets, {first} are in the first place and {three} among the first three."
             lines.append([*begun[name], f": NDCG@3 {value}. {counts}"])
     lines.append([compared_with(results, list(own))])
+    if not any(result.sd for result in results.table.values()):
+        lines.append(["Each run has one seed: the intervals are over users, and say nothing of another training."])
     return element("ul", *[element("li", *line) for line in lines])
 
 
@@ -85,7 +87,7 @@ def compared_with(results: Results, names: Sequence[str]) -> str:
     values = {name: result.values["NDCG@3"] for name, result in results.table.items() if name not in names}
     baselines = [name for name in values if not name.startswith("ceiling")]
     best = max(baselines, key=values.get)
-    texts = [f"the best possible ranking has {short(values['ceiling'])}"] if "ceiling" in values else []
+    texts = [f"the best possible ranking, ceiling, has {short(values['ceiling'])}"] if "ceiling" in values else []
     texts += [f"the best baseline, {best}, {short(values[best])}", f"a random order {short(values['chance'])}"]
     return f"To compare with, in NDCG@3: {', '.join(texts)}."
 

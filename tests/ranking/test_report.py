@@ -371,6 +371,7 @@ def test_the_page_says_what_the_runs_and_the_metrics_are(prepared, tmp_path):
     assert second.startswith(f"<b>hanorec</b> {recipe} against <b>sft</b>: NDCG@3 ")
     parts = ("NDCG@3 ", "HR@3 ", "Places in the ranking by title: of ", "AUC is not computed from these. AUC ")
     assert [*parts] == sorted(parts, key=second.index)
+    assert "Each run has one seed: the intervals are over users" in text
     assert text.count("arXiv 2511.18740") == 1 and text.count("about each candidate (AUC over all candidates") == 1
     drawn = {one.text for one in read.of("b") if one.text.startswith("NDCG@3 by ")}
     assert f"by each of {len(drawn)} values" in text or (len(drawn) == 1 and "by one value" in text)
@@ -397,6 +398,8 @@ def test_a_recipe_names_what_differs_from_the_reference():
     other = dpo_config(hardness="topk", sigma=0.1, noise="relative", epochs=2, seed=3)
     expected = "DPO from sft-1: 9 rejected, beta 1, lr 0.003, epochs 2; lambda by topk, noise 0.1 (relative); no eta"
     assert recipe(other, dpo_config(epochs=1, seed=1)) == expected
+    whole = dpo_config(hardness="topk", responsiveness="batch", sigma=0.1, noise="relative")
+    assert recipe(whole).startswith("HaNoRec from sft-1: ")
     assert recipe(dpo_config(objective="softmax")) == "DPO from sft-1: 9 rejected, beta 1, lr 0.003, objective softmax"
 
 
