@@ -1,10 +1,10 @@
 """The reference of DPO: compute its log-probabilities once, keep them in a file, compare the policy with them."""
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 
-from hanorec.model.encoding import Encoding
+from hanorec.model.encoding import Encoding, backbone_weights
 from hanorec.model.images import load_tensors
 from hanorec.model.lora import without_trained_adapter
 from hanorec.model.packing import PackedMLLM
@@ -49,8 +49,9 @@ def reference_logps(
 ) -> torch.Tensor:
     """Return the reference's log-probabilities of the chosen answers and of the whole pool: [pairs, 1 + P].
 
-    They are NaN for pairs that are not planned. A file in reference/ of the SFT run keeps them. If it does not exist,
-    all processes compute them and write it.
+    They are NaN for pairs that are not planned. A file in reference/ of the SFT run keeps them. The main process looks
+    for it and sends its values to the others, because a shared disk may show it to them later. If it does not exist,
+    all processes compute the values, and the main process writes it.
 
     planned: see `planned_pairs`. hashes: of the data and of the SFT weights, by name.
     """
@@ -65,18 +66,23 @@ def reference_logps(
         "chat_template": pairs.prompts.tokenizer.chat_template,
         "dtype": str(next(packed.core.parameters()).dtype),
         "quantize": options.quantize,
+        "backbone": backbone_weights(encoding.source),
+        "live_images": encoding.tokens.live_files(),
     }
     key = value_hash(sources)
     path = options.sft / "reference" / f"{key[:16]}.safetensors"
-    if not path.exists():
+    kept = [None]
+    if accelerator.is_main_process and path.exists():
+        shape = (len(pairs), 1 + pairs.rejected)
+        kept = [load_tensors(path, {"logps": shape}, "delete it; it will be computed again")["logps"]]
+    (logps,) = broadcast_object_list(kept)
+    if logps is None:
         with without_trained_adapter(packed.model):
             logps = score_pairs(packed, encoding, pairs, planned, accelerator)
         if accelerator.is_main_process:
             with replacing(path) as new:
                 save_file({"logps": logps}, new, metadata={"key": key})
-        accelerator.wait_for_everyone()
-    shape = (len(pairs), 1 + pairs.rejected)
-    return load_tensors(path, {"logps": shape}, "delete it; it will be computed again")["logps"]
+    return logps
 
 
 PAPER_BETA = 0.1  # check_start's tolerances are for reward gaps at this beta, whatever --beta is
