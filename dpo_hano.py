@@ -87,7 +87,10 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     """Parse the options, check --out and read the SFT run. Return (options, the SFT run's config.json)."""
     options = parse(argv)
     check_out(options.out, "dpo_hano", options.overwrite)
-    return options, read_run(options.sft, ["sft"])
+    sft = read_run(options.sft, ["sft"])
+    if options.quantize and not sft["options"].get("quantize"):
+        raise UserError(f"--quantize: {options.sft} was trained without it; leave it out, or run sft.py with it too")
+    return options, sft
 
 
 if __name__ == "__main__":
