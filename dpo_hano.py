@@ -197,7 +197,7 @@ def take_step(step: int, micro_batches, model, packed, optimizer, schedule, resp
             policy = batch.lay_out(model(batch.trees))
             loss, metrics = preference_loss(policy, batch, responsiveness, options, accelerator)
             accelerator.backward(loss / len(micro_batches))
-        metrics["noise"] = noise.to(accelerator.device)
+        metrics["noise"] = noise
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value / len(micro_batches)
     sums |= effect
@@ -236,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_accelerator(report_to=options.report_to, out=options.out)
     if options.sigma and accelerator.distributed_type.value == "DEEPSPEED":
         raise UserError("DeepSpeed cannot train with NoDO's noise; use --config_file configs/fsdp2.yaml, or --sigma 0")
+    if options.sigma and options.noise == "embeddings" and options.no_pack:
+        raise UserError("--noise embeddings needs packed prompts: with --no-pack each answer's prompt gets other noise")
     if options.responsiveness == "batch" and options.batch_size * accelerator.num_processes < 3:
         raise UserError("eta of fewer than 3 pairs is always 1; give a larger --batch-size, or --responsiveness ema")
     if "rank" not in options.tasks and (options.rejected > 1 or options.rejected_from != "data"):
