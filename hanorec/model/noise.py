@@ -9,6 +9,7 @@ import torch
 import hanorec_loss
 from hanorec.model.packing import PackedMLLM, answer_sums
 from hanorec.model.pairs import PairBatch
+from hanorec.run.training import reshard
 
 
 @contextlib.contextmanager
@@ -64,6 +65,7 @@ def noise_effect(model, batch: PairBatch, noise) -> dict[str, torch.Tensor]:
     for name, context in (("noisy", noise), ("clean", contextlib.nullcontext())):
         with context, torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout's next masks stay
             logps = model(batch.trees, tokens=True)  # [S, V]
+        reshard(model)  # else the clean forward of sharded weights would find the noisy ones
         of_targets = logps.gather(1, batch.trees.target[:, None])[:, 0]
         log_ratio = batch.lay_out(answer_sums(batch.trees, of_targets)) - batch.reference
         gap = log_ratio[:, :1] - log_ratio[:, 1:]

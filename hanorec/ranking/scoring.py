@@ -13,6 +13,7 @@ from hanorec.ranking.metrics import measure
 from hanorec.run.files import UserError
 from hanorec.run.launch import shared_out
 from hanorec.run.progress import progress
+from hanorec.run.training import reshard
 
 
 def target_columns(examples: Sequence[Example]) -> np.ndarray:
@@ -51,6 +52,7 @@ def score_examples(
             logps = model(batch.to(accelerator.device))
         numbers += chunk
         scores.append(logps.view(len(chunk), -1))
+    reshard(model)
     scored = list(zip(numbers, torch.cat(scores).tolist(), strict=True))  # one read: no wait between the batches
     if accelerator.num_processes > 1:
         scored = gather_object(scored)
