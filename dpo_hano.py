@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = reference_logps(packed, encoding, pairs, planned, hashes, options, accelerator)
     choose_rejected(pairs, reference, data, options)
     hardness = pair_hardness(options, vectors, pairs, reference, accelerator)
-    response = Responsiveness(options.responsiveness)
+    response = Responsiveness(options.responsiveness, options.beta, packed.core.dtype)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 
     def load_batches(step: int, numbers: list[list[int]]) -> list[PairBatch]:

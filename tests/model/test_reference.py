@@ -13,6 +13,7 @@ from hanorec.model.finished import load_finished
 from hanorec.model.lora import add_lora
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.pairs import Pairs, pools
+from hanorec.run.files import UserError
 
 
 def logps_of(opened, sft_run, folder, main=True):
@@ -66,3 +67,48 @@ def test_the_main_process_decides_whether_there_is_a_file(prepared, sft_run, tmp
         monkeypatch.setattr(reference, "broadcast_object_list", lambda values: [None])
         assert torch.equal(logps_of(opened, sft_run, here, main=False), expected) and scored.pop()
     assert not (tmp_path / "late").exists()
+
+
+def start(prepared, sft_run, dtype):
+    """A policy whose largest logit is about 25, a batch of three pairs, and by how much their gaps may differ."""
+    opened = Opened(prepared)
+    packed = PackedMLLM(load_finished(sft_run, opened.encoding, dtype))
+    examples = opened.examples("train")[:1]
+    pairs = Pairs(opened.prompts(), examples, ("rank", "yes", "no"), 4096, pools(examples, 2, "data"))
+    packed.eval()
+    batch = pairs.batch([0, 1, 2], packed, opened.tokens)
+    with torch.no_grad():
+        logits = packed.packed_logits(batch.trees)
+        packed.core.get_output_embeddings().weight.data *= 25 / float(logits.abs().max())
+        logps = packed(batch.trees, tokens=True)
+        batch.reference = batch.lay_out(packed(batch.trees))
+    half_spread = float((logps.amax(1) - logps.amin(1)).max()) / 2
+    assert 15 < half_spread < 30
+    counts = batch.lay_out(batch.trees.answers.float())
+    return packed, batch, 2**-8 * half_spread * (counts[0, 0] + counts[0, 1])
+
+
+def test_the_start_may_differ_by_roundings_in_half_precision(prepared, sft_run):
+    packed, batch, allowed = start(prepared, sft_run, torch.bfloat16)
+    reference.check_start(packed, batch)
+    own = batch.reference
+    assert own[1:, 2].isnan().all()  # Yes/No pairs have one rejected answer
+    assert 0.1 * 0.9 * allowed > 5e-2
+    batch.reference = own + torch.tensor([0.9 * allowed, 0, 0]) * torch.tensor([[1.0], [0], [0]])
+    reference.check_start(packed, batch)
+    batch.reference = own + torch.tensor([1.1 * allowed, 0, 0]) * torch.tensor([[1.0], [0], [0]])
+    with pytest.raises(UserError, match="policy and reference differ"):
+        reference.check_start(packed, batch)
+
+
+def test_the_start_is_close_in_float32(prepared, sft_run):
+    packed, batch, _ = start(prepared, sft_run, torch.float32)
+    reference.check_start(packed, batch)
+    own = batch.reference
+    batch.reference = own + torch.tensor([2e-3, 0, 0])
+    with pytest.raises(UserError, match=r"the reward gap is 2.0.e-04, not 0"):
+        reference.check_start(packed, batch)
+    batch.reference = own
+    packed.core.get_output_embeddings().weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="the reward gap is nan, not 0"):
+        reference.check_start(packed, batch)
