@@ -92,7 +92,10 @@ def checked_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     """Parse the options, check --out and read the SFT run. Return (options, the SFT run's config.json)."""
     options = parse(argv)
     check_out(options.out, "dpo_hano", options.overwrite)
-    return options, read_run(options.sft, ["sft"])
+    sft = read_run(options.sft, ["sft"])
+    if options.quantize and not sft["options"].get("quantize"):
+        raise UserError(f"--quantize: {options.sft} was trained without it; leave it out, or run sft.py with it too")
+    return options, sft
 
 
 if __name__ == "__main__":
@@ -200,7 +203,7 @@ def take_step(step: int, micro_batches, model, packed, optimizer, schedule, resp
             policy = batch.lay_out(model(batch.trees))
             loss, metrics = preference_loss(policy, batch, responsiveness, options, accelerator)
             accelerator.backward(loss / len(micro_batches))
-        metrics["noise"] = noise.to(accelerator.device)
+        metrics["noise"] = noise
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value / len(micro_batches)
     sums |= effect
@@ -239,6 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_accelerator(report_to=options.report_to, out=options.out)
     if options.sigma and accelerator.distributed_type.value == "DEEPSPEED":
         raise UserError("DeepSpeed cannot train with NoDO's noise; use --config_file configs/fsdp2.yaml, or --sigma 0")
+    if options.sigma and options.noise == "embeddings" and options.no_pack:
+        raise UserError("--noise embeddings needs packed prompts: with --no-pack each answer's prompt gets other noise")
     if options.responsiveness == "batch" and options.batch_size * accelerator.num_processes < 3:
         raise UserError("eta of fewer than 3 pairs is always 1; give a larger --batch-size, or --responsiveness ema")
     if "rank" not in options.tasks and (options.rejected > 1 or options.rejected_from != "data"):
@@ -261,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = reference_logps(packed, encoding, pairs, planned, hashes, options, accelerator)
     choose_rejected(pairs, reference, data, options)
     hardness = pair_hardness(options, vectors, pairs, reference, accelerator)
-    response = Responsiveness(options.responsiveness)
+    response = Responsiveness(options.responsiveness, options.beta, packed.core.dtype)
     torch.manual_seed(options.seed + accelerator.process_index)  # for the dropout of LoRA
 
     def load_batches(step: int, numbers: list[list[int]]) -> list[PairBatch]:

@@ -82,23 +82,27 @@ def responsiveness(reward_gap: torch.Tensor, rounding: float = 0.0) -> torch.Ten
     r = R / mean(R), and r = R / max(mean|R|, 1e-8) if |mean(R)| <= 1e-8. If B > 2, one smallest and one largest r are
     trimmed. eta varies strongly while mean(R) is near 0, as at the start of DPO. Elsewhere eta(R) = eta(-R).
 
-    reward_gap: [B], R of equation (7), of the pairs of all processes. rounding: if mean|R| <= rounding, every R counts
-    as 0 and eta is 1. (Before the first step R is a rounding error, and the division would enlarge it.)
+    reward_gap: R of equation (7), of the pairs of all processes: [B], or [B, K], where NaN does not count. rounding: if
+    mean|R| <= rounding, every R counts as 0 and eta is 1. (Before the first step, R is a rounding error.)
 
     >>> responsiveness(torch.tensor([1.0, 2.0, 3.0, 6.0]))   # r = 1/3, 2/3, 1, 2: sigmoid(5/6) / sigmoid(1)
     tensor(0.9535)
     """
-    gap = reward_gap.detach().float().flatten()
-    gap = torch.where(gap.abs().mean() <= rounding, 0.0, gap)
-    mean, mean_size = gap.mean(), gap.abs().mean().clamp_min(1e-8)
+    gap = reward_gap.detach().float()
+    gap = torch.where(gap.abs().nanmean() <= rounding, 0.0, gap)
+    mean, mean_size = gap.nanmean(), gap.abs().nanmean().clamp_min(1e-8)
     relative_gap = gap / torch.where(mean.abs() > 1e-8, mean, mean_size)  # r
-    return trimmed_mean(relative_gap).sigmoid() / relative_gap.mean().sigmoid()
+    return trimmed_mean(relative_gap).sigmoid() / relative_gap.nanmean().sigmoid()
 
 
 def trimmed_mean(values: torch.Tensor) -> torch.Tensor:
-    """Return the mean of values [B] without one smallest and one largest value if B > 2, as in equation (8)."""
-    ascending, _ = values.sort()
-    return ascending[1:-1].mean() if len(values) > 2 else values.mean()
+    """Return the mean without one smallest and one largest value if B > 2: values [B], or [B, K] with NaN left out."""
+    ascending, _ = values.flatten().sort()  # NaN last
+    if values.dim() == 1:
+        return ascending[1:-1].mean() if len(values) > 2 else values.mean()
+    place, count = torch.arange(len(ascending), device=values.device), (~values.isnan()).sum()
+    kept = ((place > 0) & (place < count - 1)) | (count <= 2)
+    return ascending.where(kept, torch.nan).nanmean()
 
 
 def hanorec_loss(
@@ -119,8 +123,9 @@ def hanorec_loss(
 
     policy_*_logps, reference_*_logps: [B]; those of rejected answers [B] or [B, K]. Where a prompt has fewer than K
     rejected answers, reference_rejected_logps is NaN, and the values of that place are not used. hardness: lambda of
-    equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'. eta: a number, a function of the reward
-    gaps R, or None for `responsiveness`. gather: joins the R of all processes, such as `accelerator.gather`.
+    equation (6), [B] or [B, K]. beta: beta0. beta_floor: the smallest beta'. eta: a number, None for `responsiveness`,
+    or another function of the reward gaps R: [B], or if K > 1 [B, K] with NaN in these places. gather: joins the R of
+    all processes, such as `accelerator.gather`.
     """
     check_shapes(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, hardness)
     chosen_ratio = policy_chosen_logps.float() - reference_chosen_logps.float().detach()  # logarithms of ratios
@@ -128,15 +133,13 @@ def hanorec_loss(
     rejected_ratio = rejected_ratio.reshape(len(chosen_ratio), -1)  # [B, K]
     absent = reference_rejected_logps.isnan().reshape(rejected_ratio.shape)
     absent = absent & ~absent.all(1, keepdim=True)  # without any rejected answer the loss is NaN
-    hardness = hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_ratio)  # [B, K]
-    hardness = hardness.masked_fill(absent, 1.0)
+    hardness = hardness.detach().float().reshape(len(hardness), -1).expand_as(rejected_ratio).masked_fill(absent, 1.0)
     log_ratio_gap = chosen_ratio[:, None] - rejected_ratio  # [B, K], the bracket of (7)
     eta = responsiveness if eta is None else eta
     if callable(eta):
-        reward_gap = beta * log_ratio_gap.detach().flatten()  # (7), R, [B * K]
-        reward_gap = reward_gap if gather is None else gather(reward_gap)
-        eta = eta(reward_gap if absent.shape[1] == 1 else reward_gap[~reward_gap.isnan()])  # (8)
-    eta = torch.as_tensor(eta, dtype=torch.float32, device=log_ratio_gap.device).detach()
+        reward_gap = beta * log_ratio_gap.detach().squeeze(1)  # (7), R, [B] or [B, K]
+        eta = eta(reward_gap if gather is None else gather(reward_gap))  # (8)
+    eta = eta.detach().to(log_ratio_gap) if torch.is_tensor(eta) else log_ratio_gap.new_full((), eta)
     dynamic_beta = (beta * eta * hardness).clamp_min(beta_floor)  # (11), beta', [B, K]
     scores = (-dynamic_beta * log_ratio_gap).masked_fill(absent, -torch.inf)
     losses = -F.logsigmoid(-torch.logsumexp(scores, dim=1))  # (12), [B]
@@ -159,28 +162,26 @@ def preference_metrics(losses, chosen_log_ratio, rejected_log_ratio, hardness, d
     losses, chosen_log_ratio: [B]; the other tensors: [B, K]. scores: -beta' * gap, and -inf for an absent answer.
     """
     gradient_size = dynamic_beta * scores.logsumexp(1, keepdim=True).sigmoid() * scores.softmax(1)  # |d loss / d gap|
-    pairs = [chosen_log_ratio[:, None] - rejected_log_ratio, rejected_log_ratio, hardness, dynamic_beta, gradient_size]
-    if scores.shape[1] > 1:
-        pairs = [values[~scores.isneginf()] for values in pairs]
-    log_ratio_gap, rejected_log_ratio, hardness, dynamic_beta, gradient_size = [values.flatten() for values in pairs]
-    gradient_size = gradient_size[hardness.argsort(stable=True)]  # of the hardest pair first
-    half = (len(hardness) + 1) // 2
-    harder, easier = gradient_size[:half].sum(), gradient_size[-half:].sum()
-    return {
+    pairs = [chosen_log_ratio[:, None] - rejected_log_ratio, rejected_log_ratio, hardness, dynamic_beta]
+    pairs = [values.masked_fill(scores.isneginf(), torch.nan).flatten() for values in pairs]
+    log_ratio_gap, rejected_log_ratio, hardness, dynamic_beta = pairs
+    gradient_size = gradient_size.flatten()[hardness.argsort(stable=True)]  # of the hardest pair first, NaN is last
+    place, count = torch.arange(len(hardness), device=hardness.device), (~hardness.isnan()).sum()
+    half = (count + 1) // 2
+    harder, easier = (gradient_size * (place < half)).sum(), (gradient_size * (place >= count - half)).sum()
+    metrics = {
         "loss": losses.mean(),
-        "accuracy": (log_ratio_gap > 0).float().mean(),
-        "margin": (beta * log_ratio_gap).mean(),
+        "accuracy": (log_ratio_gap > 0).sum() / count,
+        "margin": (beta * log_ratio_gap).nanmean(),
         "reward_chosen": beta * chosen_log_ratio.mean(),
-        "reward_rejected": beta * rejected_log_ratio.mean(),
+        "reward_rejected": beta * rejected_log_ratio.nanmean(),
         "eta": eta,
         "hard_gradient_share": torch.where(harder + easier == 0, 0.5, harder / (harder + easier)),
-        "lambda_mean": hardness.mean(),
-        "lambda_p01": hardness.quantile(0.01),
-        "lambda_p99": hardness.quantile(0.99),
-        "beta_mean": dynamic_beta.mean(),
-        "beta_p01": dynamic_beta.quantile(0.01),
-        "beta_p99": dynamic_beta.quantile(0.99),
     }
+    for name, values in (("lambda", hardness), ("beta", dynamic_beta)):
+        low, high = values.nanquantile(0.01), values.nanquantile(0.99)
+        metrics |= {f"{name}_mean": values.nanmean(), f"{name}_p01": low, f"{name}_p99": high}
+    return metrics
 
 
 @contextlib.contextmanager
@@ -200,13 +201,15 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
     if not weights:
         raise ValueError("the model has no trainable LoRA weights (no lora_A or lora_B that requires a gradient)")
     if sigma == 0:
-        yield torch.zeros(())
+        yield torch.zeros((), device=weights[0].device)
         return
     if any(p.numel() == 0 for p in weights):
         raise ValueError("LoRA weights are sharded away; NoDO needs them whole, or sharded by torch's fully_shard")
     if generator is None and any(hasattr(p, "device_mesh") for p in weights):
         raise ValueError("sharded LoRA weights need a generator with the same seed on all processes")
-    noisy, old_values = set(weights), [p.detach().clone() for p in weights]
+    values = [p.detach().to_local() if hasattr(p, "device_mesh") else p.detach() for p in weights]  # the same memory
+    noisy, old_values = set(weights), [torch.empty_like(value) for value in values]
+    torch._foreach_copy_(old_values, values)
 
     def refuse_step(optimizer, args, kwargs):  # torch calls it before each step of any optimizer
         if any(not noisy.isdisjoint(group["params"]) for group in optimizer.param_groups):
@@ -215,35 +218,33 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
     hook = register_optimizer_step_pre_hook(refuse_step)
     try:
         ratio = add_noise(weights, sigma, relative, generator)
-        versions = [weight._version for weight in weights]
+        versions = [value._version for value in values]
         yield ratio
-        if versions != [weight._version for weight in weights]:  # changed by something else than an optimizer
+        if versions != [value._version for value in values]:  # changed by something else than an optimizer
             raise RuntimeError("the LoRA weights changed inside noisy_lora, and the change would be lost")
     finally:
         hook.remove()
-        with torch.no_grad():
-            for weight, old_value in zip(weights, old_values, strict=True):
-                weight.copy_(old_value)
+        torch._foreach_copy_(values, old_values)
 
 
 @torch.no_grad()
 def add_noise(weights: list, sigma: float, relative: bool, generator: torch.Generator | None) -> torch.Tensor:
     """Add sigma * eps to each weight in place: equations (9, 10). Return ||noise|| / ||weights|| over all, a scalar.
 
-    eps is Gaussian with mean 0. Its standard deviation is the matrix's root mean square if `relative`, else 1.
+    eps is Gaussian with mean 0. Its standard deviation is the matrix's root mean square if `relative`, else 1. One draw
+    and few operations serve all the weights, which are often hundreds of small matrices, on one device.
     """
-    noise_square = weight_square = 0.0
-    for weight in weights:
-        device = weight.device if generator is None else generator.device
-        eps = torch.randn(weight.shape, generator=generator, device=device, dtype=torch.float32)
-        noise = sigma * eps.to(weight.device)
-        if hasattr(weight, "device_mesh"):  # every process has drawn the whole noise, and takes its part
-            mesh, placements = weight.device_mesh, weight.placements
-            noise = torch.distributed.tensor.distribute_tensor(noise, mesh, placements, src_data_rank=None)
-        if relative:
-            noise = noise * weight.float().square().mean().sqrt()
-        noise_square += noise.square().sum()
-        weight_square += weight.float().square().sum()
-        weight.add_(noise.to(weight.dtype))  # (9, 10)
-    ratio = (noise_square / weight_square).sqrt()
-    return ratio.full_tensor() if hasattr(ratio, "full_tensor") else ratio  # a DTensor has full_tensor
+    sizes = [weight.numel() for weight in weights]
+    norms = torch.stack(torch._foreach_norm(weights, 2, torch.float32))
+    norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms  # a DTensor has full_tensor
+    eps = torch.randn(sum(sizes), generator=generator, device=(generator or weights[0]).device, dtype=torch.float32)
+    noise = eps.to(weights[0].device).mul_(sigma)  # of all weights, one after the other
+    if relative:
+        scales = torch._foreach_div(norms.unbind(), [size**0.5 for size in sizes])  # root mean squares
+        noise *= torch.cat([scale.expand(size) for scale, size in zip(scales, sizes, strict=True)])
+    parts = [part.view(weight.shape) for part, weight in zip(noise.split(sizes), weights, strict=True)]
+    if hasattr(weights[0], "device_mesh"):  # every process has drawn the whole noise, and takes its part
+        share = torch.distributed.tensor.distribute_tensor
+        parts = [share(p, w.device_mesh, w.placements, src_data_rank=None) for p, w in zip(parts, weights, strict=True)]
+    torch._foreach_add_(weights, parts)  # (9, 10)
+    return torch.stack(torch._foreach_norm(noise.split(sizes))).norm() / norms.norm()

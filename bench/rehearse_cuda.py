@@ -20,6 +20,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import fakes
 import torch
@@ -91,18 +92,27 @@ class Event:
         pass
 
 
+class Generator(torch.Generator):
+    """Stands for a torch.Generator on any device. It is on the CPU; operations on fake tensors draw no numbers."""
+
+    def __new__(cls, device="cpu"):
+        generator = super().__new__(cls, "cpu")
+        generator.stated = torch.device(device)
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        return self.stated
+
+
 @contextlib.contextmanager
 def without_gpu():
-    """Replace what PyTorch refuses without a GPU, and what waits for none: events, and the state of dropout's seeds."""
-    names = {torch.cuda: ("Event", Event), torch.random: ("fork_rng", lambda *args, **kwargs: contextlib.nullcontext())}
-    before = [(module, name, getattr(module, name)) for module, (name, _) in names.items()]
-    try:
-        for module, (name, stand_in) in names.items():
-            setattr(module, name, stand_in)
+    """Replace what PyTorch refuses without a GPU, and what waits for none: events, generators, dropout's seeds."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 class Rehearsal:
@@ -136,8 +146,8 @@ class Rehearsal:
         optimizer = torch.optim.AdamW(self.weights, lr=1e-5, fused=self.device == "cuda")
         return optimizer, training.cosine(optimizer, 100)
 
-    def dpo(self, kinds=("rank", "yes", "no"), rejected: int = 1, steps=(1, 2)) -> None:
-        """Steps of dpo_hano.py with its log."""
+    def dpo(self, kinds=("rank", "yes", "no"), rejected: int = 1, steps=(1, 2), eta: str = "batch", **changes) -> None:
+        """Steps of dpo_hano.py with its log. eta: --responsiveness. changes: other options than OPTIONS."""
         with _disable_current_modes():
             pairs = Pairs(self.prompts, self.examples, kinds, 100_000, pools(self.examples, rejected, "data"))
             hardness = torch.ones(len(pairs), rejected)
@@ -145,8 +155,8 @@ class Rehearsal:
             batch = pairs.batch(range(3), real, self.tokens, torch.cat([hardness[:, :1], hardness], 1), hardness)
         self.watch.trues[len(batch.trees.input_ids)] = len(batch.trees.image_tokens)
         batch.trees = self.fake(batch.trees)
-        batch, response = self.fake(batch), Responsiveness("batch")
-        options, (optimizer, schedule) = SimpleNamespace(**OPTIONS, out=self.folder), self.optimizer()
+        batch, response = self.fake(batch), Responsiveness(eta)
+        options, (optimizer, schedule) = SimpleNamespace(**OPTIONS | changes, out=self.folder), self.optimizer()
         model = (self.packed, self.packed, optimizer, schedule, response, options, self.accelerator)
         log = Log("dpo_hano", self.accelerator, options, max(steps))
         for step in steps:
@@ -157,6 +167,11 @@ class Rehearsal:
     def s_dpo(self) -> None:
         """A step with nine rejected answers."""
         self.dpo(("rank",), 9, steps=(1,))
+
+    def controls(self) -> None:
+        """Steps without noise, with noise on the embeddings, and with other kinds of eta."""
+        self.dpo(steps=(1,), eta="none", sigma=0.0, objective="softmax", sft_weight=0.1)
+        self.dpo(rejected=9, steps=(1,), eta="ema", noise="embeddings")
 
     def noise_effect(self) -> None:
         """A step that measures what the noise does."""
@@ -207,7 +222,7 @@ class Rehearsal:
         return self.watch, stopped
 
 
-PARTS = ("dpo", "s_dpo", "noise_effect", "sft", "evaluation", "generation")
+PARTS = ("dpo", "s_dpo", "controls", "noise_effect", "sft", "evaluation", "generation")
 
 
 def report(backbone: str, part: str, watch: fakes.Watch, stopped: str) -> bool:

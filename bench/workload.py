@@ -59,6 +59,11 @@ class Workload:
     encode_seconds: float  # per image
     tiny: bool = False  # as Encoding.tiny
 
+    @property
+    def source(self) -> Path:
+        """The folder of the backbone, as Encoding.source."""
+        return self.folder
+
     def pairs(self, kinds=("rank",), rejected: int = 1) -> Pairs:
         """The examples' pairs of these kinds, in the order of dpo_hano.py, with `rejected` answers a ranking pair."""
         return Pairs(self.prompts, self.examples, kinds, 100_000, pools(self.examples, rejected, "data"))

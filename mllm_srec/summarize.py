@@ -91,11 +91,9 @@ import shutil
 from collections import Counter
 from functools import partial
 
-from transformers.utils import cached_file
-
 from hanorec.data.folder import DataFolder
 from hanorec.model.check import load_packed
-from hanorec.model.encoding import Encoding
+from hanorec.model.encoding import Encoding, backbone_weights
 from hanorec.model.finished import load_finished
 from hanorec.model.load import load_model, pick_dtype
 from hanorec.model.prompts import Prompts
@@ -128,16 +126,6 @@ def load_writer(options: argparse.Namespace, data: DataFolder, encoding: Encodin
     core = load_packed(model, encoding, False, accelerator.device).core  # generation does not pack
     prompts = load_prompts(data, encoding)
     return Local(core, prompts, encoding.tokens, options.max_tokens, options.batch_size), identity
-
-
-def backbone_weights(source: str | Path) -> list[tuple]:
-    """Return what identifies the weight files of a backbone: names, sizes and times, or for a hub name their hashes."""
-    if Path(source).is_dir():
-        files = Path(source).glob("*.safetensors")
-        return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    snapshot = Path(cached_file(source, "config.json", local_files_only=True)).parent
-    files = snapshot.glob("*.safetensors")  # links to files that are named by their hashes
-    return sorted((path.name, path.resolve().name) for path in files)
 
 
 def write_file(path: Path, old_manifest: dict, manifest: dict, key: str, accelerator, write) -> list[dict]:

@@ -108,6 +108,23 @@ def test_reference_is_the_sft_model_and_policy_starts_there(sft_run, tmp_path):
     assert int(computed.sum()) == 3 * 6
 
 
+def test_noise_on_embeddings_needs_packed_prompts(sft_run, tmp_path, capsys):
+    """Without packing, each answer has a forward of its own, and would draw its own noise for the prompt."""
+    argv = ["--sft", sft_run, "--out", tmp_path / "dpo", "--noise", "embeddings", "--no-pack"]
+    line = "--noise embeddings needs packed prompts: with --no-pack each answer's prompt gets other noise"
+    assert line in refused(capsys, dpo_hano.main, *argv)
+    assert not (tmp_path / "dpo").exists()
+
+
+@pytest.mark.parametrize("run", ["sft_run", "lora_run"])
+def test_a_quantized_base_needs_a_quantized_sft_run(run, request, tmp_path, capsys):
+    """It had no effect on a run that trained all weights, and stopped with a traceback on a run with LoRA."""
+    sft = request.getfixturevalue(run)
+    line = f"--quantize: {sft} was trained without it; leave it out, or run sft.py with it too"
+    assert line in refused(capsys, dpo_hano.main, "--sft", sft, "--out", tmp_path / "dpo", "--quantize", "4bit")
+    assert not (tmp_path / "dpo").exists()
+
+
 @pytest.mark.parametrize("value", ["0", "2", "up"])
 def test_the_sign_of_hardness_is_1_or_minus_1(capsys, value):
     assert f"{value} is no sign; give 1 or -1" in refused(capsys, dpo_hano.main, "--hardness-sign", value)

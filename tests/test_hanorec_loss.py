@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import hanorec_loss as h
@@ -250,6 +251,63 @@ def test_scale_of_the_noise(relative, expected):
         assert float(size) == pytest.approx(expected, rel=0.02)
 
 
+def lora_of(*shapes, dtype=torch.float32):
+    """A model of LoRA matrices of these shapes, with weights of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Module()
+    for number, shape in enumerate(shapes):
+        matrix = torch.nn.Module()
+        matrix.weight = torch.nn.Parameter(
+            (torch.randn(shape, generator=generator) * 10.0 ** (number % 3 - 1)).to(dtype)
+        )
+        setattr(model, f"layer{number}", torch.nn.ModuleDict({"lora_A": matrix}))
+    return model, list(model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_draw_serves_all_matrices(dtype):
+    """Each matrix gets its part of the draw, times its own root mean square. Matrix 2 is all zeros, as LoRA's new B."""
+    shapes = ((4, 16), (30, 7), (3, 5), (5, 1))
+    model, weights = lora_of(*shapes, dtype=dtype)
+    weights[2].data.zero_()
+    before = [weight.detach().clone() for weight in weights]
+    drawn = torch.randn(sum(map(math.prod, shapes)), generator=torch.Generator().manual_seed(5))
+    with h.noisy_lora(model, 0.3, generator=torch.Generator().manual_seed(5)) as size:
+        noisy = [weight.detach().clone() for weight in weights]
+    noise_square = 0.0
+    for old, new, part in zip(before, noisy, drawn.split([weight.numel() for weight in weights]), strict=True):
+        noise = 0.3 * part.view(old.shape) * old.double().square().mean().sqrt()
+        noise_square += float(noise.square().sum())
+        torch.testing.assert_close(new, (old + noise).to(dtype))
+    weight_square = sum(float(old.double().square().sum()) for old in before)
+    assert float(size) == pytest.approx(math.sqrt(noise_square / weight_square), rel=1e-4)
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """Lists the names of the operations that a GPU would run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "empty" not in str(func) and "split" not in str(func) and "unbind" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_the_number_of_operations_does_not_grow_with_the_matrices():
+    """With one kernel or more for each matrix, and a draw on the CPU for each, NoDO took longer than the step."""
+    found = []
+    for matrices in (2, 200):
+        model, _ = lora_of(*[(4, 8)] * matrices)
+        with Calls() as calls, h.noisy_lora(model, 0.3, generator=torch.Generator().manual_seed(0)):
+            pass
+        found.append(calls.names)
+    assert found[0] == found[1] and len(found[0]) < 20 and sum("randn" in name for name in found[0]) == 1
+
+
 def test_noise_repeats_with_its_generator_and_sigma_zero_adds_none():
     def draw(seed):
         model = Stack(None)
@@ -388,10 +446,40 @@ def test_absent_rejected_answers_do_not_count():
         assert not leaf.grad[row, end:].nan_to_num(0).any()
         gaps += ((pair[0] - pair[2])[:, None] - (pair[1] - pair[3])).flatten().tolist()
         sizes += hardness[row, :count].tolist()
-    assert seen[0].tolist() == pytest.approx([0.3 * gap for gap in gaps])
+    assert seen[0].isnan().tolist() == reference[:, 1:].isnan().tolist()
+    assert seen[0][~seen[0].isnan()].tolist() == pytest.approx([0.3 * gap for gap in gaps])
     assert float(metrics["margin"]) == pytest.approx(0.3 * sum(gaps) / 6, rel=1e-5)
     assert float(metrics["lambda_mean"]) == pytest.approx(sum(sizes) / 6)
     assert float(metrics["accuracy"]) == pytest.approx(sum(gap > 0 for gap in gaps) / 6)
+
+
+def test_eta_and_metrics_leave_absent_answers_out():
+    """As if the absent answers were cut out, for 1 to 7 answers; with fewer than three gaps nothing is trimmed."""
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 8):
+        gap = torch.full((2, 4), torch.nan)
+        present = torch.randperm(8, generator=generator)[:count]
+        gap.view(-1)[present] = torch.randn(count, generator=generator)
+        cut = gap[~gap.isnan()]
+        torch.testing.assert_close(h.responsiveness(gap), h.responsiveness(cut))
+        torch.testing.assert_close(h.responsiveness(gap, 1e9), torch.tensor(1.0))
+        torch.testing.assert_close(h.trimmed_mean(gap), h.trimmed_mean(cut))
+    policy, reference = torch.randn(2, 3, 4, generator=generator) * 9
+    hardness = 0.5 + torch.rand(3, 3, generator=generator)
+    reference[1, 2:] = reference[2, 3:] = torch.nan
+    pairs = (policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:])
+    _, metrics = h.hanorec_loss(*pairs, hardness, 0.3, eta=0.9)
+    present = ~reference[:, 1:].isnan()
+    scores = -0.3 * 0.9 * hardness * ((policy - reference)[:, :1] - (policy - reference)[:, 1:])
+    scores = scores.masked_fill(~present, -torch.inf)
+    size = 0.27 * hardness * scores.softmax(1) * scores.logsumexp(1, keepdim=True).sigmoid()
+    size = size[present][hardness[present].argsort()]
+    assert float(metrics["hard_gradient_share"]) == pytest.approx(float(size[:3].sum() / size.sum()), rel=1e-5)
+    for name, values in (("lambda", hardness[present]), ("beta", 0.27 * hardness[present])):
+        assert float(metrics[f"{name}_p01"]) == pytest.approx(float(values.quantile(0.01)))
+        assert float(metrics[f"{name}_p99"]) == pytest.approx(float(values.quantile(0.99)))
+    expected = -0.3 * (policy - reference)[:, 1:][present].mean()
+    assert float(metrics["reward_rejected"]) == pytest.approx(-float(expected), rel=1e-5)
 
 
 def test_a_prompt_without_any_rejected_answer_has_no_finite_loss():

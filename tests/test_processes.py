@@ -82,6 +82,12 @@ def test_noise_and_checkpoints_of_sharded_weights(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1", "checkpoints"]
 
 
+def test_sharded_weights_are_shards_after_a_forward_without_gradients(prepared, sft_run, tmp_path):
+    (tmp_path / "out").mkdir()
+    launch(2, ROOT / "tests" / "helpers" / "resharded.py", prepared, sft_run, tmp_path / "out", folder=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1"]
+
+
 def test_configurations_are_what_accelerate_reads(prepared, tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 

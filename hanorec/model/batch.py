@@ -60,13 +60,15 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """Return the batch in pinned memory. The host need not wait while a GPU copies from there."""
-        return Batch(**{name: pinned(value) for name, value in vars(self).items()})
+        return Batch(**pinned(vars(self)))
 
 
 def pinned(value):
-    """Return a tensor, or a dict of tensors, in pinned memory. Other values are returned as they are."""
+    """Return the tensors of a dict or a tuple in pinned memory. Other values are returned as they are."""
     if isinstance(value, dict):
         return {name: pinned(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(pinned, value))
     return value.pin_memory() if torch.is_tensor(value) else value
 
 

@@ -1,5 +1,9 @@
 """The encoding of a data folder for one backbone: the backbone, its files, and the image tokens of the items."""
 
+from pathlib import Path
+
+from transformers.utils import cached_file
+
 from hanorec.data.folder import DataFolder
 from hanorec.model.images import ImageTokens
 from hanorec.model.load import load_image_processor
@@ -62,3 +66,13 @@ class Encoding:
         files = self.data.manifest["files"]
         read = {name: files.get(f"{name}.jsonl") for name in ("items", "train", "val", "sequences")}
         return value_hash([read, self.manifest, *further])
+
+
+def backbone_weights(source: str | Path) -> list[tuple]:
+    """Return what identifies the weight files of a backbone: names, sizes and times, or for a hub name their hashes."""
+    if Path(source).is_dir():
+        files = Path(source).glob("*.safetensors")
+        return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    snapshot = Path(cached_file(source, "config.json", local_files_only=True)).parent
+    files = snapshot.glob("*.safetensors")  # links to files that are named by their hashes
+    return sorted((path.name, path.resolve().name) for path in files)

@@ -110,15 +110,19 @@ def pair_hardness(
 class Responsiveness:
     """Computes eta from the reward gaps of a micro-batch.
 
-    kind: `batch`: equation (8). `ema`: the form of DAMA (arXiv 2502.01943), sigmoid(trimmed mean of the reward gaps) /
-    sigmoid(moving average of this mean). `none`: 1.
+    Args:
+        kind: `batch`: equation (8). `ema`: the form of DAMA (arXiv 2502.01943), sigmoid(trimmed mean of the reward
+            gaps) / sigmoid(moving average of this mean). `none`: 1.
+        beta: beta0 of equation (7). dtype: of the model's frozen weights.
     """
 
-    ROUNDING = 1e-5  # if mean|R| is not larger, eta is 1: such an R is a rounding error, as at the first step
+    # In nats: if the mean size of the log-ratio gaps is not larger, as before the first step, they are rounding errors,
+    # and eta is 1
+    ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
     DECAY = 0.9
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, beta: float = 0.1, dtype: torch.dtype = torch.float32):
+        self.kind, self.rounding = kind, beta * self.ROUNDING[dtype]
         self.average = None
 
     def __call__(self, reward_gap: torch.Tensor) -> torch.Tensor | float:
@@ -126,7 +130,7 @@ class Responsiveness:
         if self.kind == "none":
             return 1.0
         if self.kind == "batch":
-            return hanorec_loss.responsiveness(reward_gap, self.ROUNDING)
+            return hanorec_loss.responsiveness(reward_gap, self.rounding)
         mean = hanorec_loss.trimmed_mean(reward_gap.float())
         self.average = mean if self.average is None else self.DECAY * self.average + (1 - self.DECAY) * mean
         return mean.sigmoid() / self.average.sigmoid()

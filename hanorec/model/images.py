@@ -141,6 +141,17 @@ class ImageTokens:
         has_image = means.abs().sum(-1, keepdim=True) > 0
         return has_image * self.vectors["neutral"][:, : means.shape[1]].float().mean(0)
 
+    def live_files(self) -> list[tuple] | None:
+        """Return (path, size, time of change) of each image file, for live images; None for stored image tokens.
+
+        A missing file is left out. `pixels` reports it.
+        """
+        if not self.live:
+            return None
+        folder = self.live[0]
+        stats = {path: (folder / path).stat() for path in self.paths if path and (folder / path).exists()}
+        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in sorted(stats.items())]
+
     def pixels(self, items: list[int]) -> tuple[dict[str, torch.Tensor], list[tuple[str, int]]]:
         """Open the images of these items, for live images.
 

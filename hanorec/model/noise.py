@@ -9,6 +9,7 @@ import torch
 import hanorec_loss
 from hanorec.model.packing import PackedMLLM, answer_sums
 from hanorec.model.pairs import PairBatch
+from hanorec.run.training import reshard
 
 
 @contextlib.contextmanager
@@ -21,13 +22,14 @@ def noisy_embeddings(packed: PackedMLLM, sigma: float, generator: torch.Generato
 
     def add_noise(_, args, kwargs):
         embeds = kwargs["inputs_embeds"]
-        noise = torch.rand(embeds.shape, generator=generator).to(embeds.device) * 2 - 1  # its mean square is 1 / 3
+        noise = torch.rand(embeds.shape, generator=generator, device=generator.device).to(embeds.device)
+        noise = noise * 2 - 1  # its mean square is 1 / 3
         size = sigma * embeds.detach().float().square().mean().sqrt() * 3**0.5
         return args, kwargs | {"inputs_embeds": embeds + (size * noise).to(embeds.dtype)}
 
     hook = packed.core.get_decoder().register_forward_pre_hook(add_noise, with_kwargs=True)
     try:
-        yield torch.tensor(sigma)
+        yield torch.full((), sigma, device=packed.core.device)
     finally:
         hook.remove()
 
@@ -36,11 +38,11 @@ def perturbation(packed: PackedMLLM, options, step: int, number: int):
     """Return the context manager of --noise for one micro-batch: NoDO, equations (9, 10), or noise on the embeddings.
 
     It yields the relative size of the noise: ||noise|| / ||weights||, or sigma on the embeddings. To use another
-    perturbation, change this function only. The noise depends on the seed, the step and the
-    number of the micro-batch in the step, so it is the same on all processes.
+    perturbation, change this function only. The noise depends on the seed, the step and the number of the micro-batch
+    in the step. It is drawn on the device, so it is the same on all processes whose GPUs are of one type.
     """
     seed = np.random.SeedSequence([options.seed, step, number]).generate_state(1)[0]
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator(packed.core.device).manual_seed(int(seed))
     if options.noise == "embeddings":
         return noisy_embeddings(packed, options.sigma, generator)
     return hanorec_loss.noisy_lora(packed, options.sigma, options.noise == "relative", generator)
@@ -63,10 +65,11 @@ def noise_effect(model, batch: PairBatch, noise) -> dict[str, torch.Tensor]:
     for name, context in (("noisy", noise), ("clean", contextlib.nullcontext())):
         with context, torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout's next masks stay
             logps = model(batch.trees, tokens=True)  # [S, V]
+        reshard(model)  # else the clean forward of sharded weights would find the noisy ones
         of_targets = logps.gather(1, batch.trees.target[:, None])[:, 0]
         log_ratio = batch.lay_out(answer_sums(batch.trees, of_targets)) - batch.reference
         gap = log_ratio[:, :1] - log_ratio[:, 1:]
-        sizes[f"{name}_margin_size"] = gap[~gap.isnan()].abs().mean()
+        sizes[f"{name}_margin_size"] = gap.abs().nanmean()
         distributions[name] = logps
         model.eval()  # without dropout
     model.train()

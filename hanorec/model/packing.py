@@ -17,6 +17,7 @@ from torch import nn
 
 from hanorec.model import attention, families
 from hanorec.model.batch import Batch, make_batch
+from hanorec.model.head import float32_logits
 from hanorec.model.images import ImageTokens, check_sizes
 from hanorec.model.trees import Node, merge_trees, separate_paths
 from hanorec.run.files import UserError
@@ -142,7 +143,8 @@ class PackedMLLM(nn.Module):
                 images = families.image_tokens(self.core, batch.pixels)
             check_sizes(batch.sizes, images)
             batch = replace(batch, image_tokens=torch.cat([images[number] for number in batch.distinct]))
-        logits = self.packed_logits(batch) if self.pack else self.separate_logits(batch)
+        with float32_logits(self.core):
+            logits = self.packed_logits(batch) if self.pack else self.separate_logits(batch)
         if tokens:
             return logits.float().log_softmax(dim=-1)
         logps = -F.cross_entropy(logits.float(), batch.target, reduction="none")

@@ -11,7 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from hanorec.data.folder import Example
-from hanorec.model.packing import Batch, PackedMLLM
+from hanorec.model.batch import Batch, pinned
+from hanorec.model.packing import PackedMLLM
 from hanorec.model.prompts import Prompts, fit_to_length
 from hanorec.model.samples import Samples
 from hanorec.model.trees import Node
@@ -112,7 +113,8 @@ class Pairs(Samples):
         if reference is not None:
             reference = torch.cat([reference[numbers, :1], self.of_pool(reference[:, 1:], numbers)], dim=1)
             hardness = self.of_pool(hardness, numbers)
-        return PairBatch(trees, (rows, columns), trees.answers[firsts], self.rejected, reference, hardness)
+        parts = (rows, columns), trees.answers[firsts], self.rejected, reference, hardness
+        return PairBatch(trees, *(pinned(parts) if torch.cuda.is_available() else parts))
 
     def of_pool(self, values: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
         """Return the values of what these pairs reject now: [pairs, K].

@@ -13,6 +13,7 @@ from hanorec.ranking.metrics import measure
 from hanorec.run.files import UserError
 from hanorec.run.launch import shared_out
 from hanorec.run.progress import progress
+from hanorec.run.training import reshard
 
 
 def target_columns(examples: Sequence[Example]) -> np.ndarray:
@@ -48,9 +49,9 @@ def score_examples(
             trees += [fit_to_length(build, examples[number], options["max_length"], shortened) for build in builds]
         batch = model.collate(trees, encoding.tokens)
         with torch.no_grad(), accelerator.autocast():  # not inference_mode: it breaks gathering sharded weights
-            logps = model(batch.to(accelerator.device))
+            scores.append(model(batch.to(accelerator.device)).view(len(chunk), -1))
         numbers += chunk
-        scores.append(logps.view(len(chunk), -1))
+    reshard(model)
     scored = list(zip(numbers, torch.cat(scores).tolist(), strict=True))  # one read: no wait between the batches
     if accelerator.num_processes > 1:
         scored = gather_object(scored)

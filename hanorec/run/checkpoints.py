@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hanorec.run.files import UserError, delete, locked, read_json, replacing, write_json
 from hanorec.run.runs import json_options, versions
-from hanorec.run.training import trained_weights
+from hanorec.run.training import reshard, trained_weights
 
 # A run may continue with other values of these options. They do not change the result, or they name a folder, and
 # `check` compares the hash of the folder.
@@ -109,6 +109,7 @@ def save(out: Path, step: int, model, optimizer, parts: dict, keep: int, acceler
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED" or (kind == "FSDP" and not accelerator.is_fsdp2):
         return False
+    reshard(model)
     tensors = {}
     for name, parameter in trained_weights(model).items():
         for key, value in {"weight": parameter, **optimizer.state[parameter]}.items():

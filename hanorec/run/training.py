@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from accelerate import DistributedType
+from torch.distributed.fsdp import FSDPModule
 
 from hanorec.run.files import UserError
 
@@ -68,6 +69,17 @@ def micro_batches(
 def trained_weights(model) -> dict[str, torch.nn.Parameter]:
     """Return the trained weights by name. Call this again after accelerator.prepare, which may shard them."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def reshard(model) -> None:
+    """Let a model that fully_shard has sharded keep its own part of the weights alone. Others are left as they are.
+
+    Call it after a forward without gradients. There the outer group of weights stays gathered until the next backward.
+    Until then named_parameters gives other tensors than the optimizer has, and changes of the weights have no effect.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def cosine(optimizer, steps: int, warmup_steps: int = 0, warmup_peak: float = 1.0):

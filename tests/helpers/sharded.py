@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch.distributed.fsdp import fully_shard
 
 from hanorec.run import checkpoints
+from hanorec.run.training import reshard
 from hanorec_loss import noisy_lora
 
 
@@ -68,8 +70,21 @@ with noisy_lora(sharded[0], 0.3, True, torch.Generator().manual_seed(9)):
 assert all(torch.equal(a, b) for a, b in zip(before, weights(sharded[0]), strict=True))  # bit for bit
 assert [torch.equal(a, b) for a, b in zip(before, changed, strict=True)] == [True, False, False]
 
+held = fully_shard(Layer(), reshard_after_forward=False)  # after a forward without gradients it is gathered
+with torch.no_grad():
+    held(torch.ones(2, 6))
+reshard(held)
+with noisy_lora(held, 0.3, True, torch.Generator().manual_seed(9)) as size:
+    assert all(hasattr(weight, "device_mesh") for weight in held.parameters()) and 0.2 < float(size) < 0.4
+
 out = Path(sys.argv[1])
+with torch.no_grad():
+    sharded[0](torch.ones(2, 6))  # a validation
 checkpoints.save(out, 3, *sharded[:2], {"schedule": sharded[2]}, 2, accelerator)
+with safe_open(checkpoints.newest(out) / "state.safetensors", "pt") as file:
+    kept = {f"{key}/{name}.weight" for key in ("weight", "exp_avg", "exp_avg_sq") for name in ("lora_A", "lora_B")}
+    assert kept <= set(file.keys()), file.keys()
+
 continued, continued_plain = fresh(sharded=True), fresh(sharded=False)
 for model, optimizer, schedule in (continued, continued_plain):
     folder = checkpoints.newest(out)

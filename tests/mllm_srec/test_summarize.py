@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -97,25 +96,6 @@ def test_files_that_were_changed_or_deleted_are_refused_and_written_anew(data, m
         loaded.prompts()
     with pytest.raises(UserError, match=f"nothing/manifest.json does not exist{command}nothing"):
         Opened(data, summaries="nothing").prompts()
-
-
-def test_a_backbones_weights_are_identified(data, tmp_path, monkeypatch):
-    """A folder's files by names, sizes and times. A hub name's files by their hashes in the hub's cache."""
-    (tmp_path / "model.safetensors").write_text("weights")
-    stat = (tmp_path / "model.safetensors").stat()
-    assert summarize.backbone_weights(tmp_path) == [("model.safetensors", 7, stat.st_mtime_ns)]
-    cache = tmp_path / "models--org--backbone"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(summarize, "cached_file", partial(summarize.cached_file, cache_dir=str(tmp_path)))
-    for commit, weights in (("c1", "hash1"), ("c2", "hash2")):
-        snapshot = cache / "snapshots" / commit
-        for folder in (cache / "refs", cache / "blobs", snapshot):
-            folder.mkdir(parents=True, exist_ok=True)
-        (cache / "refs" / "main").write_text(commit)
-        for name, blob in (("config.json", f"config{commit}"), ("model.safetensors", weights)):
-            (cache / "blobs" / blob).write_text("{}")
-            (snapshot / name).symlink_to(f"../../blobs/{blob}")
-        assert summarize.backbone_weights("org/backbone") == [("model.safetensors", weights)]
 
 
 def test_a_backbone_that_cannot_be_packed_writes(data, monkeypatch):

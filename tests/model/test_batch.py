@@ -11,6 +11,7 @@ from hanorec.data.folder import Example
 from hanorec.model import families
 from hanorec.model.batch import Batch
 from hanorec.model.packing import PackedMLLM
+from hanorec.model.pairs import Pairs, pools
 
 EXAMPLE = Example("a", [0, 1, 3, 4], 5, [2, 5, 0, 1, 3, 4], 2)
 
@@ -63,6 +64,18 @@ def test_a_batch_is_pinned_where_there_is_a_gpu(backbone, monkeypatch):
     pixels = torch.zeros(2)
     Batch(**vars(batch) | {"pixels": {"pixel_values": pixels}}).pinned()
     assert any(tensor is pixels for tensor in seen)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)
+def test_a_batch_of_pairs_is_pinned_where_there_is_a_gpu(backbone, monkeypatch):
+    example = Example("user", [0, 1], 2, [2, 4, 5], 4)
+    pairs = Pairs(backbone.prompts, [example], ("rank", "yes"), 4096, pools([example], 2, "data"))
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append(tensor) or tensor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    batch = pairs.batch([0, 1], backbone.packed, backbone.tokens, torch.zeros(2, 3), torch.ones(2, 2))
+    tensors = [*batch.places, batch.lengths, batch.reference, batch.hardness, batch.trees.target]
+    assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in seen}
 
 
 @pytest.mark.parametrize("backbone", ["qwen3_vl"], indirect=True)

@@ -95,6 +95,16 @@ def test_margin_by_hand(opened, sft_run, sign):
     assert float(values.nan_to_num(1).min()) > 0.5 and float(values.nan_to_num(1).max()) < 1.5
 
 
+@pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_rounding_errors_give_an_eta_of_1(beta, dtype, nats):
+    """The guard is in nats of the log-ratio gaps, so it does not depend on beta."""
+    response = hars.Responsiveness("batch", beta, dtype)
+    gaps = torch.tensor([1.0, -0.5, 1.5, 0.8])  # of mean size 0.95
+    assert float(response(beta * nats * gaps)) == 1
+    assert float(response(beta * nats * 1.2 * gaps)) != pytest.approx(1, abs=1e-3)
+
+
 def test_moving_average_of_eta():
     response = hars.Responsiveness("ema")
     assert response(torch.tensor([1.0, 1.0, 1.0])) == 1.0

@@ -186,10 +186,13 @@ def loaded_from(backbone):
     return SimpleNamespace(source=backbone.folder, manifest={"max_pixels": 13000}, backbone="it", trust=False)
 
 
-def test_a_loaded_model_is_checked(backbone, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_is_checked(backbone, monkeypatch, dtype):
     """A correct model passes. A wrong mask, wrong positions or wrong features are refused in one line."""
+    core = load_model(backbone.folder, dtype)
+    before = {name: (weight.data_ptr(), weight.dtype) for name, weight in core.named_parameters()}
     for pack in (True, False):
-        load_packed(backbone.packed.core, loaded_from(backbone), pack, "cpu")
+        load_packed(core, loaded_from(backbone), pack, "cpu")
     broken = {"gemma3": ("BIDIRECTIONAL", ()), "qwen3_vl": ("deep_features", lambda *_: {})}
     plain = ("positions", lambda core, ids, grids: torch.arange(len(ids))[None] // 2)
     if backbone.family in tiny_backbones.WINDOWS and backbone.family != "gemma3":
@@ -199,8 +202,9 @@ def test_a_loaded_model_is_checked(backbone, monkeypatch):
         monkeypatch.setattr(families, *broken.get(backbone.family, plain))
     line = r"packed prompts do not work with it .log-probabilities differ by .*; give --no-pack"
     with pytest.raises(UserError, match=line):
-        load_packed(backbone.packed.core, loaded_from(backbone), True, "cpu")
-    load_packed(backbone.packed.core, loaded_from(backbone), False, "cpu")
+        load_packed(core, loaded_from(backbone), True, "cpu")
+    load_packed(core, loaded_from(backbone), False, "cpu")
+    assert before == {name: (weight.data_ptr(), weight.dtype) for name, weight in core.named_parameters()}
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl"], indirect=True)

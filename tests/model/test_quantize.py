@@ -11,6 +11,7 @@ from safetensors import safe_open
 import dpo_hano
 import sft
 from hanorec import export
+from hanorec.model import check
 from hanorec.model.finished import load_finished
 from hanorec.model.load import load_model, load_tokenizer
 from hanorec.model.lora import add_lora, without_trained_adapter
@@ -53,6 +54,17 @@ def test_the_vision_tower_is_not_quantized(prepared):
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     quantized = {name for name, kind in kinds.items() if kind == "Linear4bit"}
     assert quantized == {name for name in kinds if name.startswith("model.language_model.")}
+
+
+def test_a_quantized_model_is_checked_in_float32(prepared):
+    data = Opened(prepared)
+    packed = check.load_packed(
+        load_model(prepared / "tiny", torch.bfloat16, quantize="4bit"), data.encoding, True, "cpu"
+    )
+    logps, expected = check.score_both_ways(packed, data.encoding)
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
+    layers = [module for module in packed.modules() if hasattr(module, "compute_dtype")]
+    assert layers and all(layer.compute_dtype == torch.bfloat16 for layer in layers)
 
 
 def test_dpo_trains_its_own_adapter_alone(quantized):

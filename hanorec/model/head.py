@@ -1,0 +1,54 @@
+"""The output head of a model in half precision, in float32.
+
+Logits near 25 in bfloat16 have steps of 0.125. Then many candidates tie, and log-probabilities that should be equal
+differ. The hidden states stay in half precision, but their product with the head is not rounded.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 16384  # rows of the head's weight that are in float32 at the same time
+
+
+class Float32Product(torch.autograd.Function):
+    """Computes x W.T in float32, [..., out]. x [..., in] and W [out, in] are in half precision; W is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        return torch.cat([x.float() @ rows.float().T for rows in weight.split(CHUNK)], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        parts = zip(grad.split(CHUNK, dim=-1), weight.split(CHUNK), strict=True)
+        return sum(part @ rows.float() for part, rows in parts).to(ctx.dtype), None
+
+
+@contextlib.contextmanager
+def float32_logits(core) -> Iterator[None]:
+    """Let the output head of `core` return float32 inside the `with` block, if its frozen weight is in half precision.
+
+    Other heads are left as they are.
+    """
+    head = core.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if type(head) is not nn.Linear or weight.dtype == torch.float32 or weight.requires_grad:
+        yield
+        return
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        logits = Float32Product.apply(x, head.weight)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    head.forward = forward  # not a call of its own: hooks on the head, which gather sharded weights, still run
+    try:
+        yield
+    finally:
+        del head.forward
