@@ -59,6 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --user ID, --users all and --history ID,ID,...")
     if options.users and not options.out:
         parser.error("--users all needs --out FILE, for a JSON line for each user")
+    if options.out and options.out.suffix in (".csv", ".tsv", ".xlsx"):
+        parser.error(f"--out writes JSON lines, no table; name it {options.out.with_suffix('.jsonl')}")
     return options
 
 

@@ -319,6 +319,7 @@ def test_what_is_refused(prepared, sft_run, tmp_path, capsys):
         (["--user", user, "--users", "all"], "give one of --user ID, --users all and --history"),
         ([], "give one of --user ID, --users all and --history"),
         (["--users", "all"], "--users all needs --out FILE"),
+        (["--users", "all", "--out", "all.csv"], "name it all.jsonl"),
     ]:
         if message:
             assert message in refused(capsys, recommend.main, "--run", sft_run, *given), given
