@@ -36,14 +36,11 @@ from hanorec.run.runs import check_out, read_run
 
 INHERITED = ("data", "model", "tasks", "summaries", "candidate_images", "blank_images")  # from the SFT run only
 HARDNESS = ["topk", "clusters", "cosine", "margin", "constant", "none"]
-NOISES = ["relative", "absolute", "embeddings"]
 SIGMA_HELP = "size of NoDO's noise; the paper: 0.05 (MicroLens), 0.1 (Netflix, MovieLens-1M); 0: no noise (w/o NoDO)"
 NOISE_HELP = "unit of sigma: a matrix's root mean square, or 1 (the authors' code); embeddings: noise on them instead"
 HARDNESS_HELP = "lambda from neighbour profiles (the paper), neighbour sets, the pair's two items (w/o SAM), or the "
 HARDNESS_HELP += "reference's margin; constant: topk's mean; none: 1"
-SIGN_HELP = "-1: harder pairs get a larger lambda"
 RESPONSIVENESS_HELP = "eta of equation (8), eta with DAMA's moving average, or 1 (w/o HaRS, with --hardness none)"
-REJECTED_HELP = "number of rejected items of a ranking pair; more than 1 is S-DPO"
 REJECTED_FROM_HELP = "the data's own; or drawn among the negatives: from the half that the reference ranks higher, by "
 REJECTED_FROM_HELP += "popularity, or in each epoch from the half that the policy ranks higher"
 OBJECTIVE_HELP = "dpo; or a control: softmax over the answers without a reference, or sft of the chosen answers"
@@ -56,12 +53,12 @@ OPTIONS = {
     "method": [
         Option("--beta", positive_float, 0.1, "beta0 of equation (7)"),
         Option("--sigma", non_negative_float, 0.05, SIGMA_HELP),
-        Option("--noise", NOISES, "relative", NOISE_HELP),
+        Option("--noise", ["relative", "absolute", "embeddings"], "relative", NOISE_HELP),
         Option("--hardness", HARDNESS, "topk", HARDNESS_HELP),
-        Option("--hardness-sign", sign, 1, SIGN_HELP),
+        Option("--hardness-sign", sign, 1, "-1: harder pairs get a larger lambda"),
         Option("--top-k", positive_int, 10, "number of neighbours in a profile or set"),
         Option("--responsiveness", ["batch", "ema", "none"], "batch", RESPONSIVENESS_HELP),
-        Option("--rejected", positive_int, 1, REJECTED_HELP),
+        Option("--rejected", positive_int, 1, "number of rejected items of a ranking pair; more than 1 is S-DPO"),
         Option("--rejected-from", ["data", "model", "popular", "self"], "data", REJECTED_FROM_HELP),
         Option("--objective", ["dpo", "softmax", "sft"], "dpo", OBJECTIVE_HELP),
         Option("--sft-weight", non_negative_float, 0.0, SFT_WEIGHT_HELP),
@@ -130,8 +127,8 @@ def load_policy(options, encoding: Encoding, accelerator) -> PackedMLLM:
     The SFT run's own LoRA is merged in float32. In half precision or on a quantized backbone it stays a frozen adapter.
     """
     dtype = pick_dtype(options.dtype, accelerator)
-    merge = dtype == torch.float32 and not options.quantize
-    base = load_finished(options.sft, encoding, None if merge else dtype, options.attn)
+    apart = options.quantize or dtype != torch.float32
+    base = load_finished(options.sft, encoding, dtype if apart else None, options.attn)
     model = add_lora(base, options.lora_rank, options.lora_alpha, options.lora_dropout, options.seed)
     packed = load_packed(model, encoding, not options.no_pack, training.first_device(model, accelerator))
     if options.gradient_checkpointing:
@@ -253,8 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     # Model and pairs
     examples, val_examples = data.examples("train"), data.examples("val", options.eval_limit)
     packed = load_policy(options, encoding, accelerator)
-    needed = options.hardness not in ("margin", "none")
-    vectors = item_vectors(encoding, packed.core) if needed else None  # before the weights are sharded
+    by_items = options.hardness not in ("margin", "none")
+    vectors = item_vectors(encoding, packed.core) if by_items else None  # before the weights are sharded
     pairs = load_pairs(prompts, examples, options, accelerator)
     batches, steps, steps_per_epoch = training.plan_steps(len(examples), len(pairs.kinds), options, accelerator)
     optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=options.lr, fused=True)
