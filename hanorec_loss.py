@@ -82,17 +82,17 @@ def responsiveness(reward_gap: torch.Tensor, rounding: float = 0.0) -> torch.Ten
     r = R / mean(R), and r = R / max(mean|R|, 1e-8) if |mean(R)| <= 1e-8. If B > 2, one smallest and one largest r are
     trimmed. eta varies strongly while mean(R) is near 0, as at the start of DPO. Elsewhere eta(R) = eta(-R).
 
-    reward_gap: R of equation (7), of the pairs of all processes: [B], or [B, K], where NaN does not count. rounding: if
-    mean|R| <= rounding, every R counts as 0 and eta is 1. (Before the first step, R is a rounding error.)
+    reward_gap: R of equation (7), of the pairs of all processes: [B], or [B, K] with NaN for absent answers. rounding:
+    if mean|R| <= rounding, every R counts as 0 and eta is 1. (Before the first step, R is a rounding error.)
 
     >>> responsiveness(torch.tensor([1.0, 2.0, 3.0, 6.0]))   # r = 1/3, 2/3, 1, 2: sigmoid(5/6) / sigmoid(1)
     tensor(0.9535)
     """
-    gap = reward_gap.detach().float()
-    gap = torch.where(gap.abs().nanmean() <= rounding, 0.0, gap)
-    mean, mean_size = gap.nanmean(), gap.abs().nanmean().clamp_min(1e-8)
+    gap, mean_of = reward_gap.detach().float(), torch.mean if reward_gap.dim() == 1 else torch.nanmean
+    gap = torch.where(mean_of(gap.abs()) <= rounding, 0.0, gap)
+    mean, mean_size = mean_of(gap), mean_of(gap.abs()).clamp_min(1e-8)
     relative_gap = gap / torch.where(mean.abs() > 1e-8, mean, mean_size)  # r
-    return trimmed_mean(relative_gap).sigmoid() / relative_gap.nanmean().sigmoid()
+    return trimmed_mean(relative_gap).sigmoid() / mean_of(relative_gap).sigmoid()
 
 
 def trimmed_mean(values: torch.Tensor) -> torch.Tensor:
@@ -218,9 +218,9 @@ def noisy_lora(model: torch.nn.Module, sigma: float, relative: bool = True, gene
     hook = register_optimizer_step_pre_hook(refuse_step)
     try:
         ratio = add_noise(weights, sigma, relative, generator)
-        versions = [value._version for value in values]
+        versions = [weight._version for weight in weights]
         yield ratio
-        if versions != [value._version for value in values]:  # changed by something else than an optimizer
+        if versions != [weight._version for weight in weights]:  # changed by something else than an optimizer
             raise RuntimeError("the LoRA weights changed inside noisy_lora, and the change would be lost")
     finally:
         hook.remove()

@@ -44,7 +44,7 @@ def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = Non
         merge = dtype is None or not (apart or (folder, stage) == adapters[-1])
         name = FROZEN if apart and stage != "dpo_hano" else TRAINED
         model = load_adapter(model, folder / "adapter", merge, name)
-    return lean(model) if half else model  # in half precision another order of the sums is another model
+    return lean(model) if half else model  # the layers that trained it: in half precision, sums in another order differ
 
 
 def finished_config(run: Path, encoding: Encoding) -> dict:

@@ -57,7 +57,7 @@ def lambdas(options, values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
 
     Args:
         values: [pairs, P], the distances D; the reference's margins with margin, 1 with none. NaN does not count.
-        among: the part of the values that the pairs reject now. The mean and the deviation are theirs.
+        among: the part of the values that the pairs reject now. lambda is centred and scaled by them.
     """
     among, sign = among[~among.isnan()], options.hardness_sign
     if options.hardness == "none":
@@ -82,8 +82,8 @@ def pair_hardness(
     topk: equation (6) of D. clusters and cosine: equation (6) of the standardised D. margin: 0.5 + sigmoid of the
     standardised difference of the reference's log-probabilities, chosen minus rejected. constant: the mean of topk's
     lambda. none: 1. --hardness-sign -1 turns the sign of D, or of the margin. Each kind of pairs has its own mean and
-    deviation, over its training pairs; with --rejected-from self those of the first epoch stay. A Yes/No pair has NaN
-    from its second column on.
+    deviation, over its training pairs (with margin: those that the run reaches). With --rejected-from self those of the
+    first epoch stay. A Yes/No pair has NaN from its second column on.
 
     Args:
         vectors: [N, d], of the items; None for margin and none.
@@ -116,13 +116,13 @@ class Responsiveness:
         beta: beta0 of equation (7). dtype: of the model's frozen weights.
     """
 
-    # In nats: if the mean size of the log-ratio gaps is not larger, as before the first step, they are rounding errors,
-    # and eta is 1
-    ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+    # In nats. Log-ratio gaps whose mean size is not larger are rounding errors, as before the first step: eta is then 1
+    ROUNDING = {torch.float32: 1e-4}
+    HALF_ROUNDING = 0.1
     DECAY = 0.9
 
     def __init__(self, kind: str, beta: float = 0.1, dtype: torch.dtype = torch.float32):
-        self.kind, self.rounding = kind, beta * self.ROUNDING[dtype]
+        self.kind, self.rounding = kind, beta * self.ROUNDING.get(dtype, self.HALF_ROUNDING)
         self.average = None
 
     def __call__(self, reward_gap: torch.Tensor) -> torch.Tensor | float:

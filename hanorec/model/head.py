@@ -39,7 +39,8 @@ def float32_logits(core) -> Iterator[None]:
     """
     head = core.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or weight.dtype == torch.float32 or weight.requires_grad:
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward  # also if fully_shard has its class
+    if not plain or weight.dtype not in (torch.bfloat16, torch.float16) or weight.requires_grad:
         yield
         return
 
@@ -47,7 +48,7 @@ def float32_logits(core) -> Iterator[None]:
         logits = Float32Product.apply(x, head.weight)
         return logits if head.bias is None else logits + head.bias.float()
 
-    head.forward = forward  # not a call of its own: hooks on the head, which gather sharded weights, still run
+    head.forward = forward  # replaced, not bypassed: hooks on the head still run, and gather sharded weights
     try:
         yield
     finally:

@@ -54,8 +54,10 @@ def start_accelerator(mixed_precision: str = "no", report_to: str | None = None,
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and not user_sets_threads():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)  # the launcher, if there is one, had set 1
-        if cores > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] >= cores:
-            print(f"other programs use the {cores} cores too: with OMP_NUM_THREADS=1 before it, this command is faster")
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if cores > 1 and load >= os.cpu_count():
+            advice = "if this is slow, put OMP_NUM_THREADS=1 before the command"
+            print(f"the machine is busy (load {load:.1f}): {advice}", file=sys.stderr)
     return accelerator
 
 

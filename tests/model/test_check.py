@@ -120,3 +120,9 @@ def test_weights_come_back_after_an_error(sure):
     assert seen == [(torch.float32, torch.float32)]
     assert before == {name: weight.data_ptr() for name, weight in model.named_parameters()}
     assert not model.get_decoder().layers[3]._forward_pre_hooks and model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("attention", "flash"), [("sdpa", False), ("flash_attention_2", True)])
+def test_flash_attention_is_compared_in_its_own_dtype(attention, flash):
+    """Its kernels refuse float32, so a right model would be refused."""
+    assert check.has_flash(SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))) == flash
