@@ -70,6 +70,14 @@ with noisy_lora(sharded[0], 0.3, True, torch.Generator().manual_seed(9)):
 assert all(torch.equal(a, b) for a, b in zip(before, weights(sharded[0]), strict=True))  # bit for bit
 assert [torch.equal(a, b) for a, b in zip(before, changed, strict=True)] == [True, False, False]
 
+try:
+    with noisy_lora(sharded[0], 0.3, True, torch.Generator().manual_seed(9)), torch.no_grad():
+        sharded[0].lora_A.weight.add_(1.0)
+except RuntimeError as error:
+    assert "changed inside noisy_lora" in str(error), error
+else:
+    raise AssertionError("a change of sharded weights inside noisy_lora was lost without a word")
+
 held = fully_shard(Layer(), reshard_after_forward=False)  # after a forward without gradients it is gathered
 with torch.no_grad():
     held(torch.ones(2, 6))
