@@ -20,12 +20,13 @@ import os
 from pathlib import Path
 
 from hanorec.ranking.settings import Settings
-from hanorec.run.files import UserError, one_line_errors, printable
+from hanorec.run.files import UserError, not_a_folder, one_line_errors, printable
 from hanorec.run.options import DTYPE, TRUST, Option, Parser, positive_int
 from hanorec.run.runs import read_run
 
 FROM_HELP = "candidates: all, ids, or a file with an id on each line"
 SHORTLIST_HELP = "number of candidates that the model ranks; a first stage chooses them if there are more"
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".parquet")  # no --out
 OPTIONS = {
     "": [
         Option("--run", Path, None, "run folder of sft.py or dpo_hano.py"),
@@ -59,7 +60,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --user ID, --users all and --history ID,ID,...")
     if options.users and not options.out:
         parser.error("--users all needs --out FILE, for a JSON line for each user")
-    if options.out and options.out.suffix in (".csv", ".tsv", ".xlsx"):
+    if options.out:
+        not_a_folder(options.out)
+    if options.out and options.out.suffix.lower() in TABLES:
         parser.error(f"--out writes JSON lines, no table; name it {options.out.with_suffix('.jsonl')}")
     return options
 

@@ -15,6 +15,7 @@ from hanorec import recommend
 from hanorec.data.folder import DataFolder
 from hanorec.ranking import recommending, sasrec
 from hanorec.ranking.settings import Settings
+from hanorec.run.files import UserError
 from hanorec.run.runs import read_run
 
 
@@ -171,9 +172,14 @@ def test_old_orders_that_later_data_lack_are_a_warning(named, sft_run, tmp_path,
     prepare_shop(named, tmp_path / "later", run, orders="later.csv")
     (line,) = recommend.main(command)
     printed = capsys.readouterr().out
-    assert "lacks orders that" in printed and "of 2 users (e.g. Jana Brandt: p0)" in printed
+    assert "lacks orders that" in printed and "of 1 user (e.g. Jana Brandt: p0)" in printed
     assert "may be recommended what they have" in printed and printed.count("WARNING") == 1
     assert line["interactions"] == 7
+    for others in (["--user", "ali okoye"], ["--history", "p15"]):
+        recommend.main([*command[:-2], *others])
+        assert "WARNING" not in capsys.readouterr().out
+    recommend.main([*command[:-2], "--users", "all", "--out", str(tmp_path / "all.jsonl")])
+    assert "of 2 users (e.g. Jana Brandt: p0)" in capsys.readouterr().out
     recommend.main(words("--run", run, "--user", "Jana Brandt"))
     assert "WARNING" not in capsys.readouterr().out  # the run's own data folder
     (tmp_path / "shop" / "manifest.json").unlink()
@@ -320,9 +326,14 @@ def test_what_is_refused(prepared, sft_run, tmp_path, capsys):
         ([], "give one of --user ID, --users all and --history"),
         (["--users", "all"], "--users all needs --out FILE"),
         (["--users", "all", "--out", "all.csv"], "name it all.jsonl"),
+        (["--users", "all", "--out", "all.XLS"], "name it all.jsonl"),
+        (["--users", "all", "--out", "all.parquet"], "name it all.jsonl"),
+        (["--users", "all", "--out", tmp_path], f"{tmp_path} is a folder; give the file to write"),
     ]:
         if message:
             assert message in refused(capsys, recommend.main, "--run", sft_run, *given), given
+    with pytest.raises(UserError, match="is a folder; give the file"):
+        recommend.recommend(sft_run, [user], out=tmp_path)
     assert "give --run RUN" in refused(capsys, recommend.main, "--user", user)
     assert "it contains" in refused(capsys, recommend.main, "--run", sft_run.parent, "--user", user)
 

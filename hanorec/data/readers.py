@@ -25,6 +25,7 @@ from hanorec.data.tables import (
     find_images,
     header_of,
     json_fields,
+    separate_or,
     table_rows,
     text_rows,
     timestamp,
@@ -257,14 +258,15 @@ def read_two_tables(
     usual_names = {"user": (f"user{suffix}",), "item": (f"item{suffix}",), "title": titled}
     usual_names |= {"time": ("timestamp",), "rating": ("rating",)}
     chosen = {name: getattr(options, f"{name}_column") for name in usual_names}
-    remedy = column_options(header, item_header, usual_names, chosen)
+    options_text = column_options(header, item_header, usual_names, chosen)
+    remedy, item_remedy = separate_or(options_text, header, interactions), separate_or(options_text, item_header, items)
     positions = {}
     for name in ("user", "item", "time", "rating"):
         absent = not chosen[name] and usual_names[name][0] not in header
         absent = name in ("time", "rating") and (chosen[name] == "none" or absent)
         positions[name] = None if absent else column(header, chosen[name], usual_names[name], interactions, remedy)
-    item = column(item_header, chosen["item"], usual_names["item"], items, remedy)
-    title = column(item_header, chosen["title"], titled, items, remedy)
+    item = column(item_header, chosen["item"], usual_names["item"], items, item_remedy)
+    title = column(item_header, chosen["title"], titled, items, item_remedy)
     if positions["time"] is None and chosen["time"] != "none":
         rows = ask_for_times(rows, interactions, header, positions)
     in_order = read_interactions(rows, interactions, **positions)

@@ -154,14 +154,26 @@ def column(header: list[str], chosen: str | None, usual: tuple[str, ...], path: 
     raise UserError(f"{path} has no column {' or '.join(names)}, only {', '.join(header)}; {remedy}")
 
 
-# What the names of columns hold that are not named as usual: ordered_at, OrderDate, created, ts are times
+# How words begin in the names of columns that are not named as usual: ordered_at, OrderDate, created, ts are times
 NAMES = {
     "user": "user|customer|client|kunde|buyer|member|visitor",
     "item": "item|product|article|sku|artikel|produkt",
-    "time": "time|date|datum|created|ordered|purchased|(^|_)(ts|at|when|day|zeit)$",
-    "title": "title|name|titel|bezeichnung",
+    "time": "(order|purchase)?(time|date)|[a-z]*datum|(created|ordered|purchased)(?!.*by)|(ts|at|when|day|zeit)$",
+    "rating": "rating|stars|score|bewertung",
+    "title": "title|(product|item|article)?name|[a-z]*titel|[a-z]*bezeichnung",
 }
 DATE = re.compile(r"\s*(\d{4}-\d\d?-\d\d?|\d\d?([./])\d\d?\2\d{2,4})\b")  # the form of a date, in any order
+
+
+def likeness(name: str, meaning: str) -> int:
+    """Return how surely a column's name has a meaning of NAMES: 3 if it is that word, 2 as its id, 1 as a part, else 0.
+
+    >>> [likeness(name, "item") for name in ("Product", "productId", "main_product", "byproduct")]
+    [3, 2, 1, 0]
+    """
+    words, name = NAMES[meaning], re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    forms = (rf"(.*[\W_])?({words}).*", rf"({words})[\W_]?id", words)
+    return max(place for place, form in enumerate(("", *forms)) if not place or re.fullmatch(form, name))
 
 
 def column_options(header: list[str], item_header: list[str], usual: dict[str, tuple], chosen: dict) -> str:
@@ -171,20 +183,31 @@ def column_options(header: list[str], item_header: list[str], usual: dict[str, t
         header, item_header: of the interactions, and of the items.
         usual, chosen: the usual names of each column, and the name that the user gave or None.
     """
-    words = []
-    for name, pattern in NAMES.items():
+    words, columns = [], {}  # the column of each meaning, as far as it is known
+    for name in NAMES:
         names = item_header if name == "title" else header
-        if not chosen[name] and set(usual[name]) & set(names):
-            continue
-        found = [one for one in names if re.search(pattern, one, re.I)]
-        if name == "item":
-            found.sort(key=lambda one: one not in item_header)  # both tables have this column
-        if chosen[name] in ("none", *names):
-            found = [chosen[name]]
-        if found or name != "time":
-            words += [f"--{name}-column", shlex.quote(found[0]) if found else "NAME"]
-    same = "" if set(header) & set(item_header) else "; the column of items must have one name in both tables"
+        wanted = (chosen[name],) if chosen[name] else usual[name]
+        columns[name] = next((one for one in wanted if one in names or one == "none"), None)
+    for name in NAMES:
+        if not columns[name] and (chosen[name] or name != "rating"):
+            others = [columns["item"]] if name == "title" else columns.values()
+            found = [one for one in (item_header if name == "title" else header) if one not in others]
+            # The column of items is in both tables
+            found.sort(key=lambda one: (name == "item" and one in item_header, likeness(one, name)), reverse=True)
+            columns[name] = next((one for one in found if likeness(one, name)), None)
+        if chosen[name] or (columns[name] not in usual[name] and (columns[name] or name in ("user", "item", "title"))):
+            words += [f"--{name}-column", shlex.quote(columns[name] or "NAME")]
+    both = columns["item"] in header and columns["item"] in item_header
+    same = "" if both else "; the column of items must have one name in both tables"
     return f"name the columns: {' '.join(words)}{same}" if words else f"add this column{same}"
+
+
+def separate_or(remedy: str, header: list[str], path: Path) -> str:
+    """Return a remedy for a column that a header lacks: another separator if the header is one field of a text."""
+    if len(header) > 1 or path.suffix == ".parquet":
+        return remedy
+    tabs_alone = path.suffix in (".tsv", ".inter", ".item")
+    return f"separate the fields by {'tabs' if tabs_alone else 'commas, semicolons or tabs'}"
 
 
 def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict[str, int | None]) -> Iterator:
@@ -201,7 +224,7 @@ def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict
     for number, (name, value) in enumerate(zip(header, first[1], strict=False)):
         if number in positions.values():
             continue
-        if re.search(NAMES["time"], name, re.I) or DATE.match(value):
+        if likeness(name, "time") or DATE.match(value):
             question = f"{path} has no column timestamp. Does {name!r}, with {value!r}, hold the times?"
             raise UserError(f"{question} Then give --time-column {name}; otherwise --time-column none")
     print(f"{path} has no column timestamp: the order of its lines is used (see --time-column)")
@@ -211,7 +234,7 @@ def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict
 def separator(path: Path) -> str:
     """Return what separates the fields of a CSV file: a semicolon or a tab if its header has no comma, else a comma."""
     with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
-        header = file.readline()
+        header = next(filter(str.strip, file), "")
         return next((mark for mark in ",;\t" if mark in header), ",")
     return ","  # text_rows will report the error
 

@@ -25,14 +25,17 @@ def popularity_scores(sequences: Sequence[list[int]], items: int, examples: Sequ
 class PairCounts:
     """Counts the pairs (item of a history, user who has that item and the scored one).
 
+    An item that is in a sequence or a history several times counts once.
+
     Args:
         sequences: the items of each user, item indices.
         items: the number N of items.
     """
 
     def __init__(self, sequences: Sequence[list[int]], items: int):
+        sequences = [np.unique(np.array(sequence, dtype=int)) for sequence in sequences]
         users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
-        interactions = np.concatenate([np.array(sequence, dtype=int) for sequence in sequences])
+        interactions = np.concatenate(sequences)
         # The users of item i are users[start[i] : start[i + 1]]
         self.users, self.count = users[np.argsort(interactions, kind="stable")], len(sequences)
         self.start = np.append(0, interaction_counts(sequences, items).cumsum())
@@ -40,9 +43,10 @@ class PairCounts:
     def scores(self, history: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
         """Return the number of pairs of each candidate: [C]."""
         shared = np.zeros(self.count)  # the number of history items that each user has
-        for item in history:
+        for item in {*history}:
             shared[self.users[self.start[item] : self.start[item + 1]]] += 1
-        return np.array([shared[self.users[self.start[i] : self.start[i + 1]]].sum() for i in candidates])
+        sums, candidates = np.append(0, shared[self.users].cumsum()), np.asarray(candidates, dtype=int)
+        return sums[self.start[candidates + 1]] - sums[self.start[candidates]]
 
 
 def cooccurrence_scores(sequences: Sequence[list[int]], items: int, examples: Sequence[Example]) -> np.ndarray:

@@ -16,6 +16,7 @@ from hanorec.ranking.settings import Settings
 from hanorec.run.files import (
     UserError,
     file_hash,
+    not_a_folder,
     print_main,
     read_json,
     read_jsonl,
@@ -52,11 +53,14 @@ def recommend(
         UserError: the run, the data folder, a user or an item cannot be used.
     """
     accelerator, settings = start_accelerator(), Settings(**settings)
+    if settings.out is not None:
+        not_a_folder(Path(settings.out))
     recommender = Recommender(Path(run), settings)
     if history is not None:
         work = [(ANYBODY, recommender.items(history, "--history"), [])]
     else:
         work = [recommender.user(user) for user in (recommender.histories if users is None else users)]
+        recommender.warn_of_lost_orders([user for user, _, _ in work])
     recommender.load_model(accelerator)
     lines = computed(recommender, work, settings, accelerator)
     recommender.ranker.report(run)
@@ -86,7 +90,9 @@ class Recommender:
         if "histories.jsonl" not in self.data.manifest["files"]:
             lack = "it has no users with few interactions; prepare it again"
             print_main(f"{folder} was prepared by an earlier version: {lack}")
-        lost = lost_orders(Path(options["data"]), self.data, self.histories)
+
+    def warn_of_lost_orders(self, users: Sequence[str]) -> None:
+        lost = lost_orders(Path(self.config["options"]["data"]), self.data, {u: self.histories[u] for u in users})
         if lost:
             print_main(lost)
 
@@ -207,7 +213,7 @@ def lost_orders(own: Path, data: DataFolder, histories: dict[str, tuple[list[int
 
     Args:
         own: the data folder of the run. If it is `data`, or cannot be read any more, there is nothing to compare.
-        histories: those of `data`.
+        histories: those of `data`, of the users that are asked for.
     """
     if own.resolve() == data.folder.resolve():
         return None
@@ -224,8 +230,8 @@ def lost_orders(own: Path, data: DataFolder, histories: dict[str, tuple[list[int
     if not lost:
         return None
     users, (user, item) = len({user for user, _ in lost}), min(lost)
-    text = f"WARNING: {data.folder} lacks orders that {own} has, of {users} users (e.g. {user}: {item})"
-    return f"{text}: they may be recommended what they have; prepare all orders, old and new"
+    text = f"WARNING: {data.folder} lacks orders that {own} has, of {users} user{'s' * (users > 1)}"
+    return f"{text} (e.g. {user}: {item}): they may be recommended what they have; prepare all orders, old and new"
 
 
 def computed(recommender: Recommender, work: list[tuple], settings: Settings, accelerator) -> list[dict]:

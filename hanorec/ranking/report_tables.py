@@ -21,7 +21,6 @@ CEILING_NOTE = (
     "ceiling: the best possible ranking for one who knows how the data were made; ceiling, titles: for one who sees no "
     "pictures, so a model that sees them can be above it."
 )
-ONE_SEED_NOTE = "Intervals are over users; a run of one seed does not show how much the seed changes."
 SEEDS_NOTE = (
     "± is the standard deviation over seeds. Intervals of several seeds are over users and seeds, those of one "
 )
@@ -73,7 +72,7 @@ def in_short(results: Results, systems: Sequence[System], targets: np.ndarray, r
             counts = f"Of {len(targets)} targets, {first} are in the first place and {three} among the first three."
             lines.append([*begun[name], f": NDCG@3 {value}. {counts}"])
     lines.append([compared_with(results, list(own))])
-    if not any(result.sd for result in results.table.values()):
+    if recipes and not any(result.sd for result in results.table.values()):
         lines.append(["Each run has one seed: the intervals are over users, and say nothing of another training."])
     return element("ul", *[element("li", *line) for line in lines])
 
@@ -101,7 +100,7 @@ def change(difference: Result, metric: str) -> list:
 
 def results_section(results: dict[str, Result], colours: dict[str, str]) -> Html:
     """Return the tables of all systems, and below them what the metrics, the ceilings and the intervals are."""
-    seeds = SEEDS_NOTE if any(result.sd for result in results.values()) else ONE_SEED_NOTE
+    seeds = SEEDS_NOTE if any(result.sd for result in results.values()) else None
     notes = [METRICS_NOTE, CEILING_NOTE if "ceiling" in results else None, seeds]
     shown = [element("p", note, class_="note") for note in notes if note]
     return joined([*result_tables(results, colours), *shown])

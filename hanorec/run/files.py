@@ -132,11 +132,20 @@ def sync_to_disk(*paths: Path) -> None:
         os.close(descriptor)
 
 
+def not_a_folder(path: Path) -> None:
+    """Raise UserError if a file cannot be written to `path`, because it is a folder."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the file to write")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or a folder to. It is renamed to `path` when the block ends.
 
     After an error, `path` is what it was before.
+
+    Raises:
+        UserError: a file was written, and `path` is a folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +153,8 @@ def replacing(path: Path) -> Iterator[Path]:
     delete(new)  # left by a killed process that had the same process id
     try:
         yield new
+        if not new.is_dir():
+            not_a_folder(path)
         written = [new, *new.rglob("*")]
         make_readable(*written)
         sync_to_disk(*written)

@@ -153,6 +153,8 @@ def test_semicolons_and_german_dates(tmp_path, monkeypatch):
     rows = [(u, i, f"{t - 999:02}.01.2024 09:05") for u, i, t, _ in interactions() if t < 2000]
     for mark in ";\t":
         argv = write_tables(tmp_path, rows, ("user", "item", "timestamp"), mark)
+        for name in ("log.csv", "items.csv"):
+            (tmp_path / name).write_bytes(b"\r\n\n" + (tmp_path / name).read_bytes())  # blank lines in front
         check(*prepare(monkeypatch, tmp_path / "data", *argv), images=0)
 
 
@@ -195,6 +197,56 @@ def test_all_columns_are_named_in_one_message(tmp_path, monkeypatch, capsys):
     error = refused(capsys, prepare_data.main, *argv, *shlex.split(options), "--out", tmp_path / "data")
     assert "items.csv has no column product id, only id, name" in error
     assert "the column of items must have one name in both tables" in error
+
+
+def test_one_name_in_both_tables_is_asked_for(tmp_path, capsys):
+    """Both tables have a column id, which is no item in the orders."""
+    argv = write_tables(tmp_path, [(1, "u1", "i1", 5)], ("id", "customer", "product", "created_at"))
+    (tmp_path / "items.csv").write_bytes(table(["id", "name"], TITLES.items()))
+    error = refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data")
+    options = "--user-column customer --item-column product --time-column created_at --title-column name"
+    assert f"columns: {options}; the column of items must have one name in both tables" in error
+    argv = write_tables(tmp_path, [("u1", "i1", 5)], ("user", "item", "timestamp"))
+    (tmp_path / "items.csv").write_bytes(table(["user", "title"], TITLES.items()))
+    error = refused(capsys, prepare_data.main, *argv, "--out", tmp_path / "data")
+    assert "items.csv has no column item, only user, title; add this column; the column of items must" in error
+
+
+def test_a_header_of_one_field_has_another_separator(tmp_path, capsys):
+    argv = [*write_tables(tmp_path, [("u1", "i1", 5)], ("user", "item", "timestamp"), "|"), "--out", tmp_path / "data"]
+    error, marks = refused(capsys, prepare_data.main, *argv), "separate the fields by commas, semicolons or tabs"
+    assert error.strip().endswith(f"log.csv has no column user, only user|item|timestamp; {marks}")
+    (tmp_path / "log.csv").write_bytes(table(["user", "item", "timestamp"], [("u1", "i1", 5)]))
+    error = refused(capsys, prepare_data.main, *argv)
+    assert error.strip().endswith(f"items.csv has no column item, only item|title; {marks}")
+
+
+def test_a_mistyped_rating_column_is_named(tmp_path, capsys):
+    for name, guess in (("score", "score"), ("q", "NAME")):
+        argv = write_tables(tmp_path, [("u1", "i1", 5, 3)], ("user", "item", "timestamp", name))
+        error = refused(capsys, prepare_data.main, *argv, "--rating-column", "stars", "--out", tmp_path / "data")
+        expected = f"no column stars, only user, item, timestamp, {name}; name the columns: --rating-column {guess}"
+        assert error.strip().endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("header", "options"),
+    [
+        ("updated_by,customer_name,customer_id,product_group,productId,orderdate", "customer_id productId orderdate"),
+        ("client_group,client,article_no,article,created_by,ordered_at", "client article ordered_at"),
+        ("user_product,sku,Kaufdatum", "user_product sku Kaufdatum"),  # one column has one meaning
+        ("user_product,amount,when", "user_product NAME when"),
+    ],
+)
+def test_the_likeliest_columns_are_guessed(header, options):
+    usual = {"user": ("user",), "item": ("item",), "time": ("timestamp",), "rating": ("rating",), "title": ("title",)}
+    user, item, time = options.split()
+    items = ["product_name", "name", "subtitle", item.replace("NAME", "id")]
+    text = tables.column_options(header.split(","), items, usual, dict.fromkeys(usual))
+    expected = f"name the columns: --user-column {user} --item-column {item} --time-column {time} --title-column name"
+    assert text.partition(";")[0] == expected
+    text = tables.column_options(["user", "item_name"], ["item_name"], usual, dict.fromkeys(usual))
+    assert text == "name the columns: --item-column item_name --title-column NAME"
 
 
 def test_parquet(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 from conftest import Opened
 
-from hanorec.ranking.baselines import cooccurrence_scores, interaction_counts, popularity_scores
+from hanorec.ranking.baselines import PairCounts, cooccurrence_scores, interaction_counts, popularity_scores
 
 
 def test_popularity_and_cooccurrence_equal_brute_force():
@@ -25,6 +25,16 @@ def test_popularity_and_cooccurrence_equal_brute_force():
         [sum(c in s and i in s for s in sequences for i in row.history) for c in row.candidates] for row in rows
     ]
     assert cooccurrence_scores(sequences, 12, rows).tolist() == together
+
+
+def test_a_repeated_item_counts_once():
+    """In a sequence, as the scored item and as one of the history, and in the history."""
+    once, repeated = PairCounts([[0, 1], [], [0, 2]], 4), PairCounts([[0, 1, 0, 1, 1], [], [2, 0, 2]], 4)
+    for history in ([0], [1, 2], [3], []):
+        expected = [sum(c in s and i in s for s in ([0, 1], [0, 2]) for i in history) for c in (3, 0, 1, 2)]
+        for counter in (once, repeated):
+            assert counter.scores(history * 2, [3, 0, 1, 2]).tolist() == expected
+            assert counter.scores(history, []).tolist() == []
 
 
 def test_baselines_count_training_interactions_alone(prepared):

@@ -71,6 +71,7 @@ def test_the_page_shows_every_poster_and_no_error(page, report, width, dark):
     assert page.value("document.documentElement.scrollWidth <= window.innerWidth")
     charts = page.value("[...document.querySelectorAll('.charts')].map(row => [row.scrollWidth, row.clientWidth])")
     assert charts and all((whole > shown) == (width == 360 and whole > 360) for whole, shown in charts)
+    assert any(whole > shown for whole, shown in charts) == (width == 360)
     tables = page.value("[...document.querySelectorAll('.scroll')].map(box => [box.scrollWidth, box.clientWidth])")
     assert tables and all(whole <= shown for whole, shown in tables)
     assert page.value(FAINT) == []

@@ -41,6 +41,14 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["second"]
 
 
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "kept").touch()
+    with pytest.raises(UserError, match="results is a folder; give the file to write"):
+        write_json(tmp_path / "results", {})
+    assert os.listdir(tmp_path) == ["results"] and os.listdir(tmp_path / "results") == ["kept"]
+
+
 def test_a_folder_whose_replacement_fails_stays(tmp_path, monkeypatch):
     folder, real = tmp_path / "folder", os.replace
     folder.mkdir()
