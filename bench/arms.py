@@ -154,20 +154,19 @@ class Study:
         return f"runs/{self.name}/grid/{family}-{lr}-{beta}-1"
 
 
-PAPER_RECIPE = {"paper": "--lr 1e-4 --beta 0.1"}
+def recipes(continued: str, softmax: str, dpo: str, sdpo: str) -> dict[str, str]:
+    """Return the recipe of each family, from the learning rates that validation chose; it chose beta 1 everywhere."""
+    chosen = {family: f"--lr {lr} --beta 1" for family, lr in (("softmax", softmax), ("dpo", dpo), ("sdpo", sdpo))}
+    return {"paper": "--lr 1e-4 --beta 0.1", "continued": f"--lr {continued} --beta 0.1"} | chosen
+
+
 STUDIES = {
     "demo": Study(
         name="demo",
         prepare="",
         options={"sft.py": "", "dpo_hano.py": "--max-steps 300"},
         grid=grid(("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3")),
-        recipes=PAPER_RECIPE
-        | {
-            "continued": "--lr 3e-4 --beta 0.1",
-            "softmax": "--lr 3e-3 --beta 1",
-            "dpo": "--lr 1e-3 --beta 1",
-            "sdpo": "--lr 3e-3 --beta 1",
-        },
+        recipes=recipes(continued="3e-4", softmax="3e-3", dpo="1e-3", sdpo="3e-3"),
         arms=START | CONTROLS | PREFERENCE | HARS | NODO | PAPER | COMBINED,
         splits=["test", "test_hard"],
         seeds=[1, 2, 3, 4, 5],
@@ -181,13 +180,7 @@ STUDIES = {
             "dpo_hano.py": "--max-steps 200 --eval-limit 0",
         },
         grid=grid(("3e-5", "1e-4", "3e-4", "1e-3"), ("1e-4", "3e-4")),
-        recipes=PAPER_RECIPE
-        | {
-            "continued": "--lr 3e-5 --beta 0.1",
-            "softmax": "--lr 3e-4 --beta 1",
-            "dpo": "--lr 1e-4 --beta 1",
-            "sdpo": "--lr 1e-4 --beta 1",
-        },
+        recipes=recipes(continued="3e-5", softmax="3e-4", dpo="1e-4", sdpo="1e-4"),
         arms=START | CONTROLS | PREFERENCE | BEST | with_larger_noise(PAPER),
         splits=["test", "test_popularity"],
         seeds=[1, 2, 3, 4, 5],

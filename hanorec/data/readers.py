@@ -262,9 +262,9 @@ def read_two_tables(
     remedy, item_remedy = separate_or(options_text, header, interactions), separate_or(options_text, item_header, items)
     positions = {}
     for name in ("user", "item", "time", "rating"):
-        absent = not chosen[name] and usual_names[name][0] not in header
-        absent = name in ("time", "rating") and (chosen[name] == "none" or absent)
-        positions[name] = None if absent else column(header, chosen[name], usual_names[name], interactions, remedy)
+        missing = chosen[name] == "none" or (not chosen[name] and usual_names[name][0] not in header)
+        left_out = missing and name in ("time", "rating")
+        positions[name] = None if left_out else column(header, chosen[name], usual_names[name], interactions, remedy)
     item = column(item_header, chosen["item"], usual_names["item"], items, item_remedy)
     title = column(item_header, chosen["title"], titled, items, item_remedy)
     if positions["time"] is None and chosen["time"] != "none":

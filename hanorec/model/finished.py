@@ -37,9 +37,9 @@ def load_finished(run: Path, encoding: Encoding, dtype: torch.dtype | None = Non
         runs.insert(0, (start, finished_config(start, encoding)))  # the SFT run, before the DPO run
     adapters = [(folder, own["stage"]) for folder, own in runs if own["options"].get("tune") != "full"]
     half = dtype not in (None, torch.float32)
-    apart = dtype is not None and bool(quantize or half)
+    apart = half or bool(quantize and dtype)
     # The model is loaded in its dtype: model.to(dtype) would round the frequencies of its positions too
-    model = load_base(*runs[0], encoding, dtype if apart or not adapters else None, attn)
+    model = load_base(*runs[0], encoding, dtype, attn)
     for folder, stage in adapters:
         merge = dtype is None or not (apart or (folder, stage) == adapters[-1])
         name = FROZEN if apart and stage != "dpo_hano" else TRAINED
