@@ -1,7 +1,7 @@
 """Print the alignment of titles and images of a study's arms, pooled over seeds.
 
-    python bench/alignment.py demo --seeds 1 2 3
-    python bench/alignment.py demo --arms sft dpo nodo_3
+    python bench/alignment.py demo
+    python bench/alignment.py demo --seeds 1 2 3 --arms sft dpo nodo_3
 
 Reads the test predictions of the runs, which bench/study.py left. The numbers are those of `evaluate.py --alignment`.
 """
@@ -20,7 +20,7 @@ from arms import STUDIES  # noqa: E402
 from tables import predictions_name  # noqa: E402
 
 from hanorec.data.folder import DataFolder  # noqa: E402
-from hanorec.ranking.alignment import THIRDS, measure_alignment  # noqa: E402
+from hanorec.ranking.alignment import METRICS, THIRDS, measure_alignment  # noqa: E402
 from hanorec.ranking.ceiling import ceiling_scores  # noqa: E402
 from hanorec.ranking.exchange import read_scores  # noqa: E402
 from hanorec.ranking.markdown import markdown, short  # noqa: E402
@@ -28,8 +28,8 @@ from hanorec.ranking.metrics import STUDENT  # noqa: E402
 from hanorec.run.launch import start_accelerator  # noqa: E402
 from hanorec.run.runs import read_run  # noqa: E402
 
-ARMS = ["sft", "continued", "softmax", "dpo", "sdpo9", "margin", "nodo_3", "absolute_05", "embeddings", "dropout"]
-ARMS += ["paper"]
+ARMS = ["sft", "continued", "softmax", "dpo", "dpo_model", "sdpo9", "sdpo9_turned", "margin", "nodo_3", "absolute_05"]
+ARMS += ["embeddings", "dropout", "paper"]
 
 
 def spread(values: list[float], interval: bool = False) -> str:
@@ -48,7 +48,7 @@ def spread(values: list[float], interval: bool = False) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the study")
     parser.add_argument("--arms", nargs="+", default=ARMS)
     given = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     ceilings = ceiling_scores(data, "test", examples)
     options = SimpleNamespace(dtype="auto", no_pack=False, images=None, trust_remote_code=False, seed=0)
     found = {arm: [] for arm in given.arms}
-    for seed in given.seeds:  # the arms of a seed share their start
+    for seed in given.seeds or study.seeds:  # the arms of a seed share their start
         runs = {arm: Path(study.run_folder(arm, seed)) for arm in given.arms}
         runs = {arm: run for arm, run in runs.items() if (run / predictions_name("test")).exists()}
         configs = {run: read_run(run) for run in runs.values()}
@@ -66,17 +66,20 @@ def main(argv: list[str] | None = None) -> None:
         measured = measure_alignment(configs, scored, ceilings, data, examples, options, accelerator)
         for arm, run in runs.items():
             found[arm].append(measured[run])
-    header = ["", "seeds", "mean cosine", "change", "slope of the change", *(f"change, {name}" for name in THIRDS)]
-    rows = [[*header, *(f"NDCG@3, {name}" for name in THIRDS), "follows the poster"]]
+    header = ["", "seeds", "mean cosine before", "after", "change", "slope of the change"]
+    rows = [[*header, *(f"change, {name}" for name in THIRDS), "follows the poster"]]
+    ranked = [["targets by alignment before", *(f"{metric}, {name}" for metric in METRICS for name in THIRDS)]]
     for arm, values in found.items():
         if not values:
             continue
-        row = [study.arms[arm].label, str(len(values))]
+        label = study.arms[arm].label
+        row = [label, str(len(values)), spread([value["mean"] - value["change"] for value in values])]
         row += [spread([value[field] for value in values], field != "mean") for field in ("mean", "change", "slope")]
-        row += [spread([value[field][name] for value in values]) for field in ("thirds", "NDCG@3") for name in THIRDS]
+        row += [spread([value["thirds"][name] for value in values]) for name in THIRDS]
         shares = [value["follows_poster"][0] for value in values if "follows_poster" in value]
         rows.append([*row, spread(shares) if shares else "-"])
-    print(markdown(rows))
+        ranked.append([label, *(spread([v[metric][name] for v in values]) for metric in METRICS for name in THIRDS)])
+    print(f"{markdown(rows)}\n\n{markdown(ranked)}")
 
 
 if __name__ == "__main__":

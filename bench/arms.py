@@ -16,6 +16,7 @@ class Arm:
             those of `paper` are the paper's.
         script: `sft.py`, or `dpo_hano.py`, which starts from the arm `sft`.
         group: index of its table's title in tables.TITLES.
+        base: the arm that it adds one thing to, if there is one.
     """
 
     label: str
@@ -23,6 +24,7 @@ class Arm:
     family: str = ""
     script: str = "dpo_hano.py"
     group: int = 1
+    base: str = ""
 
 
 START = {
@@ -50,7 +52,7 @@ PREFERENCE = {
 def hars(label: str, hardness: str, responsiveness: str = "none") -> Arm:
     """Return an arm with a lambda or an eta, without noise."""
     options = f"--hardness {hardness} --responsiveness {responsiveness} --sigma 0"
-    return Arm(label, options, "dpo", group=3)
+    return Arm(label, options, "dpo", group=3, base="dpo")
 
 
 HARS = {
@@ -68,7 +70,7 @@ HARS = {
 
 def nodo(label: str, noise: str) -> Arm:
     """Return an arm with a perturbation, without lambda and eta."""
-    return Arm(label, f"--hardness none --responsiveness none {noise}", "dpo", group=4)
+    return Arm(label, f"--hardness none --responsiveness none {noise}", "dpo", group=4, base="dpo")
 
 
 NODO = {
@@ -77,8 +79,8 @@ NODO = {
     "nodo_3": nodo("NoDO relative .3", "--sigma 0.3"),
     "absolute_005": nodo("NoDO absolute .005", "--noise absolute --sigma 0.005"),
     "absolute_05": nodo("NoDO absolute .05 (the authors' code)", "--noise absolute --sigma 0.05"),
-    # As large as NoDO relative .3, by the KL divergence that bench/noise.py prints
-    "embeddings": nodo("noise on the embeddings .03", "--noise embeddings --sigma 0.03"),
+    # The next two: as large as NoDO relative .3, by the KL divergence that the runs log (noise_kl)
+    "embeddings": nodo("noise on the embeddings .09", "--noise embeddings --sigma 0.09"),
     "dropout": nodo("LoRA dropout .05", "--sigma 0 --lora-dropout 0.05"),
 }
 PAPER = {
@@ -94,7 +96,8 @@ PAPER = {
 
 def combined(label: str, options: str) -> Arm:
     """Return an arm that adds something to S-DPO with nine rejected answers."""
-    return Arm(f"S-DPO, 9 rejected, {label}", f"--rejected 9 --responsiveness none {options}", "sdpo", group=5)
+    options = f"--rejected 9 --responsiveness none {options}"
+    return Arm(f"S-DPO, 9 rejected, {label}", options, "sdpo", group=5, base="sdpo9")
 
 
 COMBINED = {

@@ -106,8 +106,11 @@ def difference_cell(result: Result, metric: str) -> str:
 
 
 def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
-    """Return the table of a group of arms: values, and differences to the reference."""
+    """Return the table of a group of arms: values, and differences to the reference and to what they add to."""
     minus = [f"{metric} minus {study.arms[measured.reference].label}" for metric in COLUMNS]
+    members = [arm for name, arm in study.arms.items() if arm.group == group and name in measured.runs]
+    bases = [base for base in dict.fromkeys(arm.base for arm in members) if base in measured.runs]
+    minus += [f"NDCG@3 minus {study.arms[base].label}" for base in bases]
     rows = [[f"{split}, {measured.users} users", "seeds", *COLUMNS, *minus]]
     if group == 0:
         for name, result in measured.others.items():
@@ -117,6 +120,8 @@ def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
             own = pool([*measured.runs[name].values()])
             minus = measured.minus.get(name)
             compared = [difference_cell(minus, metric) for metric in COLUMNS] if minus else ["", "", ""]
+            for base in bases:
+                compared.append(difference_cell(measured.difference(name, base), "NDCG@3") if arm.base == base else "")
             count = str(len(measured.runs[name]))
             rows.append([arm.label, count, *(cell(own, metric) for metric in COLUMNS), *compared])
     return markdown(rows)
@@ -242,7 +247,7 @@ def section(study: Study, seeds: list[int], before: list[list[str]], training: d
     by_split = {split: Measured(study, seeds, split) for split in study.splits}
     with replacing(PAGE.with_name(f"study_{study.name}.svg")) as new:
         new.write_text(figure(study, by_split), encoding="utf-8")
-    texts = [f"![differences in NDCG@3, with intervals](study_{study.name}.svg)", "", "```"]
+    texts = ["```"]
     commands = before + [command for arm, command in training.items() if arm in by_split["test"].runs]
     texts += [f"python {' '.join(command)}" for command in commands]
     texts += ["```", "", f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers.", ""]

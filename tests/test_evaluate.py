@@ -325,9 +325,11 @@ def test_ceilings_and_hard_candidates(data, sft_run, capsys):
 def test_alignment_is_printed_and_written(sft_run, dpo_run, capsys):
     evaluate.main(words("--run", sft_run, dpo_run, "--alignment", "--limit", 6))
     table = capsys.readouterr().out
-    assert "slope of the change" in table and "follows the poster" in table
+    assert all(words in table for words in ("mean cosine before", "slope of the change", "follows the poster"))
+    assert "AUC, highest" in table
     sft, dpo = (json.loads((run / "first6_metrics.json").read_text())["alignment"] for run in (sft_run, dpo_run))
     assert sft["mean"] == pytest.approx(dpo["mean"] - dpo["change"])  # DPO starts where SFT ended
     assert abs(dpo["change"]) < abs(sft["change"])  # three steps of LoRA, and all weights from nothing
-    assert set(dpo["NDCG@3"]) <= set(dpo["thirds"]) == {"lowest", "middle", "highest"}
+    assert set(dpo["thirds"]) == {"lowest", "middle", "highest"}
+    assert all(0 < len(dpo[metric]) and set(dpo[metric]) <= set(dpo["thirds"]) for metric in ("NDCG@3", "HR@3", "AUC"))
     assert "follows_poster" not in dpo

@@ -30,6 +30,7 @@ from hanorec.ranking.slices import measure_slices
 from hanorec.run.progress import progress
 
 THIRDS = ("lowest", "middle", "highest")
+METRICS = ("NDCG@3", "HR@3", "AUC")  # of the targets in each third
 CHUNK = 32  # items in a forward
 
 
@@ -184,8 +185,8 @@ def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, opt
         configs: config.json of each run. scored: (ranking scores, Yes/No scores or None) of each run.
         ceilings: the same of each ceiling, by row.
 
-    Returns JSON values of each run: the fields of `Change`; `NDCG@3` of the targets by third of the start; and, where
-    the data have misleading items, `follows_poster` with the number of decided candidates.
+    Returns JSON values of each run: the fields of `Change`; each of METRICS of the targets by third of the start; and,
+    where the data have misleading items, `follows_poster` with the number of decided candidates.
     """
     before: dict[tuple, np.ndarray] = {}  # by run (None: the backbone) and what its encoding depends on
     misleading, found = misleading_items(data), {}
@@ -201,7 +202,8 @@ def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, opt
         start = before[first, *seen]
         found[run] = vars(changes(start, before[run, *seen], options.seed))
         by_third = by_alignment(*scored[run], examples, start, options.seed)
-        found[run]["NDCG@3"] = {name: result.values["NDCG@3"] for name, result in by_third.items()}
+        for metric in METRICS:
+            found[run][metric] = {name: result.values[metric] for name, result in by_third.items()}
         if misleading and len(ceilings) == 2:
             best = [scores for scores, _ in ceilings.values()]
             found[run]["follows_poster"] = follows_the_poster(scored[run][0], *best, examples, misleading)
@@ -209,15 +211,18 @@ def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, opt
 
 
 def alignment_table(found: dict[Path, dict]) -> str:
-    """Return what `measure_alignment` found as a Markdown table."""
-    header = ["", "mean cosine", "change", "slope of the change", *(f"change, {name}" for name in THIRDS)]
-    rows = [[*header, *(f"NDCG@3, {name}" for name in THIRDS), "follows the poster"]]
+    """Return what `measure_alignment` found as two Markdown tables: the alignment, and the metrics by its thirds."""
+    header = ["", "mean cosine before", "after", "change", "slope of the change"]
+    rows = [[*header, *(f"change, {name}" for name in THIRDS), "follows the poster"]]
+    ranked = [["targets by alignment before", *(f"{metric}, {name}" for metric in METRICS for name in THIRDS)]]
     for run, values in found.items():
         low, high = values["interval"]
-        row = [str(run), short(values["mean"]), short(values["change"])]
+        before = values["mean"] - values["change"]
+        row = [str(run), short(before), short(values["mean"]), short(values["change"])]
         row.append(f"{short(values['slope'])} [{short(low)}, {short(high)}]")
         row += [short(values["thirds"][name]) for name in THIRDS]
-        row += [short(values["NDCG@3"][name]) if name in values["NDCG@3"] else "-" for name in THIRDS]
         share, count = values.get("follows_poster", (None, 0))
         rows.append([*row, f"{short(share)} of {count}" if count else "-"])
-    return markdown(rows)
+        cells = [values[metric].get(name) for metric in METRICS for name in THIRDS]  # None: no target in this third
+        ranked.append([str(run), *("-" if value is None else short(value) for value in cells)])
+    return f"{markdown(rows)}\n\n{markdown(ranked)}"
