@@ -33,13 +33,16 @@ def item_vectors(encoding: Encoding, model) -> torch.Tensor:
 
 
 def pool_distances(options, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Return the distance D of each example's target to each item of its pool: [E, P]. vectors: [N, d], of the items.
+    """Return the distance D of each example's target to each item of its pool: [E, P], on the CPU.
+
+    vectors: [N, d], of the items. All is computed on their device.
 
     topk and constant: equation (5). clusters: 1 - cosine of the means of the two items' neighbours. cosine: 1 - cosine
     of the two items.
     """
-    pool = torch.tensor(pairs.pool)
-    chosen = torch.tensor([example.target for example in pairs.examples]).repeat_interleave(pool.shape[1])
+    pool = torch.tensor(pairs.pool, device=vectors.device)
+    targets = torch.tensor([example.target for example in pairs.examples], device=vectors.device)
+    chosen = targets.repeat_interleave(pool.shape[1])
     if options.hardness != "cosine" and options.top_k >= len(vectors):
         raise UserError(f"--top-k {options.top_k} needs more items than {len(vectors)}")
     if options.hardness == "cosine":
@@ -49,7 +52,7 @@ def pool_distances(options, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor
     else:
         profiles = hanorec_loss.neighbor_profiles(vectors, options.top_k)
         distance = hanorec_loss.pair_distance(profiles, chosen, pool.flatten())
-    return distance.view(pool.shape)
+    return distance.view(pool.shape).cpu()
 
 
 def lambdas(options, values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
@@ -95,7 +98,7 @@ def pair_hardness(
     elif options.hardness == "margin":
         values = reference[:, :1] - reference[:, 1:]
     else:
-        values = pool_distances(options, vectors, pairs).repeat_interleave(kinds, dim=0)
+        values = pool_distances(options, vectors.to(accelerator.device), pairs).repeat_interleave(kinds, dim=0)
     hardness = torch.full_like(values, torch.nan)
     for number, kind in enumerate(pairs.kinds):
         count = values.shape[1] if kind == "rank" else 1  # a Yes/No pair has one rejected answer

@@ -26,7 +26,7 @@ def pair_hardness(opened, sft_run, hardness, sign=1, reference=None, top_k=10, r
     pairs.columns = pairs.columns[:, 1 : 1 + rejected]
     options = SimpleNamespace(hardness=hardness, hardness_sign=sign, top_k=top_k)
     model = load_finished(sft_run, opened.encoding)
-    accelerator = SimpleNamespace(print=print)
+    accelerator = SimpleNamespace(print=print, device="cpu")
     vectors = hars.item_vectors(opened.encoding, model)
     return pairs, hars.pair_hardness(options, vectors, pairs, reference, accelerator)
 
