@@ -20,11 +20,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-import hanorec_loss  # noqa: E402
 from hanorec.data.folder import DataFolder  # noqa: E402
 from hanorec.model.encoding import Encoding  # noqa: E402
 from hanorec.model.finished import load_finished  # noqa: E402
-from hanorec.model.hars import item_vectors, pair_hardness, standardised  # noqa: E402
+from hanorec.model.hars import item_vectors, lambdas, pair_hardness  # noqa: E402
 from hanorec.model.packing import PackedMLLM  # noqa: E402
 from hanorec.model.pairs import Pairs, pools  # noqa: E402
 from hanorec.model.reference import score_pairs  # noqa: E402
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, torch.Tensor]:
         found[hardness] = pair_hardness(options, vectors, pairs, reference, accelerator)[:, 0]
     chosen, rejected = [example.target for example in examples], [example.rejected for example in examples]
     distance = union_distance(vectors, chosen, rejected, given.top_k)
-    found["union"] = hanorec_loss.hardness_weight(standardised(distance, distance), 0.0)
+    found["union"] = lambdas(SimpleNamespace(hardness="clusters", hardness_sign=1), distance, distance)
     margin = (reference[:, 0] - reference[:, 1]).numpy()
     print(f"lambda of {len(pairs)} pairs   1%     50%    99%    correlation with the reference's margin")
     for name, values in found.items():

@@ -1,10 +1,12 @@
 """The arithmetic of the measurements, and each measurement on a tiny backbone."""
 
+import importlib
 import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,6 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import dpo_step
 import evaluation
 import gpu
+import hardness
 import measure
 import run
 import scaling
@@ -35,6 +38,22 @@ from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"
 against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_every_script_can_be_imported(name):
+    importlib.import_module(name)
+
+
+def test_the_spread_of_lambda_by_form(sft_run, capsys):
+    """The table's numbers are those of the returned lambdas; a standardised distance has a mean lambda of about 1."""
+    found = hardness.main(["--sft", str(sft_run), "--pairs", "12", "--top-k", "4"])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[-len(found) :]}
+    assert rows.keys() == found.keys() == {"topk", "clusters", "cosine", "margin", "union"}
+    for name, values in found.items():
+        assert rows[name][:3] == [f"{np.quantile(values, at):.3f}" for at in (0.01, 0.5, 0.99)] and len(values) == 12
+    standardised = (found["union"] / 2).logit()
+    assert float(standardised.mean()) == pytest.approx(0, abs=1e-5) and float(standardised.std()) == pytest.approx(1)
 
 
 @pytest.fixture(autouse=True)
