@@ -4,13 +4,14 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, Opened
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +21,7 @@ import evaluation
 import gpu
 import hardness
 import measure
+import noise
 import run
 import scaling
 import sft_step
@@ -34,6 +36,9 @@ import prepare_data
 import sft
 from hanorec.model.trees import Node
 from hanorec.ranking import sasrec
+from hanorec.ranking.exchange import write_predictions
+from hanorec.ranking.markdown import short as three_decimals
+from hanorec.ranking.metrics import ranking_metrics
 from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"
@@ -333,3 +338,84 @@ def test_a_study_replaces_its_section_alone(tmp_path):
     assert page.read_text() == text.replace("old", "new")
     with pytest.raises(ValueError, match="lacks the marks"):
         tables.write_section(page, "b", "new\n")
+
+
+@pytest.fixture
+def measured(prepared, tmp_path, monkeypatch):
+    """Two arms with a gain of some users that is equal in every seed, beside large differences of seeds and users.
+
+    `continued` has the seeds 1 to 3 and `dpo` 2 to 4, whose lines are in another order. Returns (the study, Measured,
+    the examples, NDCG@3 by arm and seed).
+    """
+    opened = Opened(prepared)
+    examples, rng, values = opened.examples("test"), np.random.default_rng(0), {}
+    study_of_two = replace(study.STUDIES["demo"], name="two", seeds=[1, 2, 3, 4])
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "two").symlink_to(prepared)
+    targets = np.array([example.candidates.index(example.target) for example in examples])
+    rows = np.arange(len(examples))
+    for seed in study_of_two.seeds:
+        for arm in ("continued", "dpo"):
+            scores = np.tile(np.arange(len(examples[0].candidates), dtype=float), (len(examples), 1))
+            first = np.random.default_rng(seed).random(len(examples)) < seed / 5  # the users with the best rank
+            first[:4] = arm == "dpo"  # these gain it, in every seed
+            scores[rows, targets] = np.where(first, 99, -1)
+            values[arm, seed] = ranking_metrics(scores, targets)["NDCG@3"]
+            if (arm, seed) not in (("continued", 4), ("dpo", 1)):
+                order = rng.permutation(len(examples)) if arm == "dpo" else rows
+                path = tmp_path / study_of_two.run_folder(arm, seed) / tables.predictions_name("test")
+                path.parent.mkdir(parents=True)
+                write_predictions(path, opened.items.ids, [examples[n] for n in order], scores[order], scores[order])
+    return study_of_two, tables.Measured(study_of_two, study_of_two.seeds, "test"), examples, values
+
+
+def test_differences_are_paired_by_user_and_seed(measured):
+    """The two shared seeds differ by the four users alone, so the interval is the bootstrap's of that difference."""
+    _, found, examples, values = measured
+    assert found.reference == "continued" and found.users == len(examples) and set(found.minus) == {"dpo"}
+    gain = values["dpo", 2] - values["continued", 2]
+    assert (gain == values["dpo", 3] - values["continued", 3]).all() and gain.sum() == 4
+    assert found.minus["dpo"].values["NDCG@3"] == pytest.approx(gain.mean())
+    low, high = found.minus["dpo"].interval("NDCG@3")
+    assert high - low == pytest.approx(2 * 1.96 * gain.std() / len(gain) ** 0.5, rel=0.1)
+    apart = [values[arm, seed].mean() for arm, seed in (("dpo", 2), ("dpo", 3), ("continued", 1), ("continued", 2))]
+    assert apart[0] + apart[1] - apart[2] - apart[3] > 3 * gain.mean()  # seeds in order would give another value
+
+
+def test_slices_of_a_study_by_hand(measured):
+    """A cell is the mean gain of the slice's users, in bold if its interval excludes 0; popularity is left out."""
+    study_of_two, found, examples, values = measured
+    corner, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables.slices_table(study_of_two, found, "test").splitlines()
+    ]
+    data = tables.DataFolder(tables.ROOT / "data" / "two")
+    masks = {
+        f"{slicing}, {name}": mask
+        for slicing, parts in tables.slicings_of(data, examples).items()
+        for name, mask in parts.items()
+        if slicing != "popularity of the target"
+    }
+    assert corner == ["test: NDCG@3 minus SFT continued", *masks]
+    (_, (label, *cells)) = rows
+    assert label == "DPO" and len(cells) == len(masks) > 6
+    gain = values["dpo", 2] - values["continued", 2]
+    bold = set()
+    for cell, mask in zip(cells, masks.values(), strict=True):
+        value, low, high = re.fullmatch(r"\**(\S+) ±.000 \[(\S+), (\S+?)\]\**", cell).groups()
+        assert value == three_decimals(gain[mask].mean()) and float(low) <= float(value) <= float(high)
+        assert cell.startswith("**") == (float(low) > 0)
+        bold.add(cell.startswith("**"))
+    assert bold == {True, False}
+
+
+def test_the_printed_effect_of_noise(dpo_run, capsys):
+    """A line for each setting; more noise of a kind disturbs more, and each setting is measured by itself."""
+    found = noise.main(["--run", str(dpo_run), "--batches", "1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.search(r"e[-+]\d\d$", line)]
+    assert lines == [[kind, str(size), f"{kl:.2e}"] for (kind, size), kl in found.items()]
+    assert [*found] == [*noise.NOISES, *(("dropout", probability) for probability in noise.DROPOUTS)]
+    for kind in ("relative", "absolute", "embeddings", "dropout"):
+        kls = [kl for (own, _), kl in found.items() if own == kind]
+        assert kls[0] > 0 and kls == sorted(kls) and kls[-1] > 5 * kls[0]
