@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, Opened
+from stages import dpo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,11 +35,14 @@ import workload
 import dpo_hano
 import prepare_data
 import sft
+from hanorec.model.finished import load_finished
+from hanorec.model.packing import PackedMLLM
 from hanorec.model.trees import Node
 from hanorec.ranking import sasrec
 from hanorec.ranking.exchange import write_predictions
 from hanorec.ranking.markdown import short as three_decimals
 from hanorec.ranking.metrics import ranking_metrics
+from hanorec_loss import noisy_lora
 from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"
@@ -344,8 +348,8 @@ def test_a_study_replaces_its_section_alone(tmp_path):
 def measured(prepared, tmp_path, monkeypatch):
     """Two arms with a gain of some users that is equal in every seed, beside large differences of seeds and users.
 
-    `continued` has the seeds 1 to 3 and `dpo` 2 to 4, whose lines are in another order. Returns (the study, Measured,
-    the examples, NDCG@3 by arm and seed).
+    `continued` has the seeds 1 to 3, and so has `sft`, which is equal. `dpo` has 2 to 4, with its lines in another
+    order. Returns (the study, Measured, the examples, NDCG@3 by arm and seed).
     """
     opened = Opened(prepared)
     examples, rng, values = opened.examples("test"), np.random.default_rng(0), {}
@@ -356,13 +360,13 @@ def measured(prepared, tmp_path, monkeypatch):
     targets = np.array([example.candidates.index(example.target) for example in examples])
     rows = np.arange(len(examples))
     for seed in study_of_two.seeds:
-        for arm in ("continued", "dpo"):
+        for arm in ("sft", "continued", "dpo"):
             scores = np.tile(np.arange(len(examples[0].candidates), dtype=float), (len(examples), 1))
-            first = np.random.default_rng(seed).random(len(examples)) < seed / 5  # the users with the best rank
-            first[:4] = arm == "dpo"  # these gain it, in every seed
-            scores[rows, targets] = np.where(first, 99, -1)
+            second = np.random.default_rng(seed).random(len(examples)) < seed / 5  # the users whose target has rank 2
+            second[:4] = arm == "dpo"  # these gain it, in every seed
+            scores[rows, targets] = np.where(second, len(scores[0]) - 1.5, -1)
             values[arm, seed] = ranking_metrics(scores, targets)["NDCG@3"]
-            if (arm, seed) not in (("continued", 4), ("dpo", 1)):
+            if seed != (1 if arm == "dpo" else 4):
                 order = rng.permutation(len(examples)) if arm == "dpo" else rows
                 path = tmp_path / study_of_two.run_folder(arm, seed) / tables.predictions_name("test")
                 path.parent.mkdir(parents=True)
@@ -373,12 +377,13 @@ def measured(prepared, tmp_path, monkeypatch):
 def test_differences_are_paired_by_user_and_seed(measured):
     """The two shared seeds differ by the four users alone, so the interval is the bootstrap's of that difference."""
     _, found, examples, values = measured
-    assert found.reference == "continued" and found.users == len(examples) and set(found.minus) == {"dpo"}
+    assert found.reference == "continued" and found.users == len(examples) and set(found.minus) == {"sft", "dpo"}
     gain = values["dpo", 2] - values["continued", 2]
-    assert (gain == values["dpo", 3] - values["continued", 3]).all() and gain.sum() == 4
+    assert (gain == values["dpo", 3] - values["continued", 3]).all() and (gain > 0).sum() == 4
     assert found.minus["dpo"].values["NDCG@3"] == pytest.approx(gain.mean())
-    low, high = found.minus["dpo"].interval("NDCG@3")
-    assert high - low == pytest.approx(2 * 1.96 * gain.std() / len(gain) ** 0.5, rel=0.1)
+    draws = np.random.default_rng(0).multinomial(len(gain), np.full(len(gain), 1 / len(gain)), size=1000)
+    expected = np.percentile(draws @ gain / len(gain), [2.5, 97.5])
+    assert found.minus["dpo"].interval("NDCG@3") == pytest.approx(expected)
     apart = [values[arm, seed].mean() for arm, seed in (("dpo", 2), ("dpo", 3), ("continued", 1), ("continued", 2))]
     assert apart[0] + apart[1] - apart[2] - apart[3] > 3 * gain.mean()  # seeds in order would give another value
 
@@ -410,12 +415,27 @@ def test_slices_of_a_study_by_hand(measured):
     assert bold == {True, False}
 
 
-def test_the_printed_effect_of_noise(dpo_run, capsys):
-    """A line for each setting; more noise of a kind disturbs more, and each setting is measured by itself."""
-    found = noise.main(["--run", str(dpo_run), "--batches", "1"])
+def test_the_printed_effect_of_noise(sft_run, tmp_path, capsys):
+    """A line for each setting; more noise of a kind disturbs more. The largest NoDO is compared with PyTorch's KL."""
+    folder = dpo(sft_run, tmp_path / "dpo", "--lr", 0.02)
+    found = noise.main(["--run", str(folder), "--batches", "1"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.search(r"e[-+]\d\d$", line)]
     assert lines == [[kind, str(size), f"{kl:.2e}"] for (kind, size), kl in found.items()]
     assert [*found] == [*noise.NOISES, *(("dropout", probability) for probability in noise.DROPOUTS)]
     for kind in ("relative", "absolute", "embeddings", "dropout"):
         kls = [kl for (own, _), kl in found.items() if own == kind]
         assert kls[0] > 0 and kls == sorted(kls) and kls[-1] > 5 * kls[0]
+    assert found["dropout", 0.001] < found["relative", 0.05] / 2  # it is measured without NoDO
+    opened = Opened(json.loads((folder / "config.json").read_text())["options"]["data"])
+    packed, prompts = PackedMLLM(load_finished(folder, opened.encoding, torch.float32)), opened.prompts()
+    for name, weight in packed.named_parameters():
+        weight.requires_grad_("lora_A" in name or "lora_B" in name)
+    trees = [prompts.pair_tree(example, k) for example in opened.examples("train")[:8] for k in ("rank", "yes", "no")]
+    batch = packed.collate(trees, opened.tokens)
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([0, 0, 1]).generate_state(1)[0]))
+    with torch.no_grad():
+        clean = packed.eval()(batch, tokens=True)
+        with noisy_lora(packed, 0.05, relative=False, generator=generator):
+            noisy = packed(batch, tokens=True)
+    expected = torch.nn.functional.kl_div(clean, noisy, log_target=True, reduction="batchmean")
+    assert found["absolute", 0.05] == pytest.approx(float(expected), rel=1e-3)
