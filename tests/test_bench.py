@@ -1,14 +1,18 @@
 """The arithmetic of the measurements, and each measurement on a tiny backbone."""
 
+import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, Opened
+from stages import dpo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +20,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import dpo_step
 import evaluation
 import gpu
+import hardness
 import measure
+import noise
 import run
 import scaling
 import sft_step
@@ -29,12 +35,34 @@ import workload
 import dpo_hano
 import prepare_data
 import sft
+from hanorec.model.finished import load_finished
+from hanorec.model.packing import PackedMLLM
 from hanorec.model.trees import Node
 from hanorec.ranking import sasrec
+from hanorec.ranking.exchange import write_predictions
+from hanorec.ranking.markdown import short as three_decimals
+from hanorec.ranking.metrics import ranking_metrics
+from hanorec_loss import noisy_lora
 from mllm_srec import writers
 
 RESULTS = ROOT / "bench" / "results.json"
 against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_every_script_can_be_imported(name):
+    importlib.import_module(name)
+
+
+def test_the_spread_of_lambda_by_form(sft_run, capsys):
+    """The table's numbers are those of the returned lambdas; a standardised distance has a mean lambda of about 1."""
+    found = hardness.main(["--sft", str(sft_run), "--pairs", "12", "--top-k", "4"])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[-len(found) :]}
+    assert rows.keys() == found.keys() == {"topk", "clusters", "cosine", "margin", "union"}
+    for name, values in found.items():
+        assert rows[name][:3] == [f"{np.quantile(values, at):.3f}" for at in (0.01, 0.5, 0.99)] and len(values) == 12
+    standardised = (found["union"] / 2).logit()
+    assert float(standardised.mean()) == pytest.approx(0, abs=1e-5) and float(standardised.std()) == pytest.approx(1)
 
 
 @pytest.fixture(autouse=True)
@@ -314,3 +342,100 @@ def test_a_study_replaces_its_section_alone(tmp_path):
     assert page.read_text() == text.replace("old", "new")
     with pytest.raises(ValueError, match="lacks the marks"):
         tables.write_section(page, "b", "new\n")
+
+
+@pytest.fixture
+def measured(prepared, tmp_path, monkeypatch):
+    """Two arms with a gain of some users that is equal in every seed, beside large differences of seeds and users.
+
+    `continued` has the seeds 1 to 3, and so has `sft`, which is equal. `dpo` has 2 to 4, with its lines in another
+    order. Returns (the study, Measured, the examples, NDCG@3 by arm and seed).
+    """
+    opened = Opened(prepared)
+    examples, rng, values = opened.examples("test"), np.random.default_rng(0), {}
+    study_of_two = replace(study.STUDIES["demo"], name="two", seeds=[1, 2, 3, 4])
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "two").symlink_to(prepared)
+    targets = np.array([example.candidates.index(example.target) for example in examples])
+    rows = np.arange(len(examples))
+    for seed in study_of_two.seeds:
+        for arm in ("sft", "continued", "dpo"):
+            scores = np.tile(np.arange(len(examples[0].candidates), dtype=float), (len(examples), 1))
+            second = np.random.default_rng(seed).random(len(examples)) < seed / 5  # the users whose target has rank 2
+            second[:4] = arm == "dpo"  # these gain it, in every seed
+            scores[rows, targets] = np.where(second, len(scores[0]) - 1.5, -1)
+            values[arm, seed] = ranking_metrics(scores, targets)["NDCG@3"]
+            if seed != (1 if arm == "dpo" else 4):
+                order = rng.permutation(len(examples)) if arm == "dpo" else rows
+                path = tmp_path / study_of_two.run_folder(arm, seed) / tables.predictions_name("test")
+                path.parent.mkdir(parents=True)
+                write_predictions(path, opened.items.ids, [examples[n] for n in order], scores[order], scores[order])
+    return study_of_two, tables.Measured(study_of_two, study_of_two.seeds, "test"), examples, values
+
+
+def test_differences_are_paired_by_user_and_seed(measured):
+    """The two shared seeds differ by the four users alone, so the interval is the bootstrap's of that difference."""
+    _, found, examples, values = measured
+    assert found.reference == "continued" and found.users == len(examples) and set(found.minus) == {"sft", "dpo"}
+    gain = values["dpo", 2] - values["continued", 2]
+    assert (gain == values["dpo", 3] - values["continued", 3]).all() and (gain > 0).sum() == 4
+    assert found.minus["dpo"].values["NDCG@3"] == pytest.approx(gain.mean())
+    draws = np.random.default_rng(0).multinomial(len(gain), np.full(len(gain), 1 / len(gain)), size=1000)
+    expected = np.percentile(draws @ gain / len(gain), [2.5, 97.5])
+    assert found.minus["dpo"].interval("NDCG@3") == pytest.approx(expected)
+    apart = [values[arm, seed].mean() for arm, seed in (("dpo", 2), ("dpo", 3), ("continued", 1), ("continued", 2))]
+    assert apart[0] + apart[1] - apart[2] - apart[3] > 3 * gain.mean()  # seeds in order would give another value
+
+
+def test_slices_of_a_study_by_hand(measured):
+    """A cell is the mean gain of the slice's users, in bold if its interval excludes 0; popularity is left out."""
+    study_of_two, found, examples, values = measured
+    corner, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables.slices_table(study_of_two, found, "test").splitlines()
+    ]
+    data = tables.DataFolder(tables.ROOT / "data" / "two")
+    masks = {
+        f"{slicing}, {name}": mask
+        for slicing, parts in tables.slicings_of(data, examples).items()
+        for name, mask in parts.items()
+        if slicing != "popularity of the target"
+    }
+    assert corner == ["test: NDCG@3 minus SFT continued", *masks]
+    (_, (label, *cells)) = rows
+    assert label == "DPO" and len(cells) == len(masks) > 6
+    gain = values["dpo", 2] - values["continued", 2]
+    bold = set()
+    for cell, mask in zip(cells, masks.values(), strict=True):
+        value, low, high = re.fullmatch(r"\**(\S+) ±.000 \[(\S+), (\S+?)\]\**", cell).groups()
+        assert value == three_decimals(gain[mask].mean()) and float(low) <= float(value) <= float(high)
+        assert cell.startswith("**") == (float(low) > 0)
+        bold.add(cell.startswith("**"))
+    assert bold == {True, False}
+
+
+def test_the_printed_effect_of_noise(sft_run, tmp_path, capsys):
+    """A line for each setting; more noise of a kind disturbs more. The largest NoDO is compared with PyTorch's KL."""
+    folder = dpo(sft_run, tmp_path / "dpo", "--lr", 0.02)
+    found = noise.main(["--run", str(folder), "--batches", "1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.search(r"e[-+]\d\d$", line)]
+    assert lines == [[kind, str(size), f"{kl:.2e}"] for (kind, size), kl in found.items()]
+    assert [*found] == [*noise.NOISES, *(("dropout", probability) for probability in noise.DROPOUTS)]
+    for kind in ("relative", "absolute", "embeddings", "dropout"):
+        kls = [kl for (own, _), kl in found.items() if own == kind]
+        assert kls[0] > 0 and kls == sorted(kls) and kls[-1] > 5 * kls[0]
+    assert found["dropout", 0.001] < found["relative", 0.05] / 2  # it is measured without NoDO
+    opened = Opened(json.loads((folder / "config.json").read_text())["options"]["data"])
+    packed, prompts = PackedMLLM(load_finished(folder, opened.encoding, torch.float32)), opened.prompts()
+    for name, weight in packed.named_parameters():
+        weight.requires_grad_("lora_A" in name or "lora_B" in name)
+    trees = [prompts.pair_tree(example, k) for example in opened.examples("train")[:8] for k in ("rank", "yes", "no")]
+    batch = packed.collate(trees, opened.tokens)
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([0, 0, 1]).generate_state(1)[0]))
+    with torch.no_grad():
+        clean = packed.eval()(batch, tokens=True)
+        with noisy_lora(packed, 0.05, relative=False, generator=generator):
+            noisy = packed(batch, tokens=True)
+    expected = torch.nn.functional.kl_div(clean, noisy, log_target=True, reduction="batchmean")
+    assert found["absolute", 0.05] == pytest.approx(float(expected), rel=1e-3)

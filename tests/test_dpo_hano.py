@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from stages import dpo, refused, training
 
 import dpo_hano
+from hanorec.data.folder import DataFolder
 from hanorec.model.finished import load_finished
 from hanorec.model.packing import PackedMLLM
+from hanorec.run.options import complete
 
 
 def test_dpo_logs_what_the_documents_explain(dpo_run):
@@ -129,3 +132,110 @@ def test_a_quantized_base_needs_a_quantized_sft_run(run, request, tmp_path, caps
 def test_the_sign_of_hardness_is_1_or_minus_1(capsys, value):
     assert f"{value} is no sign; give 1 or -1" in refused(capsys, dpo_hano.main, "--hardness-sign", value)
     assert dpo_hano.parse(["--hardness-sign", "-1"]).hardness_sign == -1
+
+
+def recorded(monkeypatch, name, taken):
+    """Let dpo_hano.<name> keep taken(what it returns, its arguments) of each call. Returns the growing list."""
+    original, calls = getattr(dpo_hano, name), []
+
+    def record(*args):
+        value = original(*args)
+        calls.append(taken(value, args))
+        return value
+
+    monkeypatch.setattr(dpo_hano, name, record)
+    return calls
+
+
+def test_the_guard_of_eta_is_of_the_runs_beta_and_dtype(sft_run, tmp_path, monkeypatch):
+    """1e-4 nats in float32 and 0.1 in bfloat16, times --beta."""
+    made = recorded(monkeypatch, "Responsiveness", lambda response, _: (response.kind, response.rounding))
+    short = ("--max-steps", 1, "--eval-limit", 2, "--beta", 0.3)
+    dpo(sft_run, tmp_path / "float32", *short)
+    dpo(sft_run, tmp_path / "bfloat16", *short, "--dtype", "bfloat16")
+    assert made == [("batch", pytest.approx(0.3 * 1e-4)), ("batch", pytest.approx(0.3 * 0.1))]
+
+
+@pytest.mark.parametrize("source", ["model", "self"])
+def test_the_harder_half_of_the_pool_is_drawn_by_the_ranking_pairs(source):
+    """Of nine items four are drawn: the half, five, without the hardest. The other pairs rank them the other way."""
+    ranks = np.argsort(np.random.default_rng(0).random((200, 9)), axis=1)  # 0 is the most probable item
+    logps = torch.full((600, 10), torch.nan)
+    logps[1::3, 1:] = -torch.tensor(ranks).float()
+    logps[0::3, 1:] = logps[2::3, 1:] = torch.tensor(ranks).float()
+    logps[:, 0] = 1e3  # of the chosen answers
+    pairs = SimpleNamespace(kinds=["yes", "rank", "no"], columns=None)
+    options = SimpleNamespace(rejected_from=source, rejected=2, seed=3)
+    dpo_hano.choose_rejected(pairs, logps, None, options)
+    drawn = np.take_along_axis(ranks, pairs.columns.numpy(), 1)
+    assert drawn.shape == (200, 2) and set(drawn.ravel()) == {1, 2, 3, 4}
+    first = pairs.columns
+    dpo_hano.choose_rejected(pairs, logps, None, options, epoch=1)
+    assert not torch.equal(pairs.columns, first)
+
+
+def test_rejected_items_come_from_the_reference_that_is_kept(sft_run, tmp_path, monkeypatch):
+    shutil.copytree(sft_run, tmp_path / "sft", ignore=shutil.ignore_patterns("reference"))
+    chosen = recorded(monkeypatch, "choose_rejected", lambda _, args: args[0].columns)
+    dpo(tmp_path / "sft", tmp_path / "dpo", "--rejected-from", "model", "--rejected", 2)
+    (cache,) = (tmp_path / "sft" / "reference").glob("*.safetensors")
+    kept = load_file(cache)["logps"][0::3, 1:]  # of the ranking pairs
+    (columns,) = chosen
+    planned = ~kept.isnan().any(1)
+    ranks = (-kept[planned]).argsort().argsort()
+    assert int(planned.sum()) == 6 and kept.shape[1] == 9
+    assert set(ranks.gather(1, columns[planned]).flatten().tolist()) <= {1, 2, 3, 4}
+
+
+def test_each_epoch_draws_anew_from_its_own_policy(sft_run, tmp_path, monkeypatch):
+    """The second draw is from the log-probabilities that the policy of the first epoch's end has, pair by pair."""
+    examples = DataFolder.examples
+    monkeypatch.setattr(DataFolder, "examples", lambda self, split, limit=0: examples(self, split, limit or 6))
+    opened = Opened(json.loads((sft_run / "config.json").read_text())["options"]["data"])
+    steps = recorded(monkeypatch, "take_step", lambda _, args: (args[3], args[1][0].reference))
+    draws = recorded(monkeypatch, "choose_rejected", lambda _, args: (policy_logps(args[0]), args[1], args[0].columns))
+
+    def policy_logps(pairs):
+        """Of the ranking pairs' whole pools, after the steps so far."""
+        if not steps:
+            return None
+        packed, prompts = steps[-1][0].eval(), opened.prompts()
+        rows = zip(pairs.examples, pairs.pool, strict=True)
+        trees = [prompts.pair_tree(example, "rank", pool) for example, pool in rows]
+        with torch.no_grad():
+            return packed(packed.collate(trees, opened.tokens)).view(len(trees), -1)
+
+    argv = "--rejected-from self --rejected 2 --max-steps 6 --epochs 2 --lr 0.01 --eval-limit 4".split()
+    dpo(sft_run, tmp_path / "dpo", *argv)
+    (_, reference, old), (expected, policy, new) = draws
+    torch.testing.assert_close(policy[0::3], expected, atol=1e-4, rtol=0)
+    assert float((policy - reference)[0::3].abs().mean()) > 0.1
+    for logps, columns, epoch in ((reference, old, steps[:3]), (policy, new, steps[3:])):
+        ranks = (-logps[0::3, 1:]).argsort().argsort().gather(1, columns)
+        assert set(ranks.flatten().tolist()) <= {1, 2, 3, 4}
+        trained = torch.cat([table[~table[:, 2].isnan(), 1:] for _, table in epoch])  # of the ranking pairs
+        drawn = reference[0::3, 1:].gather(1, columns)
+        assert sorted(trained.tolist()) == sorted(drawn.tolist())
+
+
+def test_the_effect_of_noise_is_logged_every_50_steps(sft_run, tmp_path, monkeypatch):
+    """Here every 2, of the step's first micro-batch."""
+    assert dpo_hano.NOISE_EFFECT_EVERY == 50
+    monkeypatch.setattr(dpo_hano, "NOISE_EFFECT_EVERY", 2)
+    effects = recorded(monkeypatch, "noise_effect", lambda effect, _: effect)
+    out = dpo(sft_run, tmp_path / "dpo", *"--max-steps 5 --batch-size 3 --grad-accum 2".split())
+    log = training(out / "metrics.jsonl")
+    names = {"noise_kl", "noisy_margin_size", "clean_margin_size"}
+    assert [names & line.keys() for line in log] == [set(), names, set(), names, set()]
+    for line, effect in zip(log[1::2], effects, strict=True):
+        assert {name: line[name] for name in names} == pytest.approx({n: float(effect[n]) for n in names}, rel=1e-5)
+        assert line["noise_kl"] > 0 and line["noisy_margin_size"] != line["clean_margin_size"]
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_new_lora_has_no_dropout_by_default(tiny, dpo_run):
+    """Neither the paper's 0.05 nor the SFT run's."""
+    options = dpo_hano.parse([])
+    complete(options, dpo_hano.OPTIONS, tiny, {"lora_dropout": 0.2}, "the SFT run", dpo_hano.INHERITED)
+    assert options.lora_dropout == 0
+    assert json.loads((dpo_run / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0

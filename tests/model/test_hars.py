@@ -78,6 +78,42 @@ def test_more_neighbours_than_items_are_refused(opened, sft_run):
         pair_hardness(opened, sft_run, "clusters", top_k=len(opened.items))
 
 
+def sigmoid(value):
+    return 1 / (1 + np.exp(-value))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("hardness", ["topk", "clusters"])
+def test_lambda_of_neighbours_by_a_loop(opened, hardness, sign):
+    """Equations (5, 6) of the profiles; equation (6) of the standardised 1 - cosine of the cluster means."""
+    k, count = 4, len(opened.items)
+    vectors = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    unit = vectors.double().numpy() / np.linalg.norm(vectors.double().numpy(), axis=1, keepdims=True)
+    described = []  # the profile of each item, or the mean of its cluster
+    for item in range(count):
+        others = sorted((o for o in range(count) if o != item), key=lambda o: -unit[item] @ unit[o])[:k]
+        powers = np.array([np.exp(unit[item] @ unit[other]) for other in others])
+        described.append(powers / powers.sum() if hardness == "topk" else sum(unit[other] for other in others) / k)
+    examples = opened.examples("train")
+    pairs = Pairs(opened.prompts(), examples, KINDS, 4096, pools(examples, 2, "model"))
+    pairs.columns = pairs.columns[:, 1:3]
+    distance = np.zeros((len(examples), len(pairs.pool[0])))
+    for row, example in enumerate(examples):
+        for column, item in enumerate(pairs.pool[row]):
+            one, other = described[example.target], described[item]
+            cosine = one @ other / (one @ one * (other @ other)) ** 0.5
+            distance[row, column] = sign * (np.sqrt(((one - other) ** 2).sum()) if hardness == "topk" else 1 - cosine)
+    options = SimpleNamespace(hardness=hardness, hardness_sign=sign, top_k=k)
+    values = hars.pair_hardness(options, vectors, pairs, None, SimpleNamespace(print=print)).numpy()
+    for kind, columns in enumerate(([1, 2], [0], [0])):  # that the pairs of this kind reject
+        mean, deviation = distance[:, columns].mean(), distance[:, columns].std(ddof=1)
+        topk = sigmoid(distance) / sigmoid(mean)
+        expected = topk if hardness == "topk" else sigmoid((distance - mean) / deviation) / sigmoid(0)
+        used = slice(None) if kind == 0 else slice(1)
+        assert expected[:, used].std() > 1e-3
+        np.testing.assert_allclose(values[kind::3, used], expected[:, used], rtol=2e-5)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_margin_by_hand(opened, sft_run, sign):
     """0.5 + sigmoid of the standardised margin of each kind, over the rejected items; a small margin is hard."""
@@ -90,7 +126,7 @@ def test_margin_by_hand(opened, sft_run, sign):
     for kind in range(3):
         own = margin[kind::3]
         among = np.take_along_axis(own, pairs.columns.numpy(), 1) if kind == 0 else own[:, :1]
-        expected = 0.5 + 1 / (1 + np.exp(-sign * (own - among.mean()) / among.std(ddof=1)))
+        expected = 0.5 + sigmoid(sign * (own - among.mean()) / among.std(ddof=1))
         np.testing.assert_allclose(values[kind::3].numpy(), expected, rtol=1e-4, equal_nan=True)
     assert float(values.nan_to_num(1).min()) > 0.5 and float(values.nan_to_num(1).max()) < 1.5
 
