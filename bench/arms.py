@@ -186,6 +186,6 @@ STUDIES = {
         recipes=recipes(continued="3e-5", softmax="3e-4", dpo="1e-4", sdpo="1e-4"),
         arms=START | CONTROLS | PREFERENCE | BEST | with_larger_noise(PAPER),
         splits=["test", "test_popularity"],
-        seeds=[1, 2, 3, 4, 5],
+        seeds=[1, 2, 3],
     ),
 }
