@@ -34,7 +34,8 @@ from hanorec.run.options import (
 )
 from hanorec.run.runs import check_out, read_run
 
-INHERITED = ("data", "model", "tasks", "summaries", "candidate_images", "blank_images")  # from the SFT run only
+# From the SFT run only
+INHERITED = ("data", "model", "tasks", "summaries", "candidate_images", "history_first", "blank_images")
 HARDNESS = ["topk", "clusters", "cosine", "margin", "constant", "none"]
 SIGMA_HELP = "size of NoDO's noise; the paper: 0.05 (MicroLens), 0.1 (Netflix, MovieLens-1M); 0: no noise (w/o NoDO)"
 NOISE_HELP = "unit of sigma: a matrix's root mean square, or 1 (the authors' code); embeddings: noise on them instead"

@@ -51,6 +51,7 @@ OPTIONS = {
         Option("--summaries", str, None, "with --prompt cot: the summaries folder", shown="the backbone's name"),
         Option("--steps-share", bounded(float, 0, 1, "[]"), 1.0, STEPS_SHARE_HELP, tiny=0.02),
         Option("--candidate-images", bool, False, "candidates carry images, not only titles"),
+        Option("--history-first", bool, False, "in the ranking prompt the history comes before the candidates"),
         Option("--blank-images", bool, False, "one neutral image for all items: a model of titles only"),
         Option("--dropout", probability, 0.0, "dropout of embeddings and layers, with --tune full", tiny=0.05),
         Option("--weight-decay", non_negative_float, 0.01, "weight decay of AdamW"),
@@ -65,6 +66,9 @@ OPTIONS = {
 }
 
 
+PLAIN = ("--tasks", "--candidate-images", "--history-first")  # options of the plain prompts alone
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the options, without the defaults that depend on the backbone."""
     parser = Parser(__doc__, OPTIONS)
@@ -72,8 +76,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cot = options.prompt == "cot"
     tasks = options.tasks or (["yesno"] if cot else TASKS)
     options.tasks = [task for task in TASKS if task in tasks]
-    if cot and (options.tasks != ["yesno"] or options.candidate_images):
-        parser.error("--prompt cot asks Yes or No only, always with images; leave out --tasks and --candidate-images")
+    if cot and (options.tasks != ["yesno"] or options.candidate_images or options.history_first):
+        parser.error(f"--prompt cot asks Yes or No only, always with images; leave out {', '.join(PLAIN)}")
     for name in ("summaries", "steps_share"):
         if not cot and getattr(options, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for --prompt cot")
@@ -146,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     options = checked_options(argv)
     data, encoding = open_data(options)
     accelerator = start_accelerator(mixed_precision(options), options.report_to, options.out)
-    prompts = load_prompts(data, encoding, options.candidate_images, options.summaries, options.steps_share)
+    layout = options.candidate_images, options.summaries, options.steps_share, options.history_first
+    prompts = load_prompts(data, encoding, *layout)
     hashes = {"data": training_hash(data, encoding, options.summaries), "prompts": prompts.hash()}
     checkpoints.check(options, accelerator, **hashes)
 

@@ -122,17 +122,18 @@ def load_prompts(
     candidate_images: bool = False,
     summaries: str | None = None,
     steps_share: float = 1.0,
+    history_first: bool = False,
 ) -> Prompts:
     """Load the prompts for a data folder.
 
     Args:
-        candidate_images: plain prompts show the images of candidates too.
+        candidate_images, history_first: of plain prompts, see Prompts.
         summaries: name of the summaries folder for chain-of-thought prompts; None: plain prompts.
         steps_share: see ThoughtPrompts.
     """
     template = load_template(encoding.source, encoding.trust)
     if summaries is None:
-        return Prompts(template, encoding.items, encoding.tokens, candidate_images)
+        return Prompts(template, encoding.items, encoding.tokens, candidate_images, history_first)
     user_texts = load_user_texts(summaries_folder(data, encoding, summaries), encoding, timelines(data))
     return ThoughtPrompts(user_texts, template, encoding.items, encoding.tokens, steps_share)
 
@@ -156,7 +157,8 @@ def load_run_prompts(run: Path, config: dict, data: DataFolder, encoding: Encodi
         UserError: the texts of the prompts are not those that the run was trained on.
     """
     options = config["options"]
-    prompts = load_prompts(data, encoding, options["candidate_images"], options.get("summaries"))
+    first = options.get("history_first", False)  # runs of earlier versions do not have it
+    prompts = load_prompts(data, encoding, options["candidate_images"], options.get("summaries"), history_first=first)
     check_prompts(run, config, prompts)
     return prompts
 

@@ -108,10 +108,10 @@ class Opened:
         self.items, self.tokens, self.summaries = self.data.items, self.encoding.tokens, summaries
         self.source, self.examples, self.sequences = self.encoding.source, self.data.examples, self.data.sequences
 
-    def prompts(self, candidate_images=False):
+    def prompts(self, candidate_images=False, history_first=False):
         from mllm_srec.chain_of_thought import load_prompts
 
-        return load_prompts(self.data, self.encoding, candidate_images, self.summaries)
+        return load_prompts(self.data, self.encoding, candidate_images, self.summaries, history_first=history_first)
 
 
 @pytest.fixture(scope="session")

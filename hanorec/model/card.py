@@ -71,7 +71,8 @@ candidates = {candidates}
 lines = "".join(title + "\\n" for title in history)
 {scoring}"""
 RANK_SCORING = """\
-question = {rank} + "".join(title + "\\n" for title in candidates) + {history} + lines
+asked = {rank} + "".join(title + "\\n" for title in candidates)
+question = {ranking}
 for title in candidates:
     print(title, logp(question, title))
 """
@@ -174,6 +175,9 @@ def snippet(options: dict, prompts: Prompts) -> str:
     template, titles = prompts.template, prompts.items.titles
     texts = {"rank": RANK_QUESTION, "history": HISTORY, "candidate": CANDIDATE, "yesno": YESNO_QUESTION}
     texts |= {"yes": YES, "no": NO}
+    literals = {name: repr(text) for name, text in texts.items()}
+    parts = "{history} + lines + '\\n' + asked" if prompts.history_first else "asked + {history} + lines"
+    ranking = parts.format(**literals)
     scoring = RANK_SCORING if "rank" in options["tasks"] else YESNO_SCORING
     return SNIPPET.format(
         head=repr(prompts.tokenizer.decode(template.head)),
@@ -181,5 +185,5 @@ def snippet(options: dict, prompts: Prompts) -> str:
         end=repr(prompts.tokenizer.decode([template.end_of_turn])),
         history=repr([printable(title) for title in titles[:3]]),
         candidates=repr([printable(title) for title in titles[3:6] or titles[:3]]),
-        scoring=scoring.format(**{name: repr(text) for name, text in texts.items()}),
+        scoring=scoring.format(**literals, ranking=ranking),
     )

@@ -31,14 +31,17 @@ class Prompts:
         items: the Items of a data folder, for titles.
         tokens: the ImageTokens of a data folder, for the lengths of images.
         candidate_images: show each candidate's image beside its title.
+        history_first: the ranking prompt begins with the history, as the Yes/No questions do.
     """
 
     yes, no = YES, NO
     texts = TEXTS  # all texts of the prompts, for hashes
 
-    def __init__(self, template: ChatTemplate, items, tokens, candidate_images: bool = False):
-        self.template, self.tokenizer = template, template.tokenizer
-        self.items, self.tokens, self.candidate_images = items, tokens, candidate_images
+    def __init__(
+        self, template: ChatTemplate, items, tokens, candidate_images: bool = False, history_first: bool = False
+    ):
+        self.template, self.tokenizer, self.items, self.tokens = template, template.tokenizer, items, tokens
+        self.candidate_images, self.history_first = candidate_images, history_first
         self.text = functools.lru_cache(maxsize=200_000)(self._text)
 
     def hash(self) -> str:
@@ -106,19 +109,25 @@ class Prompts:
 
     # Questions
 
-    def ranking_prompt(self, history: Sequence[int], candidates: Sequence[int]) -> tuple[Node, list[range]]:
+    def ranking_prompt(self, history: Sequence[int], candidates: Sequence[int]) -> tuple[list[Node], list[range]]:
         """Build the ranking prompt: the question with its candidates, then the history.
 
-        The history comes last, so that the answer follows it as the next item would.
+        The history comes last, so that the answer follows it as the next item would. With history_first it is a node of
+        its own, which packing shares with the Yes/No questions of the example, and the question follows it.
 
-        Returns (node, the offsets of each history title's tokens).
+        Returns (the nodes, of which the last ends the prompt; the offsets of each history title's tokens in the root).
         """
-        root = Node(None, [*self.template.head, *self.text(RANK_QUESTION)])
+        root = Node(None, list(self.template.head))
+        tree = [root, Node(0, list(self.text("\n")))] if self.history_first else [root]
+        if self.history_first:
+            title_offsets = self.add_history(root, history)
+        tree[-1].ids += self.text(RANK_QUESTION)
         for candidate in candidates:
-            self.add_item(root, candidate, image=self.candidate_images)
-        title_offsets = self.add_history(root, history)
-        root.ids += self.template.tail
-        return root, title_offsets
+            self.add_item(tree[-1], candidate, image=self.candidate_images)
+        if not self.history_first:
+            title_offsets = self.add_history(root, history)
+        tree[-1].ids += self.template.tail
+        return tree, title_offsets
 
     def yesno_questions(self, example: Example, candidates: Sequence[int]) -> list[Node]:
         """Build the history, then the Yes/No question about each candidate: nodes 1, 2, ... of the tree."""
@@ -136,8 +145,8 @@ class Prompts:
 
     def ranking_tree(self, example: Example, items: Sequence[int]) -> list[Node]:
         """Build an example's ranking prompt with the titles of `items` as its answers."""
-        root, _ = self.ranking_prompt(example.history, example.candidates)
-        return [root, *(self.answer(self.items.titles[item], 0) for item in items)]
+        prompt, _ = self.ranking_prompt(example.history, example.candidates)
+        return [*prompt, *(self.answer(self.items.titles[item], len(prompt) - 1) for item in items)]
 
     def language_tree(self, items: Sequence[int], max_length: int, candidates: Sequence[int] = ()) -> list[Node]:
         """Build a tree for the warm-up, in which each title after the first is scored, as in language modelling.
@@ -156,13 +165,13 @@ class Prompts:
             raise ValueError("the warm-up needs at least two items: the first title is not scored")
         for first in range(len(items) - 1):
             if candidates:
-                root, title_offsets = self.ranking_prompt(items[first:-1], candidates)
-                tree = [root, self.answer(self.items.titles[items[-1]], 0)]
+                tree, title_offsets = self.ranking_prompt(items[first:-1], candidates)
+                tree.append(self.answer(self.items.titles[items[-1]], len(tree) - 1))
             else:
-                root = Node(None, list(self.template.head))
-                tree, title_offsets = [root], self.add_history(root, items[first:])
+                tree = [Node(None, list(self.template.head))]
+                title_offsets = self.add_history(tree[0], items[first:])
             if tree_length(tree) <= max_length:
-                root.scored = [offset for offsets in title_offsets[1:] for offset in offsets]
+                tree[0].scored = [offset for offsets in title_offsets[1:] for offset in offsets]
                 return tree
         titles = " and ".join(repr(self.items.titles[item]) for item in items[-2:])
         raise UserError(f"{titles}: {tree_length(tree)} tokens in the warm-up; train with a larger --max-length")

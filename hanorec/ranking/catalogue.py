@@ -127,7 +127,7 @@ class CatalogueRanker:
 
     def prompt_length(self, history: list[int], candidates: list[int]) -> int:
         """Return the number of tokens of a ranking prompt, without an answer."""
-        return len(self.prompts.ranking_prompt(history, candidates)[0].ids)
+        return tree_length(self.prompts.ranking_prompt(history, candidates)[0])
 
     def rank_list(self, history: list[int], candidates: list[int]) -> Ranking:
         """Rank candidates in one prompt, which has them in a random order, as in training."""

@@ -110,7 +110,8 @@ class Recommender:
             print_main(f"{run} was trained on an earlier data folder; {used}")
         packed = load_packed(model, encoding, not options.get("no_pack"), accelerator.device)
         template = load_template(encoding.source, settings.trust)
-        prompts = Prompts(template, encoding.items, encoding.tokens, options["candidate_images"])
+        layout = options["candidate_images"], options.get("history_first", False)
+        prompts = Prompts(template, encoding.items, encoding.tokens, *layout)
         check_prompts(run, self.config, prompts)
         tasks, max_length = options["tasks"], options["max_length"]
         self.ranker = CatalogueRanker(packed, prompts, encoding.tokens, tasks, max_length, accelerator)

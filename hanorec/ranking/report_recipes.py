@@ -10,7 +10,14 @@ ALWAYS = {"sft": ("tune", "lr", "epochs"), "dpo_hano": ("rejected", "beta", "lr"
 PARTS = ("hardness", "responsiveness", "sigma", "noise")  # options that `parts_of` describes
 # Options that are named only where they differ from these values
 USUAL = {"objective": "dpo", "hardness_sign": 1, "rejected_from": "data", "sft_weight": 0.0, "prompt": "plain"}
-USUAL |= {"summaries": None, "candidate_images": False, "blank_images": False, "quantize": None, "max_steps": None}
+USUAL |= {
+    "summaries": None,
+    "candidate_images": False,
+    "history_first": False,
+    "blank_images": False,
+    "quantize": None,
+    "max_steps": None,
+}
 
 
 def recipes(systems: Sequence[System], configs: dict[Path, dict], reference: str | None) -> list[str]:
