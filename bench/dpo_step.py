@@ -5,11 +5,13 @@ losses are shown to be the same. This project's step is HaNoRec as dpo_hano.py t
 responsiveness), which is more work than DPO.
 
 "All kinds of pairs" are the pairs that dpo_hano.py trains on, in its order. The two Yes/No pairs of an example share
-their history. Ranking pairs alone share nothing.
+their history; with --history-first the ranking pair shares it too. Ranking pairs alone share nothing. Nine rejected
+answers stand behind one prompt; TRL takes nine pairs for them.
 """
 
 import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure
@@ -24,7 +26,29 @@ from hanorec.model.trees import merge_trees
 BATCH = 4  # pairs in a step
 STEPS = 3  # steps in a turn, one for each kind of pairs
 EXAMPLES = 64
-KINDS = {"all kinds of pairs": ("rank", "yes", "no"), "ranking pairs": ("rank",)}
+
+
+@dataclass
+class Pairs:
+    """The pairs of a case.
+
+    Args:
+        kinds: of pairs. rejected: answers of a ranking pair. history_first: in the ranking prompt.
+        goal: for the ratio to TRL.
+    """
+
+    kinds: tuple[str, ...]
+    rejected: int = 1
+    history_first: bool = False
+    goal: int = 6
+
+
+KINDS = {
+    "all kinds of pairs": Pairs(("rank", "yes", "no")),
+    "all kinds of pairs, --history-first": Pairs(("rank", "yes", "no"), history_first=True),
+    "ranking pairs": Pairs(("rank",)),
+    "ranking pairs, nine rejected": Pairs(("rank",), rejected=9, goal=15),
+}
 CASES = [("scaled", side, case) for case in KINDS for side in (112, 224)]
 CASES += [("demo", side, "all kinds of pairs") for side in (112, 224)]
 
@@ -67,24 +91,25 @@ def compare(
         batch: pairs in a step.
         trl: more settings for TRL's config.
     """
-    kinds = KINDS[case]
+    kinds, rejected = KINDS[case].kinds, KINDS[case].rejected
     work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype)
-    pairs = work.pairs(kinds)
+    work.prompts.history_first = KINDS[case].history_first
+    pairs = work.pairs(kinds, rejected)
     trees = [tree for tree, _ in merge_trees(map(pairs.tree, range(len(pairs))))]
     flops = measure.floor(core, trees, training=True) * batch / len(work.examples) / len(kinds)
-    steps = ours.Dpo(work, ours.trainable(core), batch, kinds)
+    steps = ours.Dpo(work, ours.trainable(core), batch, kinds, rejected=rejected)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
     trainer, losses, loader = None, None, {"ours": measure.timed(lambda: steps.micro([*range(batch)]))}
     if trl_side.installed():
         other, clock = workload.load(folder, device, dtype, attn=trl_side.attention(device)), trl_side.HeadClock()
         trainer = trl_side.dpo_trainer(work, other, batch, turns.steps, kinds, device, **trl)
         trainer.add_callback(trl_side.between(turns))
-        losses = same_loss(steps, trainer, batch, len(kinds))
+        losses = same_loss(steps, trainer, batch, len(kinds)) if rejected == 1 else None
         loader["TRL"] = measure.timed(lambda: trainer.data_collator([trainer.train_dataset[n] for n in range(batch)]))
         clock.seconds = 0.0
     turns.run(trainer)
     mine, theirs, rate = turns.summaries()
-    others = {"TRL": theirs} if trainer else {}
+    others = {"TRL": measure.scaled(theirs, rejected)} if trainer else {}
     head = clock.seconds / turns.steps / theirs["median"] if trainer else None
     with_reference = mine["median"] + batch * steps.reference_seconds / 5  # the paper trains 5 epochs
     return measure.result(
@@ -93,7 +118,7 @@ def compare(
         "s per step",
         mine,
         others,
-        goal=6,
+        goal=KINDS[case].goal,
         losses=losses,
         flops=flops,
         rate=rate,

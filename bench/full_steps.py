@@ -108,9 +108,10 @@ class Case:
         model = (packed, packed, *parts, Responsiveness("batch"), options, self.accelerator)
         return self.count(packed, lambda: dpo_hano.take_step(1, [pair_batch], *model))
 
-    def sft(self, checkpointing=True) -> dict:
+    def sft(self, checkpointing=True, history_first=False) -> dict:
         """A step of sft.py over the ranking and the Yes/No answers of an example."""
         packed = self.ours(checkpointing)
+        self.prompts.history_first = history_first
         trees = [self.prompts.sft_tree(self.examples[0], task) for task in ("rank", "yesno")]
         batch, parts = packed.collate(trees, self.tokens), self.optimizer(packed)
         weights = list(training.trained_weights(packed).values())

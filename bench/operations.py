@@ -77,6 +77,12 @@ WORKS = {
     ),
     "S-DPO, nine rejected": (("dpo", CHECKPOINTED | {"rejected": 9}), TRL_PAIR, 9, (15, None)),
     "SFT, an example's three answers": (("sft", CHECKPOINTED), ("trl_sft", CHECKPOINTED), 1, (None, None)),
+    "SFT, the same with --history-first": (
+        ("sft", CHECKPOINTED | {"history_first": True}),
+        ("trl_sft", CHECKPOINTED),
+        1,
+        (None, None),
+    ),
     "evaluation, ten candidates": (("evaluation", {}), ("evaluation", {"pack": False}), 1, (None, None)),
 }
 BATCHES = {"bf16": [("dpo", CHECKPOINTED), ("dpo", CHECKPOINTED | {"batch": 2})]}

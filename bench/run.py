@@ -21,7 +21,7 @@ import workload
 from hanorec.run.files import replacing, write_json
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("dpo_step", "sft_step", "evaluation", "memory", "scaling", "summaries")
+SCRIPTS = ("dpo_step", "conditions", "sft_step", "evaluation", "memory", "scaling", "summaries")
 ABOUT = """# Against TRL
 
 `make bench` writes this file and `results.json`. A measured value is the median over several turns (min to max). A
@@ -60,7 +60,11 @@ the last layer, tokens that predict nothing need only keys and values. The visio
 and nothing counts twice. The tables give the floor's operations over the measured time, in percent of the machine's
 matrix rate. This is the rate of a square float32 product of 2,048 (`torch.mm`), measured in the same turns: {rate}.
 """
-EXTRA_COLUMNS = {"pairs_per_second": "pairs per second", "more_mib": "MiB more at the peak"}
+EXTRA_COLUMNS = {
+    "pairs_per_second": "pairs per second",
+    "more_mib": "MiB more at the peak",
+    "matrix_rate": "matrix rate [GFLOP/s]",
+}
 
 
 def number(value: float) -> str:
@@ -108,10 +112,17 @@ def table(rows: list[dict]) -> str:
 
 NOTES = {
     "DPO step": "All kinds of pairs are the pairs that `dpo_hano.py` trains on, in its order: for each example one "
-    "ranking pair and two Yes/No pairs. The two Yes/No pairs share their history. Ranking pairs alone share nothing.",
+    "ranking pair and two Yes/No pairs. The two Yes/No pairs share their history; with `--history-first` the ranking "
+    "pair shares it too. Ranking pairs alone share nothing. With nine rejected answers the other system takes nine "
+    "pairs of the same prompt, one after the other: nine times the time of its step of 4 pairs.",
+    "Conditions": "The first case of the table above, each time in a process of its own. One thread for each core. The "
+    "other program copies 256 MiB again and again on the other core. 256 bits: AVX2 instead of AVX-512 in PyTorch, "
+    "oneDNN and MKL. glibc: its variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_`, as "
+    "bench/conditions.py sets them.",
     "Scaling: live images": "With `--images live` the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL gets an example's three answers as three samples, each with its own prompt. Here "
-    "two of the three share a prompt. With ranking alone no prompt is shared; only the vision tower is saved.",
+    "two of the three share a prompt, and all three the history with `--history-first`. With ranking alone no prompt "
+    "is shared; only the vision tower is saved.",
     "Evaluation": "This project and the plain forwards both run `score_examples` on stored image tokens, packed and "
     "with `--no-pack`. `generate` decodes greedily from the image files, up to the longest title, in batches of 4 "
     "examples. It gives one answer for an example and no ranks.",
@@ -119,8 +130,7 @@ NOTES = {
     "whole processes, with Python and its libraries: {}.",
     "Summaries": "The texts of `mllm_srec.summarize` for the demo's films and users, written by its own writer after "
     "400 steps of `mllm_srec.teach`. One by one, only every eighth text is written.",
-    "Scaling: rejected": "Ranking pairs, with several rejected answers behind one prompt (`--rejected`). Measured "
-    "after the other tables, on one core beside other work.",
+    "Scaling: rejected": "Ranking pairs, with several rejected answers behind one prompt (`--rejected`).",
     "Scaling: neighbours": "`neighbor_profiles` on as many items as MicroLens has. The memory of the item vectors is "
     "not counted.",
 }
@@ -129,7 +139,7 @@ NOTES = {
 def worst_difference(results: dict) -> float:
     """The largest difference between the two systems' losses, over all steps that were compared."""
     rows = results["dpo_step"]["rows"] + results["sft_step"]["rows"]
-    return max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in rows)
+    return max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in rows if row["losses"])
 
 
 def about_values(results: dict, facts: dict) -> dict[str, str]:

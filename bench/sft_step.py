@@ -2,7 +2,7 @@
 
 Both systems train the same LoRA on the same answers of the same examples. Both times include the loader. First both
 losses are shown to be the same. With both tasks an example gives two samples in this project, because its Yes and its
-No share a prompt. In TRL it gives three.
+No share a prompt; with --history-first all three answers share the history. In TRL it gives three.
 """
 
 from pathlib import Path
@@ -13,9 +13,16 @@ import torch
 import trl_side
 import workload
 
+from hanorec.model.trees import merge_trees
+
 STEPS, EXAMPLES = 3, 72
-# (tasks, examples in a step, samples in a step of this project, samples in a step of TRL)
-CASES = {"ranking": (("rank",), 4, 4, 4), "ranking and Yes/No": (("rank", "yesno"), 2, 4, 6)}
+BOTH = ("rank", "yesno")
+# (tasks, history first, examples in a step, samples in a step of this project, samples in a step of TRL)
+CASES = {
+    "ranking": (("rank",), False, 4, 4, 4),
+    "ranking and Yes/No": (BOTH, False, 2, 4, 6),
+    "ranking and Yes/No, --history-first": (BOTH, True, 2, 4, 6),
+}
 
 
 def same_loss(steps: ours.Sft, trainer, tasks: int, examples: int) -> dict:
@@ -48,9 +55,11 @@ def compare(
     Args:
         case: a key of CASES. The other arguments are those of compare in dpo_step.py.
     """
-    tasks, per_step, samples, trl_samples = CASES[case]
+    tasks, history_first, per_step, samples, trl_samples = CASES[case]
     work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype)
-    trees = [work.prompts.sft_tree(example, task) for example in work.examples for task in tasks]
+    work.prompts.history_first = history_first
+    answers = [work.prompts.sft_tree(example, task) for example in work.examples for task in tasks]
+    trees = [tree for tree, _ in merge_trees(answers)]
     flops = measure.floor(core, trees, training=True) * per_step / len(work.examples)
     steps = ours.Sft(work, ours.trainable(core), samples, tasks)
     turns = measure.Turns(steps.step, size, device=device, dtype=dtype)
