@@ -66,9 +66,6 @@ OPTIONS = {
 }
 
 
-PLAIN = ("--tasks", "--candidate-images", "--history-first")  # options of the plain prompts alone
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the options, without the defaults that depend on the backbone."""
     parser = Parser(__doc__, OPTIONS)
@@ -77,7 +74,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     tasks = options.tasks or (["yesno"] if cot else TASKS)
     options.tasks = [task for task in TASKS if task in tasks]
     if cot and (options.tasks != ["yesno"] or options.candidate_images or options.history_first):
-        parser.error(f"--prompt cot asks Yes or No only, always with images; leave out {', '.join(PLAIN)}")
+        parser.error("--prompt cot asks Yes or No only, always with images: no --candidate-images, no --history-first")
+    if options.history_first and "rank" not in options.tasks:
+        parser.error("--history-first is for the ranking question; leave it out, or add rank to --tasks")
     for name in ("summaries", "steps_share"):
         if not cot and getattr(options, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for --prompt cot")
@@ -150,8 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     options = checked_options(argv)
     data, encoding = open_data(options)
     accelerator = start_accelerator(mixed_precision(options), options.report_to, options.out)
-    layout = options.candidate_images, options.summaries, options.steps_share, options.history_first
-    prompts = load_prompts(data, encoding, *layout)
+    layout = {"candidate_images": options.candidate_images, "history_first": options.history_first}
+    prompts = load_prompts(data, encoding, summaries=options.summaries, steps_share=options.steps_share, **layout)
     hashes = {"data": training_hash(data, encoding, options.summaries), "prompts": prompts.hash()}
     checkpoints.check(options, accelerator, **hashes)
 

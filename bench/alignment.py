@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = data.examples("test")
     ceilings = ceiling_scores(data, "test", examples)
     options = SimpleNamespace(dtype="auto", no_pack=False, images=None, trust_remote_code=False, seed=0)
-    found = {arm: [] for arm in given.arms}
+    found = {arm: {} for arm in given.arms}  # values by seed
     for seed in given.seeds or study.seeds:  # the arms of a seed share their start
         runs = {arm: Path(study.run_folder(arm, seed)) for arm in given.arms}
         runs = {arm: run for arm, run in runs.items() if (run / predictions_name("test")).exists()}
@@ -65,20 +65,27 @@ def main(argv: list[str] | None = None) -> None:
         scored = {run: read_scores(run / predictions_name("test"), data.items.ids, examples) for run in configs}
         measured = measure_alignment(configs, scored, ceilings, data, examples, options, accelerator)
         for arm, run in runs.items():
-            found[arm].append(measured[run])
-    header = ["", "seeds", "mean cosine before", "after", "change", "slope of the change"]
+            found[arm][seed] = measured[run]
+    header = ["", "seeds", "mean cosine before", "after", "change", "change minus DPO's", "slope of the change"]
     rows = [[*header, *(f"change, {name}" for name in THIRDS), "follows the poster"]]
-    ranked = [["targets by alignment before", *(f"{metric}, {name}" for metric in METRICS for name in THIRDS)]]
-    for arm, values in found.items():
+    paired = {seed: value["change"] for seed, value in found.get("dpo", {}).items()}
+    ranked = [
+        ["by the third of the target's cosine before", *(f"{metric}, {name}" for metric in METRICS for name in THIRDS)]
+    ]
+    for arm, by_seed in found.items():
+        values, label = [*by_seed.values()], study.arms[arm].label
         if not values:
             continue
-        label = study.arms[arm].label
         row = [label, str(len(values)), spread([value["mean"] - value["change"] for value in values])]
-        row += [spread([value[field] for value in values], field != "mean") for field in ("mean", "change", "slope")]
+        row += [spread([value["mean"] for value in values]), spread([value["change"] for value in values], True)]
+        minus = [value["change"] - paired[seed] for seed, value in by_seed.items() if seed in paired]
+        row.append(spread(minus, True) if minus and arm not in ("sft", "dpo") else "")
+        row.append(spread([value["slope"] for value in values], True))
         row += [spread([value["thirds"][name] for value in values]) for name in THIRDS]
         shares = [value["follows_poster"][0] for value in values if "follows_poster" in value]
         rows.append([*row, spread(shares) if shares else "-"])
-        ranked.append([label, *(spread([v[metric][name] for v in values]) for metric in METRICS for name in THIRDS)])
+        cells = [[v[metric][name] for v in values if name in v[metric]] for metric in METRICS for name in THIRDS]
+        ranked.append([label, *(spread(cell) if cell else "-" for cell in cells)])
     print(f"{markdown(rows)}\n\n{markdown(ranked)}")
 
 

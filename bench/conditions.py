@@ -60,6 +60,7 @@ def disturbance(core: int | None) -> Iterator[None]:
         yield
     finally:
         process.kill()
+        process.wait()
 
 
 def child(name: str) -> dict:
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name, condition in CONDITIONS.items():
         command, environment = [sys.executable, __file__, "--condition", name], os.environ | condition.environment
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         rows.append(json.loads(output.splitlines()[-1]))
     measure.save(options.json, {"rows": rows})
 

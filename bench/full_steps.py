@@ -97,13 +97,16 @@ class Case:
         optimizer = torch.optim.AdamW(training.trained_weights(packed).values(), lr=1e-5, fused=True)
         return optimizer, training.cosine(optimizer, 100)
 
-    def dpo(self, batch=1, checkpointing=True, rejected=1, four_bit=False) -> dict:
-        """A step of dpo_hano.py over ranking pairs."""
+    def dpo(
+        self, batch=1, checkpointing=True, rejected=1, four_bit=False, kinds=("rank",), history_first=False
+    ) -> dict:
+        """A step of dpo_hano.py over the pairs of `batch` examples."""
         packed = self.ours(checkpointing, four_bit)
-        pairs = Pairs(self.prompts, self.examples, ["rank"], 100_000, pools(self.examples, rejected, "data"))
+        self.prompts.history_first = history_first
+        pairs = Pairs(self.prompts, self.examples, kinds, 100_000, pools(self.examples, rejected, "data"))
         hardness = torch.ones(len(pairs), rejected)
         reference = torch.zeros(len(pairs), 1 + rejected)
-        pair_batch = pairs.batch(range(batch), packed, self.tokens, reference, hardness)
+        pair_batch = pairs.batch(range(batch * len(kinds)), packed, self.tokens, reference, hardness)
         options, parts = SimpleNamespace(**OPTIONS), self.optimizer(packed)
         model = (packed, packed, *parts, Responsiveness("batch"), options, self.accelerator)
         return self.count(packed, lambda: dpo_hano.take_step(1, [pair_batch], *model))
@@ -185,10 +188,13 @@ class Case:
 
         return self.count(model, work, trues)
 
-    def trl_dpo(self, batch=1, checkpointing=True) -> dict:
-        """A step of TRL's DPOTrainer: its own `_compute_loss`, which runs policy and reference over pixels."""
+    def trl_dpo(self, checkpointing=True, kinds=("rank",)) -> dict:
+        """A step of TRL's DPOTrainer: its own `_compute_loss`, which runs policy and reference over pixels.
+
+        The pairs of an example are one batch, padded to the longest.
+        """
         model = self.trl_model(checkpointing, ("log_probs", "entropy", "mean_logits", "is_top1"))
-        trees = [self.prompts.pair_tree(example, "rank", [example.rejected]) for example in self.examples[:batch]]
+        trees = [self.prompts.pair_tree(self.examples[0], kind) for kind in kinds]
         paths = [[path for (path,) in separate_paths(tree)] for tree in trees]
         ordered = [path for number in (0, 1) for path in (pair[number] for pair in paths)]
         rows, firsts = [path.ids for path in ordered], [path.scored[0] for path in ordered]

@@ -29,7 +29,7 @@ from hanorec.model.pairs import Pairs, pools  # noqa: E402
 from hanorec.model.reference import score_pairs  # noqa: E402
 from hanorec.run.launch import start_accelerator  # noqa: E402
 from hanorec.run.runs import read_run  # noqa: E402
-from mllm_srec.chain_of_thought import load_prompts  # noqa: E402
+from mllm_srec.chain_of_thought import load_run_prompts  # noqa: E402
 
 
 def union_distance(vectors: torch.Tensor, chosen: list[int], rejected: list[int], k: int) -> torch.Tensor:
@@ -48,11 +48,12 @@ def main(argv: list[str] | None = None) -> dict[str, torch.Tensor]:
     parser.add_argument("--pairs", type=int, default=1000, help="examples to use, the first ones")
     parser.add_argument("--top-k", type=int, default=10)
     given = parser.parse_args(argv)
-    trained = read_run(given.sft, ["sft"])["options"]
+    config = read_run(given.sft, ["sft"])
+    trained = config["options"]
     data = DataFolder(Path(trained["data"]))
     encoding = Encoding(data, trained["model"], trained["blank_images"])
     examples = data.examples("train", given.pairs)
-    prompts = load_prompts(data, encoding, trained["candidate_images"], None)
+    prompts = load_run_prompts(given.sft, config, data, encoding)
     pairs = Pairs(prompts, examples, ["rank"], trained["max_length"], pools(examples, 1, "data"))
     model = load_finished(given.sft, encoding)
     accelerator = start_accelerator()

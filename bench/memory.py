@@ -43,7 +43,7 @@ def compare(side: int, shape: str = "scaled") -> dict:
     for _ in range(measure.BLOCKS):
         for system, values in memory.items():
             command = [sys.executable, __file__, "--system", system, "--side", str(side), "--shape", shape]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             values.append(json.loads(output.splitlines()[-1]))
     growth = {
         name: measure.summary((v["peak"] - v["before"]) / 2**20 for v in values) for name, values in memory.items()

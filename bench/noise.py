@@ -21,7 +21,7 @@ from hanorec.model.noise import noise_effect, perturbation  # noqa: E402
 from hanorec.model.packing import PackedMLLM  # noqa: E402
 from hanorec.model.pairs import Pairs, pools  # noqa: E402
 from hanorec.run.runs import read_run  # noqa: E402
-from mllm_srec.chain_of_thought import load_prompts  # noqa: E402
+from mllm_srec.chain_of_thought import load_run_prompts  # noqa: E402
 
 NOISES = [("relative", sigma) for sigma in (0.05, 0.1, 0.3)]
 NOISES += [("absolute", sigma) for sigma in (0.005, 0.05)]
@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None) -> dict[tuple[str, float], float]:
     parser.add_argument("--run", type=Path, required=True, help="finished run of dpo_hano.py")
     parser.add_argument("--batches", type=int, default=5)
     given = parser.parse_args(argv)
-    trained = read_run(given.run, ["dpo_hano"])["options"]
+    config = read_run(given.run, ["dpo_hano"])
+    trained = config["options"]
     data = DataFolder(Path(trained["data"]))
     encoding = Encoding(data, trained["model"], trained["blank_images"])
-    prompts = load_prompts(data, encoding, trained["candidate_images"], None)
+    prompts = load_run_prompts(given.run, config, data, encoding)
     examples = data.examples("train", 8 * given.batches)
     kinds = ("rank", "yes", "no")
     pairs = Pairs(prompts, examples, kinds, trained["max_length"], pools(examples, 1, "data"))

@@ -65,6 +65,7 @@ def weights_gib(name: str, four_bit: bool = False) -> float:
 
 CHECKPOINTED = {"checkpointing": True}
 TRL_PAIR = ("trl_dpo", CHECKPOINTED)
+ALL_KINDS = CHECKPOINTED | {"kinds": ["rank", "yes", "no"]}
 # By case: the method of Case and its arguments for this project; the same for the other system, or None; how often the
 # other system runs it; the goals of the ratios of operations and of memory
 WORKS = {
@@ -72,6 +73,13 @@ WORKS = {
     "DPO, a pair, no checkpointing": (
         ("dpo", {"checkpointing": False}),
         ("trl_dpo", {"checkpointing": False}),
+        1,
+        (4, 2),
+    ),
+    "DPO, an example's three pairs": (("dpo", ALL_KINDS), ("trl_dpo", ALL_KINDS), 1, (4, 2)),
+    "DPO, the same with --history-first": (
+        ("dpo", ALL_KINDS | {"history_first": True}),
+        ("trl_dpo", ALL_KINDS),
         1,
         (4, 2),
     ),
@@ -165,7 +173,8 @@ checkpointing unless a row says otherwise. A prompt has 5 images of 262,144 pixe
 step is `take_step` of `dpo_hano.py` with noise, the step of `sft.py`, or the packed forward on stored image tokens.
 TRL's steps are `DPOTrainer._compute_loss` of TRL 1.16 (policy and reference, with the vision tower) and the loss of
 its `SFTTrainer`, with the head for the answers alone as on a GPU. For S-DPO the other system is nine pairs of TRL,
-one after the other; for the evaluation it is one forward with the vision tower for each of the 30 answers.
+one after the other; an example's three pairs are one batch, which TRL pads to the longest; for the evaluation it is
+one forward with the vision tower for each of the 30 answers.
 Attention counts as the full square in both systems, and what checkpointing computes again counts. A step was
 counted with few layers, and again with one more layer of each kind; the difference counts for each missing layer.
 GiB are the weights (also of the vision tower, which this project's step does not run) and the peak of all tensors.

@@ -20,21 +20,20 @@ import numpy as np
 from hanorec.data.folder import DataFolder
 from hanorec.model.check import load_packed
 from hanorec.model.finished import load_finished, open_encoding
-from hanorec.model.prompts import Prompts
-from hanorec.model.template import load_template
 from hanorec.ranking.catalogue import CatalogueRanker
 from hanorec.ranking.first_stage import CoOccurrence
 from hanorec.run.launch import start_accelerator
 from hanorec.run.runs import read_run
+from mllm_srec.chain_of_thought import load_run_prompts
 
 SHORTLIST, ROUND = 100, 10
 
 
 def rankers(run: Path, data: DataFolder) -> dict[str, CatalogueRanker]:
     """Return a ranker for each way."""
-    config, accelerator, encoding = read_run(run)["options"], start_accelerator(), open_encoding(run, data)
+    accelerator, encoding = start_accelerator(), open_encoding(run, data)
     packed = load_packed(load_finished(run, encoding), encoding, True, accelerator.device)
-    prompts = Prompts(load_template(encoding.source), encoding.items, encoding.tokens, config["candidate_images"])
+    prompts = load_run_prompts(run, read_run(run), data, encoding)
     common = (packed, prompts, encoding.tokens)
     long = 10**6  # tokens
     ways = {name: CatalogueRanker(*common, ["rank"], long, accelerator) for name in ("one list", "rounds")}

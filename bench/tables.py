@@ -107,23 +107,22 @@ def difference_cell(result: Result, metric: str) -> str:
 
 def arms_table(study: Study, measured: Measured, group: int, split: str) -> str:
     """Return the table of a group of arms: values, and differences to the reference and to what they add to."""
-    minus = [f"{metric} minus {study.arms[measured.reference].label}" for metric in COLUMNS]
-    members = [arm for name, arm in study.arms.items() if arm.group == group and name in measured.runs]
-    bases = [base for base in dict.fromkeys(arm.base for arm in members) if base in measured.runs]
-    minus += [f"NDCG@3 minus {study.arms[base].label}" for base in bases]
+    members = {name: arm for name, arm in study.arms.items() if arm.group == group and name in measured.runs}
+    bases = [base for base in dict.fromkeys(arm.base for arm in members.values()) if base in measured.runs]
+    compared = [(metric, measured.reference) for metric in COLUMNS] + [("NDCG@3", base) for base in bases]
+    minus = [f"{metric} minus {study.arms[other].label}" for metric, other in compared]
     rows = [[f"{split}, {measured.users} users", "seeds", *COLUMNS, *minus]]
     if group == 0:
         for name, result in measured.others.items():
             rows.append([name, "", *(cell(result, metric) for metric in COLUMNS), "", "", ""])
-    for name, arm in study.arms.items():
-        if arm.group == group and name in measured.runs:
-            own = pool([*measured.runs[name].values()])
-            minus = measured.minus.get(name)
-            compared = [difference_cell(minus, metric) for metric in COLUMNS] if minus else ["", "", ""]
-            for base in bases:
-                compared.append(difference_cell(measured.difference(name, base), "NDCG@3") if arm.base == base else "")
-            count = str(len(measured.runs[name]))
-            rows.append([arm.label, count, *(cell(own, metric) for metric in COLUMNS), *compared])
+    for name, arm in members.items():
+        own = pool([*measured.runs[name].values()])
+        result = measured.minus.get(name)
+        cells = [difference_cell(result, metric) for metric in COLUMNS] if result else ["", "", ""]
+        for base in bases:
+            cells.append(difference_cell(measured.difference(name, base), "NDCG@3") if arm.base == base else "")
+        count = str(len(measured.runs[name]))
+        rows.append([arm.label, count, *(cell(own, metric) for metric in COLUMNS), *cells])
     return markdown(rows)
 
 
@@ -143,6 +142,7 @@ def slices_table(study: Study, measured: Measured, split: str) -> str:
 def training_table(study: Study, seeds: list[int], finished: Collection[str]) -> str:
     """Return what the logs say of the training of these arms: means over seeds and the last 50 logged steps.
 
+    The KL divergence, which is logged every 50 steps, is a mean over the whole training.
     The validation metric is that of the weights that the run kept, on the examples that its --eval-limit leaves.
     """
     names = {
@@ -150,25 +150,26 @@ def training_table(study: Study, seeds: list[int], finished: Collection[str]) ->
         "chosen_change": "change of the chosen answer, nats",
         "accuracy": "pairs ranked right",
         "margin": "reward gap",
-        "lambda": "lambda, 1% to 99%",
+        "lambda": "lambda in a batch, 1% to 99%",
         "eta": "eta",
-        "noise_kl": "KL of the noise, nats a token",
+        "noise_kl": "KL of noise and dropout, nats a token",
     }
     rows = [["arm", *names.values()]]
     for name, arm in study.arms.items():
         if name not in finished or arm.script != "dpo_hano.py":
             continue
-        lines = []
+        lines, effects = [], []
         for seed in seeds:
             path = ROOT / study.run_folder(name, seed) / "metrics.jsonl"
             logged = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             lines += [line for line in logged if "loss" in line][-50:]
+            effects += [line["noise_kl"] for line in logged if line.get("noise_kl") is not None]
             lines += sorted((line for line in logged if "val_select" in line), key=lambda line: line["val_select"])[-1:]
         if not lines:
             continue
         means = {}
         for key in (*names, "lambda_p01", "lambda_p99"):
-            values = [line[key] for line in lines if line.get(key) is not None]
+            values = effects if key == "noise_kl" else [line[key] for line in lines if line.get(key) is not None]
             means[key] = f"{statistics.fmean(values):.3g}" if values else "-"
         means["lambda"] = f"{means['lambda_p01']} to {means['lambda_p99']}"
         cells = [means[key] for key in names]
@@ -251,7 +252,7 @@ def section(study: Study, seeds: list[int], before: list[list[str]], training: d
     commands = before + [command for arm, command in training.items() if arm in by_split["test"].runs]
     texts += [f"python {' '.join(command)}" for command in commands]
     texts += ["```", "", f"Seeds {', '.join(map(str, seeds))}: the same commands with other numbers.", ""]
-    texts += ["A difference is in bold if its interval excludes 0.", ""]
+    texts += ["A difference is in bold if its interval, before rounding, excludes 0.", ""]
     for group, title in enumerate(TITLES):
         if any(study.arms[arm].group == group for arm in by_split[study.splits[0]].runs):
             texts += [f"### {title}: {study.name}", ""]

@@ -119,10 +119,11 @@ def is_byte_level(tokenizer) -> bool:
 def load_prompts(
     data: DataFolder,
     encoding: Encoding,
+    *,
     candidate_images: bool = False,
+    history_first: bool = False,
     summaries: str | None = None,
     steps_share: float = 1.0,
-    history_first: bool = False,
 ) -> Prompts:
     """Load the prompts for a data folder.
 
@@ -157,8 +158,8 @@ def load_run_prompts(run: Path, config: dict, data: DataFolder, encoding: Encodi
         UserError: the texts of the prompts are not those that the run was trained on.
     """
     options = config["options"]
-    first = options.get("history_first", False)  # runs of earlier versions do not have it
-    prompts = load_prompts(data, encoding, options["candidate_images"], options.get("summaries"), history_first=first)
+    layout = {name: options[name] for name in ("candidate_images", "history_first")}
+    prompts = load_prompts(data, encoding, summaries=options.get("summaries"), **layout)
     check_prompts(run, config, prompts)
     return prompts
 

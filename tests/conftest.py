@@ -111,7 +111,8 @@ class Opened:
     def prompts(self, candidate_images=False, history_first=False):
         from mllm_srec.chain_of_thought import load_prompts
 
-        return load_prompts(self.data, self.encoding, candidate_images, self.summaries, history_first=history_first)
+        layout = {"candidate_images": candidate_images, "history_first": history_first}
+        return load_prompts(self.data, self.encoding, summaries=self.summaries, **layout)
 
 
 @pytest.fixture(scope="session")

@@ -333,3 +333,13 @@ def test_alignment_is_printed_and_written(sft_run, dpo_run, capsys):
     assert set(dpo["thirds"]) == {"lowest", "middle", "highest"}
     assert all(len(dpo[metric]) > 0 and set(dpo[metric]) <= set(dpo["thirds"]) for metric in ("NDCG@3", "HR@3", "AUC"))
     assert "follows_poster" not in dpo
+
+
+def test_alignment_of_a_run_that_only_ranks_has_no_auc(sft_run, tmp_path, capsys):
+    shutil.copytree(sft_run, tmp_path / "run")
+    config = json.loads((sft_run / "config.json").read_text())
+    config["options"]["tasks"] = ["rank"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    evaluate.main(words("--run", tmp_path / "run", "--alignment", "--limit", 6))
+    found = json.loads((tmp_path / "run" / "first6_metrics.json").read_text())["alignment"]
+    assert found["AUC"] == {} and set(found["NDCG@3"]) == set(found["HR@3"]) != set()

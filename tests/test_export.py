@@ -86,9 +86,9 @@ def run_snippet(card, folder):
     return [(title, float(number)) for title, number in re.findall(r"^(.*) (-?\d\S*)$", done.stdout, re.M)]
 
 
-def blank_example(data):
+def blank_example(data, **layout):
     """A data folder's prompts as if no item had a picture, and the example that the snippet asks."""
-    prompts = data.prompts()
+    prompts = data.prompts(**layout)
     prompts.tokens.lengths = [0] * len(data.items)
     return prompts, Example("", [0, 1, 2], 3, [3, 4, 5], 4)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hanorec.model.encoding import Encoding
-from hanorec.model.prompts import CANDIDATE, HISTORY, NO, RANK_QUESTION, YES, YESNO_QUESTION, Prompts
+from hanorec.model.prompts import AFTER_HISTORY, CANDIDATE, HISTORY, NO, RANK_QUESTION, YES, YESNO_QUESTION, Prompts
 from hanorec.run.files import printable, read_json
 from hanorec.run.options import words
 from hanorec.run.runs import read_run
@@ -56,29 +56,34 @@ model = AutoModelForImageTextToText.from_pretrained("merged").eval()
 tokenizer = AutoTokenizer.from_pretrained("merged")
 
 
+def tokens(*texts):
+    \"\"\"Return the tokens of texts, which are tokenized one by one as in the training.\"\"\"
+    return [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
+
+
 def logp(question, answer):
-    \"\"\"Return the log-probability of an answer to a question.\"\"\"
-    prompt = {head} + question + {tail}
-    texts = (prompt, answer + {end})
-    ids, answer_ids = (tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts)
+    \"\"\"Return the log-probability of an answer to a question, which is a list of texts.\"\"\"
+    ids, answer_ids = tokens({head}, *question, {tail}), tokens(answer, {end})
     with torch.no_grad():
-        logits = model(input_ids=torch.cat([ids, answer_ids], dim=1)).logits[0, ids.shape[1] - 1 : -1]
-    return float(logits.log_softmax(-1).gather(1, answer_ids[0, :, None]).sum())
+        logits = model(input_ids=torch.tensor([ids + answer_ids])).logits[0, len(ids) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).sum())
 
 
 history = {history}
 candidates = {candidates}
-lines = "".join(title + "\\n" for title in history)
+lines = [title + "\\n" for title in history]
 {scoring}"""
 RANK_SCORING = """\
-asked = {rank} + "".join(title + "\\n" for title in candidates)
-question = {ranking}
+choices = [title + "\\n" for title in candidates]
+question = {question}
 for title in candidates:
     print(title, logp(question, title))
 """
+CANDIDATES_FIRST = "[{rank}, *choices, {history}, *lines]"
+HISTORY_FIRST = "[{history}, *lines, {after}, {rank}, *choices]"
 YESNO_SCORING = """\
 for title in candidates:
-    question = {history} + lines + {candidate} + title + "\\n" + {yesno}
+    question = [{history}, *lines, {candidate}, title + "\\n", {yesno}]
     print(title, logp(question, {yes}) - logp(question, {no}))
 """
 
@@ -174,10 +179,9 @@ def snippet(options: dict, prompts: Prompts) -> str:
     """Return the Python code that loads the model and scores titles of the catalogue."""
     template, titles = prompts.template, prompts.items.titles
     texts = {"rank": RANK_QUESTION, "history": HISTORY, "candidate": CANDIDATE, "yesno": YESNO_QUESTION}
-    texts |= {"yes": YES, "no": NO}
+    texts |= {"yes": YES, "no": NO, "after": AFTER_HISTORY}
     literals = {name: repr(text) for name, text in texts.items()}
-    parts = "{history} + lines + '\\n' + asked" if prompts.history_first else "asked + {history} + lines"
-    ranking = parts.format(**literals)
+    question = (HISTORY_FIRST if prompts.history_first else CANDIDATES_FIRST).format(**literals)
     scoring = RANK_SCORING if "rank" in options["tasks"] else YESNO_SCORING
     return SNIPPET.format(
         head=repr(prompts.tokenizer.decode(template.head)),
@@ -185,5 +189,5 @@ def snippet(options: dict, prompts: Prompts) -> str:
         end=repr(prompts.tokenizer.decode([template.end_of_turn])),
         history=repr([printable(title) for title in titles[:3]]),
         candidates=repr([printable(title) for title in titles[3:6] or titles[:3]]),
-        scoring=scoring.format(**literals, ranking=ranking),
+        scoring=scoring.format(**literals, question=question),
     )

@@ -11,6 +11,8 @@ from hanorec.model.load import load_tokenizer
 from hanorec.model.pairs import Pairs
 from hanorec.run.files import UserError
 
+CHUNK = 65_536  # pairs whose vectors are in memory at the same time
+
 
 def cluster_means(item_vectors: torch.Tensor, k: int) -> torch.Tensor:
     """Return for each item the mean of the unit vectors of its k nearest other items, its cluster: [N, d].
@@ -35,24 +37,23 @@ def item_vectors(encoding: Encoding, model) -> torch.Tensor:
 def pool_distances(options, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """Return the distance D of each example's target to each item of its pool: [E, P], on the CPU.
 
-    vectors: [N, d], of the items. All is computed on their device.
-
     topk and constant: equation (5). clusters: 1 - cosine of the means of the two items' neighbours. cosine: 1 - cosine
     of the two items.
+
+    vectors: [N, d], of the items, on the device that computes D.
     """
-    pool = torch.tensor(pairs.pool, device=vectors.device)
-    targets = torch.tensor([example.target for example in pairs.examples], device=vectors.device)
-    chosen = targets.repeat_interleave(pool.shape[1])
     if options.hardness != "cosine" and options.top_k >= len(vectors):
         raise UserError(f"--top-k {options.top_k} needs more items than {len(vectors)}")
-    if options.hardness == "cosine":
-        distance = hanorec_loss.cosine_distance(vectors, chosen, pool.flatten())
-    elif options.hardness == "clusters":
-        distance = hanorec_loss.cosine_distance(cluster_means(vectors, options.top_k), chosen, pool.flatten())
+    if options.hardness in ("cosine", "clusters"):
+        of_items = vectors if options.hardness == "cosine" else cluster_means(vectors, options.top_k)
+        distance = hanorec_loss.cosine_distance
     else:
-        profiles = hanorec_loss.neighbor_profiles(vectors, options.top_k)
-        distance = hanorec_loss.pair_distance(profiles, chosen, pool.flatten())
-    return distance.view(pool.shape).cpu()
+        of_items, distance = hanorec_loss.neighbor_profiles(vectors, options.top_k), hanorec_loss.pair_distance
+    pool = torch.tensor(pairs.pool)
+    chosen = torch.tensor([example.target for example in pairs.examples]).repeat_interleave(pool.shape[1])
+    parts = zip(chosen.split(CHUNK), pool.flatten().split(CHUNK), strict=True)
+    distances = [distance(of_items, one.to(vectors.device), other.to(vectors.device)).cpu() for one, other in parts]
+    return torch.cat(distances).view(pool.shape)
 
 
 def lambdas(options, values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

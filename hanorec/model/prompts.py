@@ -10,12 +10,13 @@ from hanorec.model.template import ChatTemplate
 from hanorec.model.trees import Node, tree_length
 from hanorec.run.files import UserError, value_hash
 
-# The texts, in the order in which a prompt has them
+# The texts
 RANK_QUESTION = "Which candidate comes next in the history? Answer with its title.\nCandidates:\n"
 HISTORY = "History, oldest first:\n"
 CANDIDATE = "\nCandidate:\n"
 YESNO_QUESTION = "\nDoes the candidate come next in the history? Answer Yes or No."
 YES, NO = "Yes", "No"
+AFTER_HISTORY = "\n"  # before the ranking question, if the history comes first
 TEXTS = (RANK_QUESTION, HISTORY, CANDIDATE, YESNO_QUESTION, YES, NO)
 
 Build = Callable[[Example], list[Node]]  # from an example to its prompt tree
@@ -45,8 +46,9 @@ class Prompts:
         self.text = functools.lru_cache(maxsize=200_000)(self._text)
 
     def hash(self) -> str:
-        """Return the SHA-256 of all texts and of the backbone's chat template."""
-        return value_hash([self.texts, self.tokenizer.chat_template])
+        """Return the SHA-256 of all texts, of their order and of the backbone's chat template."""
+        order = [AFTER_HISTORY] if self.history_first else []
+        return value_hash([self.texts, self.tokenizer.chat_template, *order])
 
     def _text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text. UserError if one of them is a control token."""
@@ -110,24 +112,29 @@ class Prompts:
     # Questions
 
     def ranking_prompt(self, history: Sequence[int], candidates: Sequence[int]) -> tuple[list[Node], list[range]]:
-        """Build the ranking prompt: the question with its candidates, then the history.
+        """Build the ranking prompt.
 
-        The history comes last, so that the answer follows it as the next item would. With history_first it is a node of
-        its own, which packing shares with the Yes/No questions of the example, and the question follows it.
+        By default it is one node: the question with its candidates, then the history, so that the answer follows the
+        history as the next item would. With history_first it is two nodes: the history, then the question. Packing
+        shares the first with the Yes/No questions about the same history.
 
-        Returns (the nodes, of which the last ends the prompt; the offsets of each history title's tokens in the root).
+        Returns (nodes, the offsets of each history title's tokens in node 0). Answers continue the last node.
         """
         root = Node(None, list(self.template.head))
-        tree = [root, Node(0, list(self.text("\n")))] if self.history_first else [root]
         if self.history_first:
-            title_offsets = self.add_history(root, history)
-        tree[-1].ids += self.text(RANK_QUESTION)
-        for candidate in candidates:
-            self.add_item(tree[-1], candidate, image=self.candidate_images)
-        if not self.history_first:
-            title_offsets = self.add_history(root, history)
+            tree, title_offsets = [root, Node(0, list(self.text(AFTER_HISTORY)))], self.add_history(root, history)
+            self.add_ranking_question(tree[1], candidates)
+        else:
+            self.add_ranking_question(root, candidates)
+            tree, title_offsets = [root], self.add_history(root, history)
         tree[-1].ids += self.template.tail
         return tree, title_offsets
+
+    def add_ranking_question(self, node: Node, candidates: Sequence[int]) -> None:
+        """Append the ranking question and its candidates."""
+        node.ids += self.text(RANK_QUESTION)
+        for candidate in candidates:
+            self.add_item(node, candidate, image=self.candidate_images)
 
     def yesno_questions(self, example: Example, candidates: Sequence[int]) -> list[Node]:
         """Build the history, then the Yes/No question about each candidate: nodes 1, 2, ... of the tree."""

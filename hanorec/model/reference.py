@@ -64,6 +64,7 @@ def reference_logps(
         "pairs": planned,
         "pool": pairs.pool,
         "texts": pairs.prompts.texts,
+        **({"history_first": True} if pairs.prompts.history_first else {}),
         "chat_template": pairs.prompts.tokenizer.chat_template,
         "dtype": str(next(packed.core.parameters()).dtype),
         "quantize": options.quantize,

@@ -30,7 +30,7 @@ from hanorec.ranking.slices import measure_slices
 from hanorec.run.progress import progress
 
 THIRDS = ("lowest", "middle", "highest")
-METRICS = ("NDCG@3", "HR@3", "AUC")  # of the targets in each third
+METRICS = ("NDCG@3", "HR@3", "AUC")  # of the targets in each third; a run without the yesno task has no AUC
 CHUNK = 32  # items in a forward
 
 
@@ -203,7 +203,8 @@ def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, opt
         found[run] = vars(changes(start, before[run, *seen], options.seed))
         by_third = by_alignment(*scored[run], examples, start, options.seed)
         for metric in METRICS:
-            found[run][metric] = {name: result.values[metric] for name, result in by_third.items()}
+            values = {name: result.values.get(metric) for name, result in by_third.items()}
+            found[run][metric] = {name: value for name, value in values.items() if value is not None}
         if misleading and len(ceilings) == 2:
             best = [scores for scores, _ in ceilings.values()]
             found[run]["follows_poster"] = follows_the_poster(scored[run][0], *best, examples, misleading)
@@ -214,7 +215,9 @@ def alignment_table(found: dict[Path, dict]) -> str:
     """Return what `measure_alignment` found as two Markdown tables: the alignment, and the metrics by its thirds."""
     header = ["", "mean cosine before", "after", "change", "slope of the change"]
     rows = [[*header, *(f"change, {name}" for name in THIRDS), "follows the poster"]]
-    ranked = [["targets by alignment before", *(f"{metric}, {name}" for metric in METRICS for name in THIRDS)]]
+    ranked = [
+        ["by the third of the target's cosine before", *(f"{metric}, {name}" for metric in METRICS for name in THIRDS)]
+    ]
     for run, values in found.items():
         low, high = values["interval"]
         before = values["mean"] - values["change"]
@@ -223,6 +226,6 @@ def alignment_table(found: dict[Path, dict]) -> str:
         row += [short(values["thirds"][name]) for name in THIRDS]
         share, count = values.get("follows_poster", (None, 0))
         rows.append([*row, f"{short(share)} of {count}" if count else "-"])
-        cells = [values[metric].get(name) for metric in METRICS for name in THIRDS]  # None: no target in this third
+        cells = [values[metric].get(name) for metric in METRICS for name in THIRDS]  # None: not measured
         ranked.append([str(run), *("-" if value is None else short(value) for value in cells)])
     return f"{markdown(rows)}\n\n{markdown(ranked)}"

@@ -110,7 +110,7 @@ class Recommender:
             print_main(f"{run} was trained on an earlier data folder; {used}")
         packed = load_packed(model, encoding, not options.get("no_pack"), accelerator.device)
         template = load_template(encoding.source, settings.trust)
-        layout = options["candidate_images"], options.get("history_first", False)
+        layout = options["candidate_images"], options["history_first"]
         prompts = Prompts(template, encoding.items, encoding.tokens, *layout)
         check_prompts(run, self.config, prompts)
         tasks, max_length = options["tasks"], options["max_length"]

@@ -78,7 +78,8 @@ def check(options: argparse.Namespace, accelerator, **hashes) -> None:
     config = read_json(config, {"options": dict}, remedy)
     before, changed = config["options"], []
     for name, value in json_options(options).items():
-        if name not in MAY_CHANGE and before.get(name) != value:
+        absent = name not in before and value is False  # a switch that an earlier version did not have
+        if name not in MAY_CHANGE and not absent and before.get(name) != value:
             changed.append(f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})")
     fields = hashes | {"processes": accelerator.num_processes}
     for name, origin in COMPARED.items():

@@ -22,6 +22,7 @@ RUN_OPTIONS = {
     "tasks": list,
     "max_length": int,
     "candidate_images": bool,
+    "history_first": bool,
     "blank_images": bool,
     "lora_rank": int,
     "lora_alpha": int,
@@ -169,6 +170,8 @@ def read_run(run: Path, stages: Iterable[str] = ("sft", "dpo_hano")) -> dict:
     if not (run / "result.json").exists():
         raise UserError(f"{run} is not finished (no result.json); repeat the command that began it, to continue it")
     require(config, RUN, f"{run}/config.json", remedy)
+    if config["stage"] in ("sft", "dpo_hano"):
+        config["options"].setdefault("history_first", False)  # runs of earlier versions do not have it
     require(config["options"], STAGES[config["stage"]], f"{run}/config.json", remedy)
     if config["options"].get("tasks", ["rank"]) not in (["rank"], ["yesno"], ["rank", "yesno"]):
         raise UserError(f"{run}/config.json: unknown tasks; {remedy}")

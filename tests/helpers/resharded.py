@@ -25,7 +25,7 @@ accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes
 folder = DataFolder(data)
 encoding = Encoding(folder)
-prompts, examples = load_prompts(folder, encoding, False, None), folder.examples("train")[:2]
+prompts, examples = load_prompts(folder, encoding), folder.examples("train")[:2]
 pairs = Pairs(prompts, examples, ("rank", "yes", "no"), 4096, pools(examples, 1, "data"))
 numbers = list(range(len(pairs)))
 

@@ -104,7 +104,7 @@ def test_lambda_of_neighbours_by_a_loop(opened, hardness, sign):
             cosine = one @ other / (one @ one * (other @ other)) ** 0.5
             distance[row, column] = sign * (np.sqrt(((one - other) ** 2).sum()) if hardness == "topk" else 1 - cosine)
     options = SimpleNamespace(hardness=hardness, hardness_sign=sign, top_k=k)
-    values = hars.pair_hardness(options, vectors, pairs, None, SimpleNamespace(print=print)).numpy()
+    values = hars.pair_hardness(options, vectors, pairs, None, SimpleNamespace(print=print, device="cpu")).numpy()
     for kind, columns in enumerate(([1, 2], [0], [0])):  # that the pairs of this kind reject
         mean, deviation = distance[:, columns].mean(), distance[:, columns].std(ddof=1)
         topk = sigmoid(distance) / sigmoid(mean)

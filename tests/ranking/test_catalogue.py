@@ -32,19 +32,22 @@ class Known:
         return torch.tensor([self.score(path) for path in paths])
 
 
-def ranker(prepared, tasks, max_length, score):
+def ranker(prepared, tasks, max_length, score, history_first=False):
     loaded = Opened(prepared)
     accelerator = SimpleNamespace(device="cpu", autocast=torch.no_grad)
-    return CatalogueRanker(Known(score), loaded.prompts(), loaded.tokens, tasks, max_length, accelerator)
+    prompts = loaded.prompts(history_first=history_first)
+    return CatalogueRanker(Known(score), prompts, loaded.tokens, tasks, max_length, accelerator)
 
 
 def longest(tree):
     """The number of tokens of a ranking tree's longest path, counted anew."""
-    return len(tree[0].ids) + max(len(node.ids) for node in tree[1:])
+    prompt = [node for node in tree if not node.scored]
+    return sum(len(node.ids) for node in prompt) + max(len(node.ids) for node in tree if node.scored)
 
 
+@pytest.mark.parametrize("history_first", [False, True])
 @pytest.mark.parametrize("max_length", [10_000, 260, 150])
-def test_rounds_find_the_best_whatever_fits(prepared, max_length):
+def test_rounds_find_the_best_whatever_fits(prepared, max_length, history_first):
     """Scores that are the same in every list, so the best stays. Each prompt has at most max_length tokens."""
     rng = np.random.default_rng(0)
     value: dict = {}
@@ -52,7 +55,7 @@ def test_rounds_find_the_best_whatever_fits(prepared, max_length):
     def score(path):
         return value.setdefault(path[-1], float(rng.normal()))
 
-    ranks = ranker(prepared, ["rank"], max_length, score)
+    ranks = ranker(prepared, ["rank"], max_length, score, history_first)
     candidates = list(range(10, 58))
     best = ranks.rank([0, 1, 2, 3, 4], candidates)
     assert sorted(item for item, _ in best) == candidates
@@ -64,8 +67,8 @@ def test_rounds_find_the_best_whatever_fits(prepared, max_length):
     trees = ranks.model.trees
     assert len(trees) == 1 if max_length == 10_000 else len(trees) > 2
     assert max(map(longest, trees)) <= max_length and not ranks.too_long
-    assert len(scored) == len(trees[-1]) - 1
-    lists = [len(tree) - 1 for tree in trees]
+    lists = [sum(bool(node.scored) for node in tree) for tree in trees]
+    assert len(scored) == lists[-1]
     assert min(lists) >= 2 and ranks.shortened == (max_length == 150)
 
 
