@@ -130,7 +130,8 @@ NOTES = {
     "whole processes, with Python and its libraries: {}.",
     "Summaries": "The texts of `mllm_srec.summarize` for the demo's films and users, written by its own writer after "
     "400 steps of `mllm_srec.teach`. One by one, only every eighth text is written.",
-    "Scaling: rejected": "Ranking pairs, with several rejected answers behind one prompt (`--rejected`).",
+    "Scaling: rejected": "Ranking pairs, with several rejected answers behind one prompt (`--rejected`), measured in "
+    "turns.",
     "Scaling: neighbours": "`neighbor_profiles` on as many items as MicroLens has. The memory of the item vectors is "
     "not counted.",
 }
@@ -178,7 +179,8 @@ def report(results: dict, facts: dict) -> str:
     for script, part in results.items():
         for name in dict.fromkeys(row["table"] for row in part["rows"]):
             chosen = [row for row in part["rows"] if row["table"] == name]
-            commit = f", measured by itself at commit {part['commit']}" if "commit" in part else ""
+            alone = part.get("commit") or chosen[0].get("commit")
+            commit = f", measured by itself at commit {alone}" if alone else ""
             text += f"\n## {name}\n\n`python bench/{script}.py`{commit}\n\n{table(chosen)}\n"
             if name in NOTES:
                 note = NOTES[name].format("; ".join(whole_process(row) for row in chosen if "whole_process" in row))

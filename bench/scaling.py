@@ -36,13 +36,13 @@ def row(table: str, case: str, unit: str, ours: dict, **further) -> dict:
     return measure.result(table, case, unit, ours, {}, **further)
 
 
-def dpo_seconds(folder: Path, history: int, batch: int, rejected: int = 1) -> tuple[dict, int, dict]:
-    """Measure a DPO step on ranking pairs with this number of rejected answers.
+def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int, dict]:
+    """Measure a DPO step on ranking pairs.
 
     Returns (seconds of a step, tokens of a pair's packed prompt and answers, the fields `flops` and `rate` of a row).
     """
     work, core = workload.make(folder, SHAPE, SIDE, examples=32, history=history)
-    steps = ours.Dpo(work, ours.trainable(core), batch, rejected=rejected)
+    steps = ours.Dpo(work, ours.trainable(core), batch)
     (seconds,), rate = measure.alternating(partial(several, steps.step))
     trees = [steps.pairs.tree(number) for number in range(len(steps.pairs))]
     tokens = sum(len(node.ids) for node in trees[0])
@@ -97,12 +97,19 @@ def batches(folder: Path) -> list[dict]:
 
 
 def rejected(folder: Path) -> list[dict]:
-    """Measure a step with several rejected answers behind each prompt: S-DPO."""
-    rows = []
+    """Measure a step with several rejected answers behind each prompt, S-DPO, in turns."""
+    steps, floors = {}, {}
     for count in REJECTED:
-        seconds, tokens, floor = dpo_seconds(folder / f"rejected{count}", 5, 4, count)
-        case, pairs = f"{count} rejected, {tokens} tokens", 4 / seconds["median"]
-        rows.append(row("Scaling: rejected", case, "s per step of 4", seconds, pairs_per_second=pairs, **floor))
+        work, core = workload.make(folder / f"rejected{count}", SHAPE, SIDE, examples=32)
+        step = ours.Dpo(work, ours.trainable(core), 4, rejected=count)
+        trees = [step.pairs.tree(number) for number in range(len(step.pairs))]
+        case = f"{count} rejected, {sum(len(node.ids) for node in trees[0])} tokens"
+        steps[case], floors[case] = step, measure.floor(core, trees, training=True) * 4 / len(trees)
+    seconds, rate = measure.alternating(*(partial(several, step.step) for step in steps.values()))
+    rows = []
+    for case, values in zip(steps, map(each_step, seconds), strict=True):
+        more = {"pairs_per_second": 4 / values["median"], "flops": floors[case], "rate": rate}
+        rows.append(row("Scaling: rejected", case, "s per step of 4", values, **more))
     return rows
 
 
