@@ -138,8 +138,7 @@ from hanorec.data.summary import picture_warning, summary
 from hanorec.model.encoding import Encoding
 from hanorec.model.images import check_disk, encode_items
 from hanorec.model.load import load_config, load_image_processor, load_model, load_tokenizer, usual_pixels
-from hanorec.model.prompts import Prompts
-from hanorec.model.template import load_template
+from hanorec.model.prompts import plain_prompts
 from hanorec.model.tiny import build_tiny
 from hanorec.ranking.ceiling import CEILING_FILES, write_ceilings
 from hanorec.run.files import delete, file_hash, locked, read_json, replacing, value_hash, write_json, write_jsonl
@@ -257,7 +256,7 @@ def show(options: argparse.Namespace) -> None:
     """Print the prompts and answers of the first training examples, as the model sees them."""
     data = DataFolder(options.out)
     encoding = Encoding(data, options.model, trust=options.trust_remote_code)
-    prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
+    prompts = plain_prompts(encoding)
     for example in data.examples("train", options.show):
         for task in ("rank", "yesno"):
             lines = prompts.show(prompts.sft_tree(example, task)).split("\n")

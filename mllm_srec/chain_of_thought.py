@@ -12,7 +12,7 @@ from tokenizers.normalizers import NFC
 from hanorec.data.folder import DataFolder, Example
 from hanorec.model.encoding import Encoding
 from hanorec.model.finished import check_prompts
-from hanorec.model.prompts import Prompts, fit_to_length
+from hanorec.model.prompts import Prompts, fit_to_length, plain_prompts
 from hanorec.model.template import ChatTemplate, load_template
 from hanorec.model.trees import Node, tree_length
 from hanorec.run.files import read_json, value_hash
@@ -132,9 +132,9 @@ def load_prompts(
         summaries: name of the summaries folder for chain-of-thought prompts; None: plain prompts.
         steps_share: see ThoughtPrompts.
     """
-    template = load_template(encoding.source, encoding.trust)
     if summaries is None:
-        return Prompts(template, encoding.items, encoding.tokens, candidate_images, history_first)
+        return plain_prompts(encoding, candidate_images, history_first)
+    template = load_template(encoding.source, encoding.trust)
     user_texts = load_user_texts(summaries_folder(data, encoding, summaries), encoding, timelines(data))
     return ThoughtPrompts(user_texts, template, encoding.items, encoding.tokens, steps_share)
 

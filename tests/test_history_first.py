@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Opened, words
 from spoilt import refused
-from stages import dpo
+from stages import dpo, small_sft
 from test_export import blank_example, exported, run_snippet
 
 import evaluate
@@ -24,10 +24,8 @@ from hanorec.run.runs import read_run
 @pytest.fixture(scope="module")
 def run(prepared, tmp_path_factory):
     """A few steps of SFT with the history first."""
-    out = tmp_path_factory.mktemp("history_first") / "sft"
-    argv = "--max-steps 6 --batch-size 8 --eval-limit 8 --warmup-steps 2 --history-first".split()
-    sft.main(words("--data", prepared, "--out", out, *argv))
-    return out
+    options = "--max-steps 6 --batch-size 8 --eval-limit 8 --warmup-steps 2 --history-first"
+    return small_sft(prepared, tmp_path_factory.mktemp("history_first") / "sft", options)
 
 
 def test_all_questions_of_an_example_share_its_history(prepared, run):

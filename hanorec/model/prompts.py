@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hanorec.data.folder import Example
-from hanorec.model.template import ChatTemplate
+from hanorec.model.template import ChatTemplate, load_template
 from hanorec.model.trees import Node, tree_length
 from hanorec.run.files import UserError, value_hash
 
@@ -263,6 +263,12 @@ class Prompts:
         for example in examples:
             for build in builds:
                 fit_to_length(build, replace(example, history=example.history[-1:]), max_length)
+
+
+def plain_prompts(encoding, candidate_images: bool = False, history_first: bool = False) -> Prompts:
+    """Return the plain prompts of an Encoding. For the other arguments see Prompts."""
+    template = load_template(encoding.source, encoding.trust)
+    return Prompts(template, encoding.items, encoding.tokens, candidate_images, history_first)
 
 
 def fit_to_length(build: Build, example: Example, max_length: int, shortened: set | None = None) -> list[Node]:

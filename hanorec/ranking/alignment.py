@@ -20,8 +20,7 @@ from hanorec.model.finished import load_finished
 from hanorec.model.images import ImageTokens
 from hanorec.model.load import load_model, pick_dtype
 from hanorec.model.packing import PackedMLLM
-from hanorec.model.prompts import Prompts
-from hanorec.model.template import load_template
+from hanorec.model.prompts import Prompts, plain_prompts
 from hanorec.model.trees import Node
 from hanorec.ranking.markdown import markdown, short
 from hanorec.ranking.metrics import Result
@@ -174,8 +173,7 @@ def alignments_of(run: Path | None, encoding: Encoding, options, pack: bool, acc
     dtype = pick_dtype(options.dtype, accelerator)
     model = load_finished(run, encoding, dtype) if run else load_model(encoding.source, dtype, trust=encoding.trust)
     packed = load_packed(model, encoding, pack, accelerator.device)
-    prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
-    return alignments(packed, prompts, encoding.tokens, accelerator.device)
+    return alignments(packed, plain_prompts(encoding), encoding.tokens, accelerator.device)
 
 
 def measure_alignment(configs, scored, ceilings, data: DataFolder, examples, options, accelerator) -> dict[Path, dict]:

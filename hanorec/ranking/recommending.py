@@ -8,8 +8,7 @@ from hanorec.data.folder import MANIFEST, PREPARE, DataFolder
 from hanorec.model.check import load_packed
 from hanorec.model.finished import check_prompts, check_vision, load_finished, open_encoding
 from hanorec.model.load import pick_dtype
-from hanorec.model.prompts import Prompts
-from hanorec.model.template import load_template
+from hanorec.model.prompts import plain_prompts
 from hanorec.ranking.catalogue import CatalogueRanker
 from hanorec.ranking.first_stage import Newcomers, first_stage, shortlist
 from hanorec.ranking.settings import Settings
@@ -109,9 +108,7 @@ class Recommender:
             used = f"it recommends from {self.data.folder} as it is now"
             print_main(f"{run} was trained on an earlier data folder; {used}")
         packed = load_packed(model, encoding, not options.get("no_pack"), accelerator.device)
-        template = load_template(encoding.source, settings.trust)
-        layout = options["candidate_images"], options["history_first"]
-        prompts = Prompts(template, encoding.items, encoding.tokens, *layout)
+        prompts = plain_prompts(encoding, options["candidate_images"], options["history_first"])
         check_prompts(run, self.config, prompts)
         tasks, max_length = options["tasks"], options["max_length"]
         self.ranker = CatalogueRanker(packed, prompts, encoding.tokens, tasks, max_length, accelerator)

@@ -4,6 +4,7 @@ from layouts import lines
 from spoilt import refused  # noqa: F401  (tests of the stages import it from here)
 
 import dpo_hano
+import sft
 
 SMALL = "--max-steps 1 --batch-size 3 --grad-accum 1 --eval-limit 2".split()
 
@@ -11,6 +12,12 @@ SMALL = "--max-steps 1 --batch-size 3 --grad-accum 1 --eval-limit 2".split()
 def training(path):
     """The lines of training steps in a metrics.jsonl, without validations."""
     return [line for line in lines(path) if "loss" in line]
+
+
+def small_sft(data, out, options):
+    """Run sft.py with these options, a string. Returns the new run's folder."""
+    sft.main(["--data", str(data), "--out", str(out), *options.split()])
+    return out
 
 
 def dpo(sft_run, out, *more):

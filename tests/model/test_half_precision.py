@@ -14,11 +14,10 @@ from layouts import lines
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 from soak import left
-from stages import training
+from stages import small_sft, training
 
 import dpo_hano
 import evaluate
-import sft
 from hanorec import export
 from hanorec.model.finished import load_finished
 from hanorec.model.load import load_model
@@ -32,10 +31,8 @@ STEPS = "--max-steps 4 --batch-size 6 --grad-accum 1 --eval-limit 4 --dtype bflo
 @pytest.fixture(scope="module")
 def sft_half(prepared, tmp_path_factory):
     """An SFT run with LoRA in bfloat16, which has learned as little as SFT with the default learning rate does."""
-    out = tmp_path_factory.mktemp("half") / "sft"
-    argv = "--tune lora --dtype bfloat16 --lr 1e-4 --max-steps 30 --batch-size 8 --eval-limit 4".split()
-    sft.main(words("--data", prepared, "--out", out, *argv))
-    return out
+    options = "--tune lora --dtype bfloat16 --lr 1e-4 --max-steps 30 --batch-size 8 --eval-limit 4"
+    return small_sft(prepared, tmp_path_factory.mktemp("half") / "sft", options)
 
 
 @pytest.fixture(scope="module")
