@@ -92,8 +92,8 @@ def compare(
         trl: more settings for TRL's config.
     """
     kinds, rejected = KINDS[case].kinds, KINDS[case].rejected
-    work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype)
-    work.prompts.history_first = KINDS[case].history_first
+    first = KINDS[case].history_first
+    work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype, history_first=first)
     pairs = work.pairs(kinds, rejected)
     trees = [tree for tree, _ in merge_trees(map(pairs.tree, range(len(pairs))))]
     flops = measure.floor(core, trees, training=True) * batch / len(work.examples) / len(kinds)

@@ -56,8 +56,7 @@ def compare(
         case: a key of CASES. The other arguments are those of compare in dpo_step.py.
     """
     tasks, history_first, per_step, samples, trl_samples = CASES[case]
-    work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype)
-    work.prompts.history_first = history_first
+    work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype, history_first=history_first)
     answers = [work.prompts.sft_tree(example, task) for example in work.examples for task in tasks]
     trees = [tree for tree, _ in merge_trees(answers)]
     flops = measure.floor(core, trees, training=True) * per_step / len(work.examples)

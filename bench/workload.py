@@ -103,7 +103,15 @@ def draw_poster(path: Path, side: int, rng: np.random.Generator) -> None:
 
 
 def make(
-    folder: Path, shape: str, side: int, examples: int, history: int = 5, device="cpu", dtype=None, seed: int = 0
+    folder: Path,
+    shape: str,
+    side: int,
+    examples: int,
+    history: int = 5,
+    device="cpu",
+    dtype=None,
+    seed: int = 0,
+    history_first: bool = False,
 ) -> tuple[Workload, torch.nn.Module]:
     """Draw titles, posters and examples, and encode every poster. Returns (the workload, the backbone from `load`).
 
@@ -113,6 +121,7 @@ def make(
         side: width and height of the posters in pixels.
         examples: the number of examples.
         history: the number of items in a history.
+        history_first: as of Prompts.
     """
     rng = np.random.default_rng([seed, side])
     places = [" and ".join(rng.choice(PLACES, 2, replace=False)) for _ in range(ITEMS)]
@@ -131,7 +140,7 @@ def make(
     seconds = (time.perf_counter() - began) / ITEMS
     items = Items([{"item": str(i), "title": title} for i, title in enumerate(titles)])
     tokens = ImageTokens(items, encoded)
-    prompts = Prompts(load_template(folder), items, tokens)
+    prompts = Prompts(load_template(folder), items, tokens, history_first=history_first)
     drawn = draw_examples(examples, history, rng)
     return Workload(folder, shape, paths, items, tokens, prompts, drawn, side * side, seconds), core
 

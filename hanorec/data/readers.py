@@ -20,12 +20,12 @@ from hanorec.data.tables import (
     ask_for_times,
     column,
     column_options,
+    column_remedy,
     encoding_of,
     find_file,
     find_images,
     header_of,
     json_fields,
-    separate_or,
     table_rows,
     text_rows,
     timestamp,
@@ -258,8 +258,8 @@ def read_two_tables(
     usual_names = {"user": (f"user{suffix}",), "item": (f"item{suffix}",), "title": titled}
     usual_names |= {"time": ("timestamp",), "rating": ("rating",)}
     chosen = {name: getattr(options, f"{name}_column") for name in usual_names}
-    options_text = column_options(header, item_header, usual_names, chosen)
-    remedy, item_remedy = separate_or(options_text, header, interactions), separate_or(options_text, item_header, items)
+    named = column_options(header, item_header, usual_names, chosen)
+    remedy, item_remedy = column_remedy(named, header, interactions), column_remedy(named, item_header, items)
     positions = {}
     for name in ("user", "item", "time", "rating"):
         missing = chosen[name] == "none" or (not chosen[name] and usual_names[name][0] not in header)

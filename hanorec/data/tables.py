@@ -172,8 +172,10 @@ def likeness(name: str, meaning: str) -> int:
     [3, 2, 1, 0]
     """
     words, name = NAMES[meaning], re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    forms = (rf"(.*[\W_])?({words}).*", rf"({words})[\W_]?id", words)
-    return max(place for place, form in enumerate(("", *forms)) if not place or re.fullmatch(form, name))
+    for value, form in ((3, words), (2, rf"({words})[\W_]?id"), (1, rf"(.*[\W_])?({words}).*")):
+        if re.fullmatch(form, name):
+            return value
+    return 0
 
 
 def column_options(header: list[str], item_header: list[str], usual: dict[str, tuple], chosen: dict) -> str:
@@ -195,17 +197,19 @@ def column_options(header: list[str], item_header: list[str], usual: dict[str, t
             # The column of items is in both tables
             found.sort(key=lambda one: (name == "item" and one in item_header, likeness(one, name)), reverse=True)
             columns[name] = next((one for one in found if likeness(one, name)), None)
-        if chosen[name] or (columns[name] not in usual[name] and (columns[name] or name in ("user", "item", "title"))):
+        required = name in ("user", "item", "title")  # the other columns may be missing
+        unusual = columns[name] not in usual[name] and (columns[name] or required)
+        if chosen[name] or unusual:
             words += [f"--{name}-column", shlex.quote(columns[name] or "NAME")]
     both = columns["item"] in header and columns["item"] in item_header
     same = "" if both else "; the column of items must have one name in both tables"
     return f"name the columns: {' '.join(words)}{same}" if words else f"add this column{same}"
 
 
-def separate_or(remedy: str, header: list[str], path: Path) -> str:
-    """Return a remedy for a column that a header lacks: another separator if the header is one field of a text."""
+def column_remedy(named: str, header: list[str], path: Path) -> str:
+    """Return what to do about a column that a header lacks: `named`, or another separator if a text has one field."""
     if len(header) > 1 or path.suffix == ".parquet":
-        return remedy
+        return named
     tabs_alone = path.suffix in (".tsv", ".inter", ".item")
     return f"separate the fields by {'tabs' if tabs_alone else 'commas, semicolons or tabs'}"
 
@@ -226,7 +230,7 @@ def ask_for_times(rows: Iterator, path: Path, header: list[str], positions: dict
             continue
         if likeness(name, "time") or DATE.match(value):
             question = f"{path} has no column timestamp. Does {name!r}, with {value!r}, hold the times?"
-            raise UserError(f"{question} Then give --time-column {name}; otherwise --time-column none")
+            raise UserError(f"{question} Then give --time-column {shlex.quote(name)}; otherwise --time-column none")
     print(f"{path} has no column timestamp: the order of its lines is used (see --time-column)")
     return itertools.chain([first] if first[1] else [], rows)
 

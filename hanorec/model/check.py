@@ -70,7 +70,7 @@ def score_both_ways(packed: PackedMLLM, encoding: Encoding) -> tuple[torch.Tenso
 
     Both are computed in float32, from image tokens in the model's dtype; with flash attention in the model's dtype.
     """
-    core = packed.core
+    core, flash = packed.core, has_flash(packed.core)
     processor = load_image_processor(encoding.source, encoding.manifest["max_pixels"], encoding.trust)
     template = load_template(encoding.source, encoding.trust)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,10 +84,10 @@ def score_both_ways(packed: PackedMLLM, encoding: Encoding) -> tuple[torch.Tenso
         tree += [prompts.answer(text, 1) for text in ANSWERS]
         batch = packed.collate([tree], tokens).to(core.device)
         inputs = families.image_inputs(processor, [open_image(path)], core.device)
-    if core.dtype != torch.float32:
+    if core.dtype != torch.float32 and not flash:
         packed(batch)  # it must run in its own dtype too
     expected = []
-    with contextlib.nullcontext() if has_flash(core) else in_float32(core):
+    with contextlib.nullcontext() if flash else in_float32(core):
         logps = packed(batch)
         for (answer_path,) in separate_paths(tree):
             ids = torch.tensor(answer_path.ids, device=core.device)

@@ -91,6 +91,7 @@ class Recommender:
             print_main(f"{folder} was prepared by an earlier version: {lack}")
 
     def warn_of_lost_orders(self, users: Sequence[str]) -> None:
+        """Print a warning if users lack items that they have in the data folder of the run (see `lost_orders`)."""
         lost = lost_orders(Path(self.config["options"]["data"]), self.data, {u: self.histories[u] for u in users})
         if lost:
             print_main(lost)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_untouched_items_join_the_catalogue_and_no_example(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "first"), [("ordered_at", "5"), ("OrderDate", "1.2.2025"), ("moment", "2025-02-01"), ("when", "5")]
+    ("name", "first"),
+    [("ordered_at", "5"), ("OrderDate", "1.2.2025"), ("moment", "2025-02-01"), ("when", "5"), ("order time", "5")],
 )
 def test_a_column_that_looks_like_time_is_a_question(tmp_path, monkeypatch, capsys, name, first):
     rows, _ = shop(tmp_path / "raw", header=("user", "item", name, "rating"))
@@ -110,7 +112,7 @@ def test_a_column_that_looks_like_time_is_a_question(tmp_path, monkeypatch, caps
     command = ["--dataset", "csv", *log, "--out", tmp_path / "data"]
     error = refused(capsys, prepare_data.main, *command)
     assert f"{name!r}, with {first!r}" in error
-    assert f"--time-column {name}" in error and "otherwise --time-column none" in error
+    assert f"--time-column {shlex.quote(name)};" in error and "otherwise --time-column none" in error
     assert not (tmp_path / "data" / "manifest.json").exists()
     prepare(monkeypatch, tmp_path / "raw", tmp_path / "data", "--time-column", "none")
     assert "that of the lines" in capsys.readouterr().out
