@@ -1,6 +1,6 @@
 """Show on what the ratio of a DPO step to TRL's depends: python bench/conditions.py [--json FILE]
 
-Measures the first case of dpo_step.py under several conditions, each in a process of its own.
+Measures two cases of dpo_step.py under several conditions, each condition in a process of its own.
 """
 
 import argparse
@@ -22,6 +22,9 @@ KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**3
 STREAM = (
     "import numpy as n\na = n.ones(2**25)\nb = a.copy()\nwhile True:\n    n.copyto(b, a)"  # 2 x 256 MiB, without end
 )
+
+
+KINDS = {"": "all kinds of pairs", ", --history-first": "all kinds of pairs, --history-first"}  # by end of a row's name
 
 
 @dataclass
@@ -63,15 +66,17 @@ def disturbance(core: int | None) -> Iterator[None]:
         process.wait()
 
 
-def child(name: str) -> dict:
-    """Measure the case in this process. Returns its result row."""
-    condition, cores = CONDITIONS[name], sorted(os.sched_getaffinity(0))
+def child(name: str) -> list[dict]:
+    """Measure the cases in this process. Returns their result rows."""
+    condition, cores, rows = CONDITIONS[name], sorted(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as folder, disturbance(cores[1] if condition.disturbed else None):
         if condition.cores:
             os.sched_setaffinity(0, cores[: condition.cores])
         measure.cpu_only()
-        row = dpo_step.compare(Path(folder), *dpo_step.CASES[0])
-    return row | {"table": "Conditions", "case": name, "matrix_rate": row["rate"]["median"] / 1e9}
+        for end, kinds in KINDS.items():
+            row = dpo_step.compare(Path(folder), "scaled", 112, kinds)
+            rows.append(row | {"table": "Conditions", "case": name + end, "matrix_rate": row["rate"]["median"] / 1e9})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,9 +89,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     rows = []
     for name, condition in CONDITIONS.items():
+        if condition.disturbed and measure.threads() == 1:
+            print(f"not measured, because this machine has one core: {name}")
+            continue
         command, environment = [sys.executable, __file__, "--condition", name], os.environ | condition.environment
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-        rows.append(json.loads(output.splitlines()[-1]))
+        rows += json.loads(output.splitlines()[-1])
     measure.save(options.json, {"rows": rows})
 
 

@@ -115,10 +115,10 @@ NOTES = {
     "ranking pair and two Yes/No pairs. The two Yes/No pairs share their history; with `--history-first` the ranking "
     "pair shares it too. Ranking pairs alone share nothing. With nine rejected answers the other system takes nine "
     "pairs of the same prompt, one after the other: nine times the time of its step of 4 pairs.",
-    "Conditions": "The first case of the table above, each time in a process of its own. One thread for each core. The "
-    "other program copies 256 MiB again and again on the other core. 256 bits: AVX2 instead of AVX-512 in PyTorch, "
-    "oneDNN and MKL. glibc: its variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_`, as "
-    "bench/conditions.py sets them.",
+    "Conditions": "All kinds of pairs at 112 px, as in the table above. Each condition has a process of its own, with "
+    "one thread for each core. The other program copies 256 MiB again and again on the other core. 256 bits: AVX2 "
+    "instead of AVX-512 in PyTorch, oneDNN and MKL. glibc: its variables `MALLOC_MMAP_THRESHOLD_`, "
+    "`MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_`, as bench/conditions.py sets them.",
     "Scaling: live images": "With `--images live` the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL gets an example's three answers as three samples, each with its own prompt. Here "
     "two of the three share a prompt, and all three the history with `--history-first`. With ranking alone no prompt "
@@ -138,9 +138,9 @@ NOTES = {
 
 
 def worst_difference(results: dict) -> float:
-    """The largest difference between the two systems' losses, over all steps that were compared."""
-    rows = results["dpo_step"]["rows"] + results["sft_step"]["rows"]
-    return max(abs(row["losses"]["ours"] - row["losses"]["TRL"]) for row in rows if row["losses"])
+    """The largest difference between the two systems' losses, over all steps that were compared. 0 if none was."""
+    losses = [row["losses"] for part in results.values() for row in part["rows"] if row.get("losses")]
+    return max((abs(pair["ours"] - pair["TRL"]) for pair in losses), default=0.0)
 
 
 def about_values(results: dict, facts: dict) -> dict[str, str]:
@@ -224,8 +224,8 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
             results[name] = json.loads(path.read_text())
-    if worst_difference(results) > 1e-4:
-        sys.exit("the two systems do not compute the same loss; nothing is written")
+            if worst_difference(results) > 1e-4:
+                sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
     facts["operations"] = operations.counts(HERE / "results.json")  # of an earlier run: it takes an hour
     write_json(HERE / "results.json", {**facts, **results})
