@@ -120,7 +120,8 @@ class Responsiveness:
         beta: beta0 of equation (7). dtype: of the model's frozen weights.
     """
 
-    # In nats. Log-ratio gaps whose mean size is not larger are rounding errors, as before the first step: eta is then 1
+    # In nats. If the mean size of the log-ratio gaps is at most this, they are rounding errors, and eta is 1. So it is
+    # before the first step
     ROUNDING = {torch.float32: 1e-4}
     HALF_ROUNDING = 0.1
     DECAY = 0.9

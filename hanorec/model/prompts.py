@@ -36,7 +36,7 @@ class Prompts:
     """
 
     yes, no = YES, NO
-    texts = TEXTS  # all texts of the prompts, for hashes
+    texts = TEXTS  # of the prompts, for hashes; `hash` adds AFTER_HISTORY where it is used
 
     def __init__(
         self, template: ChatTemplate, items, tokens, candidate_images: bool = False, history_first: bool = False
