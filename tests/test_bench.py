@@ -419,6 +419,51 @@ def test_slices_of_a_study_by_hand(measured):
     assert bold == {True, False}
 
 
+def test_a_studys_figure_by_hand(measured):
+    """One arm is drawn. The panel begins and ends where its interval does, and the circle is at its mean."""
+    study_of_two, found, *_ = measured
+    result = found.minus["dpo"]
+    low, high = result.interval("NDCG@3")
+    colour = "#3b8f4d" if low > 0 else "#b9c4d0"
+    svg = tables.figure(study_of_two, {"test": found})
+    assert f'<path d="M290.0 50H590.0" stroke="{colour}"' in svg
+    (centre,) = re.findall(r'<circle cx="([\d.]+)" cy="50"', svg)
+    assert float(centre) == round(290 + 300 * (result.values["NDCG@3"] - low) / (high - low), 1)
+    assert re.findall(r">(test: [^<]+)<", svg) == ["test: NDCG@3 minus SFT continued"]
+
+
+def test_the_papers_ablation_stands_beside_ours(measured):
+    """Both columns are differences to the full method: the paper's in units of 1, not in percent."""
+    study_of_two, found, *_ = measured
+    found.runs |= {"paper": found.runs["continued"], "wo_nodo": found.runs["dpo"]}
+    table = tables.published_table(study_of_two, found).splitlines()
+    (row,) = [[cell.strip() for cell in line.split("|")] for line in table if "w/o NoDO" in line]
+    published = (54.38 - 56.73, 71.45 - 73.60, 77.24 - 78.52)
+    assert row[2:8:2] == [three_decimals(difference / 100) for difference in published]
+    assert row[3] == tables.difference_cell(found.minus["dpo"], "NDCG@3")
+
+
+def test_the_table_of_logs_is_the_mean_of_the_last_lines_and_of_every_divergence(measured, tmp_path):
+    study_of_two, *_ = measured
+    for seed in (2, 3):
+        lines = [
+            {"loss": 1.0, "margin": float(step), "eta": seed, "noise_kl": step if step % 50 == 0 else None}
+            for step in range(1, 101)
+        ]
+        lines += [{"val_select": select, "val_NDCG@3": select / 10} for select in (2, 4, 3)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / study_of_two.run_folder("dpo", seed) / "metrics.jsonl").write_text(text)
+    header, _, row = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables.training_table(study_of_two, [2, 3], ["dpo"]).splitlines()
+    ]
+    found = dict(zip(header, row, strict=True))
+    assert found["arm"] == "DPO" and found["eta"] == "2.5" and found["NDCG@3 on validation"] == "0.4"
+    assert found["reward gap"] == "75.5"  # steps 51 to 100
+    assert found["KL of noise and dropout, nats a token"] == "75"  # steps 50 and 100
+    assert found["lambda in a batch, 1% to 99%"] == "- to -"
+
+
 def test_the_printed_effect_of_noise(sft_run, tmp_path, capsys):
     """A line for each setting; more noise of a kind disturbs more. The largest NoDO is compared with PyTorch's KL."""
     folder = dpo(sft_run, tmp_path / "dpo", "--lr", 0.02)
