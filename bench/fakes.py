@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 import workload
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from hanorec.data.folder import Example, Items
 from hanorec.model.load import load_tokenizer
-from hanorec.model.lora import add_lora
+from hanorec.model.lora import FROZEN, add_lora, lora_targets
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import ChatTemplate
@@ -157,10 +158,20 @@ def to_fake(model, mode: FakeTensorMode, device: str):
     return model
 
 
-def packed_model(config, mode: FakeTensorMode, device: str, checkpointing=False, dtype=torch.bfloat16) -> PackedMLLM:
-    """The policy of dpo_hano.py with LoRA of the paper's rank 8 and dropout .05, of fake tensors."""
+def packed_model(
+    config, mode: FakeTensorMode, device: str, checkpointing=False, dtype=torch.bfloat16, frozen=False
+) -> PackedMLLM:
+    """A model with LoRA of the paper's rank 8 and dropout .05, of fake tensors.
+
+    Args:
+        frozen: below it lies SFT's frozen LoRA, as in dpo_hano.py in half precision.
+    """
     with torch.device("meta"):
-        model = add_lora(meta_model(config, dtype), 8, 32, 0.05, 0)
+        model = meta_model(config, dtype)
+        if frozen:
+            settings = LoraConfig(r=8, lora_alpha=32, target_modules=lora_targets(model))
+            model = get_peft_model(model, settings, adapter_name=FROZEN)
+        model = add_lora(model, 8, 32, 0.05, 0)
     packed = PackedMLLM(to_fake(model, mode, device))
     if checkpointing:
         packed.enable_checkpointing()
@@ -229,6 +240,8 @@ def place() -> str:
 class Watch(TorchDispatchMode):
     """Counts what a GPU's host waits for, by (reason, place). `mixed` counts operations on tensors of two devices.
 
+    `reads` counts copies to the host that do not wait. `steps` is for the optimizer steps of the part.
+
     A value that the host asks for is answered by 1, so that the run goes on. An index by a mask is answered as if the
     mask were true everywhere.
 
@@ -243,7 +256,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, device: str, trues: dict[int, int] | None = None):
         super().__init__()
         self.device, self.trues = device, trues or {}
-        self.waits, self.reads, self.mixed = Counter(), Counter(), Counter()
+        self.waits, self.reads, self.mixed, self.steps = Counter(), Counter(), Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -86,8 +86,8 @@ class Case:
         model.zero_grad()
         return {"tflop": counting.flops / 1e12, "gib": (counting.peak - weights) / 2**30}
 
-    def ours(self, checkpointing: bool, four_bit=False, pack=True) -> PackedMLLM:
-        packed = fakes.packed_model(self.config, self.mode, "cpu", checkpointing)
+    def ours(self, checkpointing: bool, four_bit=False, pack=True, frozen=False) -> PackedMLLM:
+        packed = fakes.packed_model(self.config, self.mode, "cpu", checkpointing, frozen=frozen)
         packed.pack = pack
         if four_bit:
             quantize(packed, self.mode)
@@ -100,8 +100,8 @@ class Case:
     def dpo(
         self, batch=1, checkpointing=True, rejected=1, four_bit=False, kinds=("rank",), history_first=False
     ) -> dict:
-        """A step of dpo_hano.py over the pairs of `batch` examples."""
-        packed = self.ours(checkpointing, four_bit)
+        """A step of dpo_hano.py over the pairs of `batch` examples, after an SFT with LoRA."""
+        packed = self.ours(checkpointing, four_bit, frozen=True)
         self.prompts.history_first = history_first
         pairs = Pairs(self.prompts, self.examples, kinds, 100_000, pools(self.examples, rejected, "data"))
         hardness = torch.ones(len(pairs), rejected)

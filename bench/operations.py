@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fakes
 import full_steps
+import measure
 import trl_side
 from torch import nn
 
@@ -167,18 +168,18 @@ def cards_table(results: dict) -> str:
     return markdown(lines)
 
 
-ABOUT = """Counted on fake tensors of the published sizes in bf16; nothing ran on a GPU (torch 2.14,
-transformers 5.23, PEFT 0.21). Both systems train LoRA of rank 8 with dropout .05 by AdamW, with activation
-checkpointing unless a row says otherwise. A prompt has 5 images of 262,144 pixels and ten titles. This project's
-step is `take_step` of `dpo_hano.py` with noise, the step of `sft.py`, or the packed forward on stored image tokens.
-TRL's steps are `DPOTrainer._compute_loss` of TRL 1.16 (policy and reference, with the vision tower) and the loss of
-its `SFTTrainer`, with the head for the answers alone as on a GPU. For S-DPO the other system is nine pairs of TRL,
-one after the other; an example's three pairs are one batch, which TRL pads to the longest; for the evaluation it is
-one forward with the vision tower for each of the 30 answers.
-Attention counts as the full square in both systems, and what checkpointing computes again counts. A step was
-counted with few layers, and again with one more layer of each kind; the difference counts for each missing layer.
-GiB are the weights (also of the vision tower, which this project's step does not run) and the peak of all tensors.
-Workspaces of kernels and fragments are not in it."""
+ABOUT = """Counted on fake tensors of the published sizes in bf16; nothing ran on a GPU (commit {commit}, torch
+{torch}, transformers {transformers}, PEFT {peft}, TRL {trl}). Both systems train LoRA of rank 8 with dropout .05 by
+AdamW, with activation checkpointing unless a row says otherwise. A prompt has 5 images of 262,144 pixels and ten
+titles. This project's step is `take_step` of `dpo_hano.py` with noise, the step of `sft.py`, or the packed forward
+on stored image tokens. TRL's steps are `DPOTrainer._compute_loss` (policy and reference, with the vision tower) and
+the loss of its `SFTTrainer`, with the head for the answers alone as on a GPU. For S-DPO the other system is nine
+pairs of TRL, one after the other; an example's three pairs are one batch, which TRL pads to the longest; for the
+evaluation it is one forward with the vision tower for each of the 30 answers. Attention counts as the full square
+in both systems, and what checkpointing computes again counts. A step was counted with few layers, and again with
+one more layer of each kind; the difference counts for each missing layer. GiB are the weights (also of the vision
+tower, which this project's step does not run) and the peak of all tensors. Workspaces of kernels and fragments are
+not in it."""
 CARDS_ABOUT = """With checkpointing. A card's memory is used up to 95%, less 1 GiB. In 4 bits the language
 model's linear layers are counted as bitsandbytes keeps them (NF4, one float32 scale for 64 weights), computed in
 bf16. The milliseconds are the operations at 45% of an H100's and H200's 989 TFLOP/s: a calculation, not a
@@ -187,7 +188,9 @@ measurement."""
 
 def report(results: dict) -> str:
     """The section of RESULTS.md."""
-    about, cards = (textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False) for text in (ABOUT, CARDS_ABOUT))
+    facts = {"commit": results["commit"], **results["versions"]}
+    texts = ABOUT.format(**facts), CARDS_ABOUT
+    about, cards = (textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False) for text in texts)
     return f"{about}\n\n{steps_table(results)}\n\n{cards}\n\n{cards_table(results)}"
 
 
@@ -197,12 +200,19 @@ def counts(path: Path) -> dict:
     return found or {"counts": {}, "weights": {}}
 
 
+def save(path: Path, results: dict) -> None:
+    """Write the counts into a JSON file, which keeps what else it has."""
+    write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | {"operations": results})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=fakes.BACKBONES, default=list(fakes.BACKBONES))
-    parser.add_argument("--json", type=Path, help="write the counts there; those that it has are not made again")
+    parser.add_argument("--json", type=Path, help="write the counts into it; those that it has are not made again")
     options = parser.parse_args(argv)
     results = counts(options.json) if options.json else {"counts": {}, "weights": {}}
+    facts = measure.machine()
+    results |= {"commit": facts["commit"], "versions": facts["versions"]}
     calls = [call for work in WORKS.values() for call in work[:2]] + [
         call for pair in BATCHES.values() for call in pair
     ]
@@ -214,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 results["counts"][key(name, call)] = at_full_depth(Path(folder), name, call[0], **call[1])
                 if options.json:
-                    write_json(options.json, {"operations": results})
+                    save(options.json, results)
     print(report(results))
 
 

@@ -3,11 +3,13 @@
 import json
 import re
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,11 +20,13 @@ import fakes
 import full_steps
 import operations
 import rehearse_cuda
+import trl_side
 
 from hanorec.model import packing
 from hanorec.model.lora import add_lora
 from hanorec.model.packing import PackedMLLM
 
+against_trl = pytest.mark.skipif(not trl_side.installed(), reason="trl is not installed (bench/requirements.txt)")
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -126,15 +130,52 @@ def test_a_wait_is_seen_with_its_place():
     assert all(place.startswith(here) for _, place in watch.waits) and not watch.mixed
 
 
+def test_mixed_devices_and_copies_are_seen(capsys):
+    mode = FakeTensorMode()
+    host, gpu = (FakeTensor(mode, torch.empty(3, device="meta"), device=torch.device(name)) for name in ("cpu", "cuda"))
+    with fakes.Watch("cuda") as watch:
+        gpu.to("cpu", non_blocking=True)
+    assert [reason for reason, _ in watch.reads] == ["copied for later reading"] and not watch.waits
+    with watch:
+        gpu.to("cpu")
+    for free in (False, True):  # not gpu.copy_(host): a PyTorch for the CPU refuses it
+        watch.copy(torch.ops.aten.copy_.default, (gpu, host), {"non_blocking": free})
+    assert sorted(reason for reason, _ in watch.waits) == ["a copy to the GPU", "a copy to the host"]
+    assert not watch.mixed
+    with watch, pytest.raises(FakeTensorDeviceMismatchError):
+        gpu + host
+    assert watch.mixed.keys() == {("aten.add.Tensor", next(iter(watch.mixed))[1])}
+    alone = fakes.Watch("cuda")
+    assert rehearse_cuda.report("x", "evaluation", alone, "")
+    alone.mixed = watch.mixed
+    assert not rehearse_cuda.report("x", "evaluation", alone, "")
+    assert "mixed devices, 1 times: aten.add.Tensor at tests/test_rehearsal.py" in capsys.readouterr().out
+
+
+def test_the_log_may_wait_once_a_step_and_nobody_else_reads():
+    watch = fakes.Watch("cuda")
+    watch.steps = 2
+    with rehearse_cuda.without_gpu(watch):
+        torch.cuda.Event().synchronize()
+    ((reason, place),) = watch.waits
+    assert reason == "an event" and place.startswith("tests/test_rehearsal.py")
+    assert not rehearse_cuda.report("x", "dpo", watch, "")  # not the log
+    for waits, reader, good in ((2, "run/log.py", True), (3, "run/log.py", False), (2, "model/packing.py", False)):
+        watch.waits, watch.reads = Counter({("an event", "hanorec/run/log.py:50 read"): waits}), Counter()
+        watch.reads["copied for later reading", f"hanorec/{reader}:36 __init__"] = 2
+        assert rehearse_cuda.report("x", "dpo", watch, "") is good
+
+
 @pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "LLaVA-NeXT-7B", "Qwen3-VL-4B"])
 def test_the_packed_forward_and_its_log_wait_for_nothing(small, tmp_path, name):
+    """Two values are the CPU's on a GPU too: the number of a batch's own tokens, and the metrics that `read` reads."""
     rehearsal = rehearse_cuda.Rehearsal(name, "cpu", tmp_path)
-    on_the_host = ("hanorec/model/supervised.py", "hanorec/run/log.py")  # on a GPU these values are the CPU's
-    dpo = ("dpo", "s_dpo", "controls", "noise_effect") if name == "Qwen2.5-VL-3B" else ()
+    dpo = ("dpo", "s_dpo", "controls", "noise_effect", "generation") if name == "Qwen2.5-VL-3B" else ()
     for part in (*dpo, "sft", "evaluation"):
         watch, stopped = rehearsal.part(part)
-        places = [place for _, place in watch.waits if not rehearse_cuda.reason_to_wait(part, place)]
-        assert not stopped and not [place for place in places if not place.startswith(on_the_host)]
+        places = {place for _, place in watch.waits if not rehearse_cuda.reason_to_wait(part, place)}
+        on_the_host = {re.sub(r":\d+", "", place) for place in places}
+        assert not stopped and on_the_host <= {"hanorec/run/log.py read", "hanorec/model/supervised.py <genexpr>"}
 
 
 def test_a_planted_wait_fails_the_rehearsal(small, tmp_path, monkeypatch, capsys):
@@ -151,13 +192,46 @@ def test_a_planted_wait_fails_the_rehearsal(small, tmp_path, monkeypatch, capsys
     assert "stopped: DynamicOutputShapeException" in capsys.readouterr().out
 
 
-def test_depth_counts_as_the_whole_backbone(small, tmp_path, monkeypatch):
-    """From two and three layers to five, against a backbone of five layers."""
-    small["Qwen2.5-VL-3B"].text["num_hidden_layers"] = 5
-    expected = full_steps.Case(small["Qwen2.5-VL-3B"], tmp_path).sft()
-    found = operations.at_full_depth(tmp_path, "Qwen2.5-VL-3B", "sft")
+@pytest.mark.parametrize("work", ["sft", pytest.param("trl_dpo", marks=against_trl)])
+def test_depth_counts_as_the_whole_backbone(small, tmp_path, monkeypatch, work):
+    """From few layers of each kind to a whole backbone: five of the language model, three and four of the tower."""
+    whole = small["Qwen2.5-VL-3B"] = fakes.shortened(small["Qwen2.5-VL-3B"], 5, 3, 4)
+    expected = getattr(full_steps.Case(whole, tmp_path), work)(checkpointing=True)
+    found = operations.at_full_depth(tmp_path, "Qwen2.5-VL-3B", work, checkpointing=True)
     assert found["tflop"] == pytest.approx(expected["tflop"], rel=1e-6)
     assert found["gib"] == pytest.approx(expected["gib"], rel=1e-3)
+
+
+@against_trl
+def test_the_operations_of_trls_step_are_those_of_pytorchs_counter(small, tmp_path, monkeypatch):
+    """Of a real step of TRL's loss, with its tower, against the count on fake tensors."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: SimpleNamespace(step=lambda: None))
+    case = full_steps.Case(small["Qwen2.5-VL-3B"], tmp_path)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = case.trl_dpo(checkpointing=False)["tflop"]
+
+    def count(model, work, trues):
+        model.to_empty(device="cpu")
+        for values in [*model.parameters(), *model.buffers()]:
+            values.data.fill_(0.01)
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / 1e12
+
+    monkeypatch.setattr(fakes, "to_fake", lambda model, *_: model)
+    monkeypatch.setattr(case, "fake", lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype))
+    monkeypatch.setattr(case, "count", count)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = case.trl_dpo(checkpointing=False)
+    assert found == pytest.approx(expected, rel=1e-6) and found > 0.01
+
+
+def test_a_layer_of_four_bits_is_as_large_as_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    settings = {"bias": False, "quant_type": "nf4", "compress_statistics": False}
+    expected = bitsandbytes.nn.Linear4bit(256, 512, **settings).to("cpu").weight
+    found = full_steps.FourBit(torch.nn.Linear(256, 512, bias=False))
+    assert found.weight.nbytes + found.scales.nbytes == expected.nbytes + expected.quant_state.absmax.nbytes
 
 
 def test_the_amounts_in_the_document_about_scale_are_those_of_the_script(tmp_path):

@@ -33,20 +33,26 @@ class Float32Product(torch.autograd.Function):
 
 @contextlib.contextmanager
 def float32_logits(core) -> Iterator[None]:
-    """Let the output head of `core` return float32 inside the `with` block, if its frozen weight is in half precision.
+    """Let the output head of `core` return float32 inside the `with` block.
 
-    Other heads are left as they are.
+    This holds for a frozen weight in half precision, and in a forward without gradients for a float32 weight that
+    autocast would round. Other heads are left as they are.
     """
     head = core.get_output_embeddings()
     weight = getattr(head, "weight", None)
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward  # also if fully_shard has its class
-    if not plain or weight.dtype not in (torch.bfloat16, torch.float16) or weight.requires_grad:
+    half = plain and weight.dtype in (torch.bfloat16, torch.float16) and not weight.requires_grad
+    validated = plain and not torch.is_grad_enabled() and torch.is_autocast_enabled(weight.device.type)
+    if not (half or validated):
         yield
         return
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        logits = Float32Product.apply(x, head.weight)
-        return logits if head.bias is None else logits + head.bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            if not half:
+                return nn.functional.linear(x.to(head.weight.dtype), head.weight, head.bias)
+            logits = Float32Product.apply(x, head.weight)
+            return logits if head.bias is None else logits + head.bias.float()
 
     head.forward = forward  # replaced, not bypassed: hooks on the head still run, and gather sharded weights
     try:

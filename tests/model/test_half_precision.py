@@ -42,6 +42,12 @@ def dpo_half(sft_half):
     return out
 
 
+def test_eta_is_1_before_anything_is_learned(dpo_half):
+    """The gaps of the first step are roundings. Later steps have gaps, so eta is not always 1."""
+    etas = [line["eta"] for line in training(dpo_half / "metrics.jsonl")]
+    assert etas[0] == 1 and any(eta != 1 for eta in etas[1:])
+
+
 def policy(run, encoding, dtype="bfloat16"):
     """The model that dpo_hano.py trains, before its first step."""
     options = SimpleNamespace(sft=run, dtype=dtype, attn="sdpa", quantize=None, no_pack=False, seed=0)

@@ -46,6 +46,19 @@ def test_float32_and_trained_heads_are_left_alone():
             assert "forward" not in vars(core.head)
 
 
+def test_autocast_rounds_no_logits_in_validation():
+    """A model that is trained whole has a float32 head under autocast. Training's own logits are autocast's."""
+    core = Core(torch.float32, bias=True)
+    core.head.requires_grad_()
+    hidden = torch.randn(2, 7, 32, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    expected = core.head(hidden.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), head.float32_logits(core):
+            assert torch.equal(core.head(hidden), expected)
+        with head.float32_logits(core):
+            assert core.head(hidden).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_answers_in_half_precision_are_not_rounded(prepared, sft_run, pack, monkeypatch):
     """The log-probabilities are those of a float32 head on the same hidden states; with rounded logits they are not."""

@@ -101,6 +101,20 @@ def test_the_start_may_differ_by_roundings_in_half_precision(prepared, sft_run):
         reference.check_start(packed, batch)
 
 
+def test_a_sure_policy_whose_sums_are_rounded_in_another_order_is_accepted(prepared, sft_run):
+    """As on a GPU in other batches. On a CPU other batches are equal to the last bit, but plain forwards are not."""
+    opened, (packed, _, _) = Opened(prepared), start(prepared, sft_run, torch.bfloat16)
+    examples = opened.examples("train")[:8]
+    pairs = Pairs(opened.prompts(), examples, ("rank",), 4096, pools(examples, 2, "data"))
+    plain = PackedMLLM(packed.core, pack=False).eval()
+    batch, rows = (pairs.batch(range(8), model, opened.tokens) for model in (packed, plain))
+    with torch.no_grad():
+        batch.reference = rows.lay_out(plain(rows.trees))
+        difference = (batch.lay_out(packed(batch.trees)) - batch.reference).abs().max()
+    assert difference > 1e-2
+    reference.check_start(packed, batch)
+
+
 def test_the_start_is_close_in_float32(prepared, sft_run):
     packed, batch, _ = start(prepared, sft_run, torch.float32)
     reference.check_start(packed, batch)
