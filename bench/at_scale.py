@@ -49,10 +49,9 @@ def table(counts: dict, tower: float) -> list[list[str]]:
     """
     backbone, examples = fakes.BACKBONES[BACKBONE], INTERACTIONS // PER_EXAMPLE
     width = backbone.text["hidden_size"]
-    pair, sft, scored = (
-        counts[operations.key(BACKBONE, call)]["tflop"]
-        for call in (("dpo", {"checkpointing": True}), ("sft", {"checkpointing": True}), ("evaluation", {}))
-    )
+    steps = {name: counts[operations.key(BACKBONE, call)]["tflop"] for name, (call, *_) in operations.WORKS.items()}
+    sft, sft_first = steps["SFT, an example's three answers"], steps["SFT, the same with --history-first"]
+    dpo, dpo_first = steps["DPO, an example's three pairs"], steps["DPO, the same with --history-first"]
     tokens, vectors = backbone.image_tokens * width * 2, ITEMS * width * 4
     items, seconds = NEIGHBOURS
     rows = [
@@ -68,10 +67,12 @@ def table(counts: dict, tower: float) -> list[list[str]]:
     ]
     works = {
         "an epoch of SFT": (sft, "three answers behind two prompts"),
+        "the same SFT with --history-first": (sft_first, "one history"),
         "the same SFT, live images": (sft + IMAGES * tower, f"{IMAGES} distinct images"),
-        "the reference, once": (scored, "at most an evaluation of ten candidates"),
-        "an epoch of DPO, all kinds of pairs": (2 * pair, "two prompts, as two ranking pairs"),
-        "the same DPO, live images": (2 * pair + IMAGES * tower, f"{IMAGES} distinct images"),
+        "the reference, once": (steps["evaluation, ten candidates"], "at most an evaluation of ten candidates"),
+        "an epoch of DPO, all kinds of pairs": (dpo, "three pairs behind two prompts"),
+        "the same DPO with --history-first": (dpo_first, "one history"),
+        "the same DPO, live images": (dpo + IMAGES * tower, f"{IMAGES} distinct images"),
     }
     for name, (tflop, reason) in works.items():
         total = hours(examples * tflop)

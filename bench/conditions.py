@@ -19,6 +19,7 @@ import measure
 
 NARROW = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
+FRESH = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # set, it no longer grows with the tensors that are freed
 STREAM = (
     "import numpy as n\na = n.ones(2**25)\nb = a.copy()\nwhile True:\n    n.copyto(b, a)"  # 2 x 256 MiB, without end
 )
@@ -48,6 +49,7 @@ CONDITIONS = {
     "one core, another program copies memory": Condition(1, disturbed=True),
     "all cores, vectors of 256 bits": Condition(environment=NARROW),
     "all cores, glibc keeps freed memory": Condition(environment=KEPT),
+    "all cores, each large tensor in fresh memory": Condition(environment=FRESH),
 }
 
 

@@ -97,6 +97,7 @@ class Turns:
     def restart(self) -> None:
         """Start the clock and the count of peak memory anew."""
         if self.cuda:
+            gc.collect()  # what the last step of the other system left, if nobody holds it
             torch.cuda.reset_peak_memory_stats()
             self.memory_before = torch.cuda.memory_allocated()
         self.began = now(self.device)

@@ -170,16 +170,16 @@ def cards_table(results: dict) -> str:
 
 ABOUT = """Counted on fake tensors of the published sizes in bf16; nothing ran on a GPU (commit {commit}, torch
 {torch}, transformers {transformers}, PEFT {peft}, TRL {trl}). Both systems train LoRA of rank 8 with dropout .05 by
-AdamW, with activation checkpointing unless a row says otherwise. A prompt has 5 images of 262,144 pixels and ten
-titles. This project's step is `take_step` of `dpo_hano.py` with noise, the step of `sft.py`, or the packed forward
-on stored image tokens. TRL's steps are `DPOTrainer._compute_loss` (policy and reference, with the vision tower) and
-the loss of its `SFTTrainer`, with the head for the answers alone as on a GPU. For S-DPO the other system is nine
-pairs of TRL, one after the other; an example's three pairs are one batch, which TRL pads to the longest; for the
-evaluation it is one forward with the vision tower for each of the 30 answers. Attention counts as the full square
-in both systems, and what checkpointing computes again counts. A step was counted with few layers, and again with
-one more layer of each kind; the difference counts for each missing layer. GiB are the weights (also of the vision
-tower, which this project's step does not run) and the peak of all tensors. Workspaces of kernels and fragments are
-not in it."""
+AdamW, with activation checkpointing unless a row says otherwise. Below the LoRA of this project's DPO lies SFT's
+frozen one. A prompt has 5 images of 262,144 pixels and ten titles. This project's step is `take_step` of
+`dpo_hano.py` with noise, the step of `sft.py`, or the packed forward on stored image tokens. TRL's steps are
+`DPOTrainer._compute_loss` (policy and reference, with the vision tower) and the loss of its `SFTTrainer`, with the
+head for the answers alone as on a GPU. For S-DPO the other system is nine pairs of TRL, one after the other; an
+example's three pairs are one batch, which TRL pads to the longest; for the evaluation it is one forward with the
+vision tower for each of the 30 answers. Attention counts as the full square in both systems, and what checkpointing
+computes again counts. A step was counted with few layers, and again with one more layer of each kind; the
+difference counts for each missing layer. GiB are the weights (also of the vision tower, which this project's step
+does not run) and the peak of all tensors. Workspaces of kernels and fragments are not in it."""
 CARDS_ABOUT = """With checkpointing. A card's memory is used up to 95%, less 1 GiB. In 4 bits the language
 model's linear layers are counted as bitsandbytes keeps them (NF4, one float32 scale for 64 weights), computed in
 bf16. The milliseconds are the operations at 45% of an H100's and H200's 989 TFLOP/s: a calculation, not a

@@ -117,8 +117,10 @@ NOTES = {
     "pairs of the same prompt, one after the other: nine times the time of its step of 4 pairs.",
     "Conditions": "All kinds of pairs at 112 px, as in the table above. Each condition has a process of its own, with "
     "one thread for each core. The other program copies 256 MiB again and again on the other core. 256 bits: AVX2 "
-    "instead of AVX-512 in PyTorch, oneDNN and MKL. glibc: its variables `MALLOC_MMAP_THRESHOLD_`, "
-    "`MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_`, as bench/conditions.py sets them.",
+    "instead of AVX-512 in PyTorch, oneDNN and MKL. glibc keeps freed memory, or asks the kernel for each tensor above "
+    "128 KiB: its variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_`, as "
+    "bench/conditions.py sets them. By default it begins with the second, and comes closer to the first with each "
+    "larger tensor that is freed, up to 32 MiB.",
     "Scaling: live images": "With `--images live` the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL gets an example's three answers as three samples, each with its own prompt. Here "
     "two of the three share a prompt, and all three the history with `--history-first`. With ranking alone no prompt "

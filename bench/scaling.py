@@ -25,7 +25,13 @@ from hanorec.model.lora import FROZEN, LeanLinear, lora_targets
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (112, 224, 504)
-PROCESSES = ((1, None), (1, 1), (2, 1))  # processes, and OMP_NUM_THREADS; None: all cores
+# By row: processes of a run, OMP_NUM_THREADS (None: all cores), runs side by side
+PROCESSES = {
+    "1 process, all cores": (1, None, 1),
+    "1 process, 1 thread": (1, 1, 1),
+    "2 processes, 1 thread each": (2, 1, 1),
+    "2 runs side by side, 1 process and 1 thread each": (1, 1, 2),
+}
 REJECTED = (1, 3, 9)
 IMAGES = 16
 LIVE_SIDES = (112, 224)
@@ -133,24 +139,31 @@ def adapters(folder: Path) -> list[dict]:
 
 
 def processes(folder: Path) -> list[dict]:
-    """Measure data-parallel training on a CPU, launched by accelerate, with 4 pairs in each process."""
+    """Measure training on a CPU, launched by accelerate, with 4 pairs in each process."""
     rows = []
-    for count, threads in PROCESSES:
-        shared = folder / f"processes{count}-{threads}"
-        launch = [sys.executable, "-m", "accelerate.commands.launch"]
-        launch += ["--multi_gpu", "--main_process_port", "0"] if count > 1 else ["--cpu"]
-        launch += ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
-        launch += ["--dynamo_backend", "no", __file__, "--worker", str(shared)]
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        environment |= {"ACCELERATE_USE_CPU": "true"} if count > 1 else {}
-        environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        subprocess.run(launch, check=True, env=environment, capture_output=True)
-        seconds = json.loads((shared / "seconds.json").read_text())
-        pairs = 4 * count / seconds["median"]
-        words = "1 process" if count == 1 else f"{count} processes"
-        case = f"{words}, {'1 thread each' if threads else 'all cores'}, {4 * count} pairs a step"
-        rows.append(row("Scaling: processes", case, "s per step", seconds, pairs_per_second=pairs))
+    for case, (count, threads, runs) in PROCESSES.items():
+        folders = [folder / f"processes{len(rows)}-{number}" for number in range(runs)]
+        started = [launch(shared, count, threads) for shared in folders]
+        for process in started:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+        seconds = [json.loads((shared / "seconds.json").read_text()) for shared in folders]
+        pairs = sum(4 * count / values["median"] for values in seconds)
+        case = f"{case}, {4 * count} pairs a step"
+        rows.append(row("Scaling: processes", case, "s per step", seconds[0], pairs_per_second=pairs))
     return rows
+
+
+def launch(shared: Path, count: int, threads: int | None) -> subprocess.Popen:
+    """Start `worker` in `count` processes. threads: OMP_NUM_THREADS, or None for all cores."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--multi_gpu", "--main_process_port", "0"] if count > 1 else ["--cpu"]
+    command += ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", __file__, "--worker", str(shared)]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if count > 1 else {}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def worker(shared: Path) -> None:

@@ -241,7 +241,7 @@ def test_the_amounts_in_the_document_about_scale_are_those_of_the_script(tmp_pat
     assert 1.6 < tower < 1.3 * 2 * 32 * 19.7e6 * 1296 / 1e12
     document = (ROOT / "docs" / "scale.md").read_text()
     head, *rows = at_scale.table(counts, tower)
-    assert len(rows) == 11 and all(len(row) == len(head) for row in rows)
+    assert len(rows) == 13 and all(len(row) == len(head) for row in rows)
     for name, amount, _ in rows[1:]:
         assert re.search(rf"(?<![\d.,]){re.escape(amount.split()[0])}(?![\d.,]*\d)", document), (name, amount)
 
