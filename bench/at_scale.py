@@ -20,7 +20,7 @@ BACKBONE = "Qwen2.5-VL-3B"
 ITEMS, INTERACTIONS, GPUS = 1_000_000, 100_000_000, 64
 IMAGES = 5  # in a history
 PER_EXAMPLE = 5  # interactions for each training example: the share that tests/scale.py prints
-NEIGHBOURS = (41_081, 50.8)  # items of the row "Scaling: neighbours" in RESULTS.md, and seconds on two cores
+NEIGHBOURS = (41_081, 61.0)  # items of the row "Scaling: neighbours" in RESULTS.md, and seconds on two cores
 STEP_SECONDS = 0.43  # of a DPO step of one pair on an H100, docs/performance.md
 GIB = 2**30
 
@@ -49,9 +49,12 @@ def table(counts: dict, tower: float) -> list[list[str]]:
     """
     backbone, examples = fakes.BACKBONES[BACKBONE], INTERACTIONS // PER_EXAMPLE
     width = backbone.text["hidden_size"]
-    steps = {name: counts[operations.key(BACKBONE, call)]["tflop"] for name, (call, *_) in operations.WORKS.items()}
-    sft, sft_first = steps["SFT, an example's three answers"], steps["SFT, the same with --history-first"]
-    dpo, dpo_first = steps["DPO, an example's three pairs"], steps["DPO, the same with --history-first"]
+
+    def counted(step: str) -> float:
+        return counts[operations.key(BACKBONE, operations.WORKS[step][0])]["tflop"]
+
+    sft, sft_first = counted("SFT, an example's three answers"), counted("SFT, the same with --history-first")
+    dpo, dpo_first = counted("DPO, an example's three pairs"), counted("DPO, the same with --history-first")
     tokens, vectors = backbone.image_tokens * width * 2, ITEMS * width * 4
     items, seconds = NEIGHBOURS
     rows = [
@@ -69,7 +72,7 @@ def table(counts: dict, tower: float) -> list[list[str]]:
         "an epoch of SFT": (sft, "three answers behind two prompts"),
         "the same SFT with --history-first": (sft_first, "one history"),
         "the same SFT, live images": (sft + IMAGES * tower, f"{IMAGES} distinct images"),
-        "the reference, once": (steps["evaluation, ten candidates"], "at most an evaluation of ten candidates"),
+        "the reference, once": (counted("evaluation, ten candidates"), "at most an evaluation of ten candidates"),
         "an epoch of DPO, all kinds of pairs": (dpo, "three pairs behind two prompts"),
         "the same DPO with --history-first": (dpo_first, "one history"),
         "the same DPO, live images": (dpo + IMAGES * tower, f"{IMAGES} distinct images"),

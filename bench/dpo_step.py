@@ -91,8 +91,7 @@ def compare(
         batch: pairs in a step.
         trl: more settings for TRL's config.
     """
-    kinds, rejected = KINDS[case].kinds, KINDS[case].rejected
-    first = KINDS[case].history_first
+    kinds, rejected, first = KINDS[case].kinds, KINDS[case].rejected, KINDS[case].history_first
     work, core = workload.make(folder, shape, side, examples, device=device, dtype=dtype, history_first=first)
     pairs = work.pairs(kinds, rejected)
     trees = [tree for tree, _ in merge_trees(map(pairs.tree, range(len(pairs))))]

@@ -164,7 +164,7 @@ def packed_model(
     """A model with LoRA of the paper's rank 8 and dropout .05, of fake tensors.
 
     Args:
-        frozen: below it lies SFT's frozen LoRA, as in dpo_hano.py in half precision.
+        frozen: put SFT's frozen LoRA below the trained one, as dpo_hano.py does in half precision.
     """
     with torch.device("meta"):
         model = meta_model(config, dtype)
@@ -240,7 +240,7 @@ def place() -> str:
 class Watch(TorchDispatchMode):
     """Counts what a GPU's host waits for, by (reason, place). `mixed` counts operations on tensors of two devices.
 
-    `reads` counts copies to the host that do not wait. `steps` is for the optimizer steps of the part.
+    `reads` counts copies to the host that do not wait. `steps`: optimizer steps so far; the caller counts them.
 
     A value that the host asks for is answered by 1, so that the run goes on. An index by a mask is answered as if the
     mask were true everywhere.

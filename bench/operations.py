@@ -195,9 +195,9 @@ def report(results: dict) -> str:
 
 
 def counts(path: Path) -> dict:
-    """The counts in results.json, none if it has none."""
+    """The counts in results.json with their commit and versions, none if it has none."""
     found = json.loads(path.read_text()).get("operations") if path.exists() else None
-    return found or {"counts": {}, "weights": {}}
+    return found if found and "commit" in found else {"counts": {}, "weights": {}}
 
 
 def save(path: Path, results: dict) -> None:
@@ -208,11 +208,12 @@ def save(path: Path, results: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=fakes.BACKBONES, default=list(fakes.BACKBONES))
-    parser.add_argument("--json", type=Path, help="write the counts into it; those that it has are not made again")
+    parser.add_argument("--json", type=Path, help="write into it; what this commit has counted stays")
     options = parser.parse_args(argv)
     results = counts(options.json) if options.json else {"counts": {}, "weights": {}}
-    facts = measure.machine()
-    results |= {"commit": facts["commit"], "versions": facts["versions"]}
+    facts = {name: measure.machine()[name] for name in ("commit", "versions")}
+    if facts != {name: results.get(name) for name in facts}:
+        results = {"counts": {}, "weights": {}} | facts  # what other code counted may differ
     calls = [call for work in WORKS.values() for call in work[:2]] + [
         call for pair in BATCHES.values() for call in pair
     ]

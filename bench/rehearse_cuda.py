@@ -5,10 +5,10 @@ backbone. The models have their published sizes, in bf16 with LoRA, and are made
 have no values and take no memory. Nothing is downloaded.
 
 Reports for each backbone and part each operation that mixes tensors of the CPU and of the GPU, and each place where the
-host waits for the GPU. In training the log may wait once a step, for the metrics of the step before. The exit status is
-1 if there is a mix, a wait that ALLOWED does not name, or a second wait of the log in a step. With a PyTorch that is
-built for the CPU, the same runs on fake tensors of the CPU. It then shows the waits for values, also for those that lie
-on the host in any case, and neither mixes nor copies.
+host waits for the GPU. In training the log alone may wait and read, once a step, for the metrics of the step before.
+The exit status is 1 if there is a mix, a wait that ALLOWED does not name, a read outside the log, or if the log waits
+more often than there are steps. With a PyTorch that is built for the CPU, the same runs on fake tensors of the CPU. It
+then shows the waits for values, also for those that lie on the host in any case, and neither mixes nor copies.
 
 Not rehearsed: loading a model with its check, the reference, and the item vectors of HaRS. They run once, before the
 first step. A real GPU is still needed for: the kernels and their results, speed, and several processes.
@@ -127,7 +127,7 @@ def without_gpu(watch: fakes.Watch):
 
 
 class Rehearsal:
-    """One backbone on a device of fake tensors.
+    """One backbone on a device of fake tensors, with SFT's frozen LoRA below the trained one, in all parts.
 
     Args:
         name: a key of fakes.BACKBONES.
@@ -245,8 +245,9 @@ def report(backbone: str, part: str, watch: fakes.Watch, stopped: str) -> bool:
     print(f"{backbone}, {part}: {'stopped: ' + stopped if stopped else 'done'}")
     for (operation, place), count in watch.mixed.items():
         print(f"    mixed devices, {count} times: {operation} at {place}")
-    if watch.steps:
-        print(f"    the log waits {log_waits} times in {watch.steps} steps, for the metrics of the step before")
+    if log_waits:
+        mark = "WAITS: " if log_waits > watch.steps else ""
+        print(f"    {mark}the log waits {log_waits} times in {watch.steps} steps")
     allowed = Counter()
     for (reason, place), count in watch.waits.items():
         if place.startswith(LOG):
@@ -259,8 +260,9 @@ def report(backbone: str, part: str, watch: fakes.Watch, stopped: str) -> bool:
     for why, places in allowed.items():
         print(f"    allowed, at {places} places: {why}")
     for (reason, place), count in watch.reads.items():
-        print(f"    {count} times: {reason} at {place}")
         good &= place.startswith(LOG)
+        mark = "" if place.startswith(LOG) else "READ, "
+        print(f"    {mark}{count} times: {reason} at {place}")
     return good
 
 

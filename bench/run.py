@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import measure
+import numpy as np
 import operations
 import torch
 import workload
@@ -119,8 +120,8 @@ NOTES = {
     "one thread for each core. The other program copies 256 MiB again and again on the other core. 256 bits: AVX2 "
     "instead of AVX-512 in PyTorch, oneDNN and MKL. glibc keeps freed memory, or asks the kernel for each tensor above "
     "128 KiB: its variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_`, as "
-    "bench/conditions.py sets them. By default it begins with the second, and comes closer to the first with each "
-    "larger tensor that is freed, up to 32 MiB.",
+    "bench/conditions.py sets them. By default glibc begins with this limit, and raises it with each larger tensor "
+    "that is freed, up to 32 MiB.",
     "Scaling: live images": "With `--images live` the vision tower runs in the step, once for each distinct image.",
     "SFT step": "With both tasks TRL gets an example's three answers as three samples, each with its own prompt. Here "
     "two of the three share a prompt, and all three the history with `--history-first`. With ranking alone no prompt "
@@ -140,9 +141,9 @@ NOTES = {
 
 
 def worst_difference(results: dict) -> float:
-    """The largest difference between the two systems' losses, over all steps that were compared. 0 if none was."""
+    """The largest difference between the two systems' losses, over all steps that were compared; NaN if one is NaN."""
     losses = [row["losses"] for part in results.values() for row in part["rows"] if row.get("losses")]
-    return max((abs(pair["ours"] - pair["TRL"]) for pair in losses), default=0.0)
+    return float(np.max([abs(pair["ours"] - pair["TRL"]) for pair in losses]))
 
 
 def about_values(results: dict, facts: dict) -> dict[str, str]:
@@ -187,7 +188,7 @@ def report(results: dict, facts: dict) -> str:
             if name in NOTES:
                 note = NOTES[name].format("; ".join(whole_process(row) for row in chosen if "whole_process" in row))
                 text += f"\n{wrapped(note)}"
-    if facts.get("operations"):
+    if facts.get("operations", {}).get("counts"):
         counted = operations.report(facts["operations"])
         text += f"\n## Operations and memory at full size\n\n`python bench/operations.py`\n\n{counted}\n"
     return f"{text}\n## GPU\n\n{facts['gpu']}\n"
@@ -226,7 +227,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
             results[name] = json.loads(path.read_text())
-            if worst_difference(results) > 1e-4:
+            if not worst_difference(results) <= 1e-4:  # also if it is NaN
                 sys.exit("the two systems do not compute the same loss; nothing is written")
     facts = measure.machine() | {"gpu": gpu(), "seconds": time.perf_counter() - began}
     facts["operations"] = operations.counts(HERE / "results.json")  # of an earlier run: it takes an hour

@@ -258,8 +258,9 @@ def read_two_tables(
     usual_names = {"user": (f"user{suffix}",), "item": (f"item{suffix}",), "title": titled}
     usual_names |= {"time": ("timestamp",), "rating": ("rating",)}
     chosen = {name: getattr(options, f"{name}_column") for name in usual_names}
-    named = column_options(header, item_header, usual_names, chosen)
-    remedy, item_remedy = column_remedy(named, header, interactions), column_remedy(named, item_header, items)
+    column_names = column_options(header, item_header, usual_names, chosen)
+    remedy = column_remedy(column_names, header, interactions)
+    item_remedy = column_remedy(column_names, item_header, items)
     positions = {}
     for name in ("user", "item", "time", "rating"):
         missing = chosen[name] == "none" or (not chosen[name] and usual_names[name][0] not in header)

@@ -206,10 +206,10 @@ def column_options(header: list[str], item_header: list[str], usual: dict[str, t
     return f"name the columns: {' '.join(words)}{same}" if words else f"add this column{same}"
 
 
-def column_remedy(named: str, header: list[str], path: Path) -> str:
-    """Return what to do about a column that a header lacks: `named`, or another separator if a text has one field."""
+def column_remedy(options: str, header: list[str], path: Path) -> str:
+    """Return the remedy for a missing column: `options`, or another separator if a text file's header is one field."""
     if len(header) > 1 or path.suffix == ".parquet":
-        return named
+        return options
     tabs_alone = path.suffix in (".tsv", ".inter", ".item")
     return f"separate the fields by {'tabs' if tabs_alone else 'commas, semicolons or tabs'}"
 

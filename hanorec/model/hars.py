@@ -120,8 +120,7 @@ class Responsiveness:
         beta: beta0 of equation (7). dtype: of the model's frozen weights.
     """
 
-    # In nats. If the mean size of the log-ratio gaps is at most this, they are rounding errors, and eta is 1. So it is
-    # before the first step
+    # In nats. Log-ratio gaps of at most this mean size count as rounding errors, as before the first step: eta is 1
     ROUNDING = {torch.float32: 1e-4}
     HALF_ROUNDING = 0.1
     DECAY = 0.9

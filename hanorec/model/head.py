@@ -42,15 +42,16 @@ def float32_logits(core) -> Iterator[None]:
     weight = getattr(head, "weight", None)
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward  # also if fully_shard has its class
     half = plain and weight.dtype in (torch.bfloat16, torch.float16) and not weight.requires_grad
-    validated = plain and not torch.is_grad_enabled() and torch.is_autocast_enabled(weight.device.type)
-    if not (half or validated):
+    wide = plain and weight.dtype == torch.float32
+    rounded = wide and not torch.is_grad_enabled() and torch.is_autocast_enabled(weight.device.type)
+    if not (half or rounded):
         yield
         return
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            if not half:
-                return nn.functional.linear(x.to(head.weight.dtype), head.weight, head.bias)
+            if rounded:
+                return nn.functional.linear(x.float(), head.weight, head.bias)
             logits = Float32Product.apply(x, head.weight)
             return logits if head.bias is None else logits + head.bias.float()
 

@@ -119,7 +119,7 @@ class Recommender:
             self.first = first_stage(self.data, histories, self.length)
             self.newcomers = Newcomers(histories, vectors["text"], vectors["image"])
         first = self.first and self.first.key
-        read = [self.data.manifest["files"], encoding.manifest, list(prompts.texts), first]
+        read = [self.data.manifest["files"], encoding.manifest, prompts.hash(), first]
         choices = [settings.top_k, settings.shortlist, settings.repeat, settings.dtype, self.among]
         self.key = [weights_hash(run), self.config, read, choices, accelerator.device.type]
 
