@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -81,19 +82,26 @@ def test_the_backward_by_hand_is_autograds(small, tmp_path, checkpointing):
         torch.testing.assert_close(weight.grad, grad, rtol=1e-5, atol=1e-7)
 
 
+def profiled_peak(packed, batch) -> int:
+    """The peak of memory in a real step, in bytes. On a busy machine the profiler has once missed allocations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss_of(packed, batch).backward()
+    packed.zero_grad()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_of_fake_tensors_is_what_a_real_step_allocates(small, tmp_path, checkpointing):
     """The profiler sees each allocation of the real step."""
     config, packed, batch = real_model(small["Qwen2.5-VL-3B"], tmp_path, checkpointing)
     loss_of(packed, batch).backward()
     packed.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss_of(packed, batch).backward()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = statistics.median(profiled_peak(packed, batch) for _ in range(3))
     fake = fakes.packed_model(config, FakeTensorMode(allow_non_fake_inputs=True), "cpu", checkpointing, torch.float32)
     for module in fake.modules():
         if isinstance(module, torch.nn.Dropout):
