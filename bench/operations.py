@@ -211,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write into it; what this commit has counted stays")
     options = parser.parse_args(argv)
     results = counts(options.json) if options.json else {"counts": {}, "weights": {}}
-    facts = {name: measure.machine()[name] for name in ("commit", "versions")}
+    machine = measure.machine()
+    facts = {"commit": machine["commit"], "versions": machine["versions"]}
     if facts != {name: results.get(name) for name in facts}:
         results = {"counts": {}, "weights": {}} | facts  # what other code counted may differ
     calls = [call for work in WORKS.values() for call in work[:2]] + [

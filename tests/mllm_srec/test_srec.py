@@ -138,6 +138,22 @@ def check_slowly(tried, max_length):
         fit_to_length(build, example, max_length)
 
 
+def test_the_texts_that_a_check_encodes_do_not_grow_with_the_examples(data, monkeypatch):
+    """So 50,000 examples start within seconds: the lengths of their trees are bounded by bytes."""
+    loaded = Opened(data)
+    prompts, examples = thought_prompts(loaded), loaded.examples("train", 12)
+    prompts.text, encoded, encode = prompts._text, [], prompts.tokenizer.encode  # without the cache of texts
+    monkeypatch.setattr(prompts.tokenizer, "encode", lambda text, **more: encoded.append(text) or encode(text, **more))
+    build = partial(prompts.sft_tree, task="yesno")
+    for count in (1, 10):
+        encoded.clear()
+        prompts.check_fit([build], examples * count, 100_000)
+        assert len(encoded) == len(prompts.items)
+    prompts.byte_level = False
+    prompts.check_fit([build], examples, 100_000)
+    assert len(encoded) > 3 * len(prompts.items)
+
+
 @pytest.mark.parametrize("byte_level", [True, False])
 def test_what_fits_is_what_the_slow_way_finds(data, byte_level, monkeypatch):
     """A bound in bytes decides most trees."""
