@@ -19,13 +19,10 @@ import measure
 
 NARROW = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
-FRESH = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # set, it no longer grows with the tensors that are freed
+FRESH = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # glibc's default, which no longer grows once it is set
 STREAM = (
     "import numpy as n\na = n.ones(2**25)\nb = a.copy()\nwhile True:\n    n.copyto(b, a)"  # 2 x 256 MiB, without end
 )
-
-
-KINDS = "all kinds of pairs"
 
 
 @dataclass
@@ -76,7 +73,7 @@ def child(name: str) -> list[dict]:
             os.sched_setaffinity(0, cores[: condition.cores])
         measure.cpu_only()
         for order in ("", ", --history-first"):
-            row = dpo_step.compare(Path(folder), "scaled", 112, KINDS + order)
+            row = dpo_step.compare(Path(folder), "scaled", 112, "all kinds of pairs" + order)
             rows.append(row | {"table": "Conditions", "case": name + order, "matrix_rate": row["rate"]["median"] / 1e9})
     return rows
 

@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ours
 import torch
 import transformers
 import workload
-from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from hanorec.data.folder import Example, Items
 from hanorec.model.load import load_tokenizer
-from hanorec.model.lora import FROZEN, add_lora, lora_targets
+from hanorec.model.lora import add_lora
 from hanorec.model.packing import PackedMLLM
 from hanorec.model.prompts import Prompts
 from hanorec.model.template import ChatTemplate
@@ -169,9 +169,8 @@ def packed_model(
     with torch.device("meta"):
         model = meta_model(config, dtype)
         if frozen:
-            settings = LoraConfig(r=8, lora_alpha=32, target_modules=lora_targets(model))
-            model = get_peft_model(model, settings, adapter_name=FROZEN)
-        model = add_lora(model, 8, 32, 0.05, 0)
+            model = ours.with_sft_adapter(model)
+        model = add_lora(model, ours.RANK, ours.ALPHA, 0.05, 0)
     packed = PackedMLLM(to_fake(model, mode, device))
     if checkpointing:
         packed.enable_checkpointing()

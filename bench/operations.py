@@ -197,7 +197,7 @@ def report(results: dict) -> str:
 def counts(path: Path) -> dict:
     """The counts in results.json with their commit and versions, none if it has none."""
     found = json.loads(path.read_text()).get("operations") if path.exists() else None
-    return found if found and "commit" in found else {"counts": {}, "weights": {}}
+    return found if found and "commit" in found else {}
 
 
 def save(path: Path, results: dict) -> None:
@@ -208,9 +208,9 @@ def save(path: Path, results: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=fakes.BACKBONES, default=list(fakes.BACKBONES))
-    parser.add_argument("--json", type=Path, help="write into it; what this commit has counted stays")
+    parser.add_argument("--json", type=Path, help="write into it; counts of this commit are not made again")
     options = parser.parse_args(argv)
-    results = counts(options.json) if options.json else {"counts": {}, "weights": {}}
+    results = counts(options.json) if options.json else {}
     machine = measure.machine()
     facts = {"commit": machine["commit"], "versions": machine["versions"]}
     if facts != {name: results.get(name) for name in facts}:

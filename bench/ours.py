@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import torch
 import workload  # noqa: F401 (puts the project on the path)
+from peft import LoraConfig, get_peft_model
 
 import dpo_hano
-from hanorec.model.lora import add_lora
+from hanorec.model.lora import FROZEN, add_lora, lora_targets
 from hanorec.model.packing import Batch, PackedMLLM
 from hanorec.model.pairs import PairBatch
 from hanorec.model.reference import reference_logps
@@ -22,6 +23,12 @@ BETA, RANK, ALPHA = 0.1, 8, 32  # the paper's. LoRA's dropout is 0, so that both
 def trainable(core, pack: bool = True, seed: int = 1) -> PackedMLLM:
     """The backbone with a fresh LoRA on its language model."""
     return PackedMLLM(add_lora(core, RANK, ALPHA, 0.0, seed), pack)
+
+
+def with_sft_adapter(core):
+    """The backbone with a frozen LoRA as SFT's, which `add_lora` leaves below DPO's. Returns the PeftModel."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=lora_targets(core))
+    return get_peft_model(core, config, adapter_name=FROZEN)
 
 
 def randomize(model, seed: int = 2, std: float = 0.05) -> None:

@@ -260,9 +260,9 @@ def report(backbone: str, part: str, watch: fakes.Watch, stopped: str) -> bool:
     for why, places in allowed.items():
         print(f"    allowed, at {places} places: {why}")
     for (reason, place), count in watch.reads.items():
-        good &= place.startswith(LOG)
-        mark = "" if place.startswith(LOG) else "READ, "
-        print(f"    {mark}{count} times: {reason} at {place}")
+        allowed_read = place.startswith(LOG)
+        good &= allowed_read
+        print(f"    {'' if allowed_read else 'READ, '}{count} times: {reason} at {place}")
     return good
 
 

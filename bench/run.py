@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import measure
-import numpy as np
 import operations
 import torch
 import workload
@@ -143,7 +142,7 @@ NOTES = {
 def worst_difference(results: dict) -> float:
     """The largest difference between the two systems' losses, over all steps that were compared; NaN if one is NaN."""
     losses = [row["losses"] for part in results.values() for row in part["rows"] if row.get("losses")]
-    return float(np.max([abs(pair["ours"] - pair["TRL"]) for pair in losses]))
+    return float(torch.tensor([abs(pair["ours"] - pair["TRL"]) for pair in losses], dtype=torch.float64).max())
 
 
 def about_values(results: dict, facts: dict) -> dict[str, str]:
@@ -182,8 +181,8 @@ def report(results: dict, facts: dict) -> str:
     for script, part in results.items():
         for name in dict.fromkeys(row["table"] for row in part["rows"]):
             chosen = [row for row in part["rows"] if row["table"] == name]
-            alone = part.get("commit") or chosen[0].get("commit")
-            commit = f", measured by itself at commit {alone}" if alone else ""
+            measured_at = part.get("commit") or chosen[0].get("commit")  # set by hand if it was measured again
+            commit = f", measured by itself at commit {measured_at}" if measured_at else ""
             text += f"\n## {name}\n\n`python bench/{script}.py`{commit}\n\n{table(chosen)}\n"
             if name in NOTES:
                 note = NOTES[name].format("; ".join(whole_process(row) for row in chosen if "whole_process" in row))

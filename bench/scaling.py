@@ -15,13 +15,12 @@ import measure
 import ours
 import torch
 import workload
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 
 import hanorec_loss
 from hanorec.model.images import encode_items
 from hanorec.model.load import load_image_processor, load_tokenizer
-from hanorec.model.lora import FROZEN, LeanLinear, lora_targets
+from hanorec.model.lora import LeanLinear
 
 SHAPE, SIDE, STEPS = "scaled", 112, 2
 HISTORIES, BATCHES, SIDES = (5, 10, 20, 40), (1, 2, 4, 8, 16), (112, 224, 504)
@@ -42,17 +41,25 @@ def row(table: str, case: str, unit: str, ours: dict, **further) -> dict:
     return measure.result(table, case, unit, ours, {}, **further)
 
 
+def dpo_steps(folder: Path, batch: int, history: int = 5, rejected: int = 1) -> tuple[ours.Dpo, int, float]:
+    """Prepare DPO steps on ranking pairs.
+
+    Returns (the steps, tokens of a pair's packed prompt and answers, the floor of a step's operations).
+    """
+    work, core = workload.make(folder, SHAPE, SIDE, examples=32, history=history)
+    steps = ours.Dpo(work, ours.trainable(core), batch, rejected=rejected)
+    trees = [steps.pairs.tree(number) for number in range(len(steps.pairs))]
+    flops = measure.floor(core, trees, training=True) * batch / len(trees)
+    return steps, sum(len(node.ids) for node in trees[0]), flops
+
+
 def dpo_seconds(folder: Path, history: int, batch: int) -> tuple[dict, int, dict]:
     """Measure a DPO step on ranking pairs.
 
     Returns (seconds of a step, tokens of a pair's packed prompt and answers, the fields `flops` and `rate` of a row).
     """
-    work, core = workload.make(folder, SHAPE, SIDE, examples=32, history=history)
-    steps = ours.Dpo(work, ours.trainable(core), batch)
+    steps, tokens, flops = dpo_steps(folder, batch, history)
     (seconds,), rate = measure.alternating(partial(several, steps.step))
-    trees = [steps.pairs.tree(number) for number in range(len(steps.pairs))]
-    tokens = sum(len(node.ids) for node in trees[0])
-    flops = measure.floor(core, trees, training=True) * batch / len(trees)
     return each_step(seconds), tokens, {"flops": flops, "rate": rate}
 
 
@@ -104,18 +111,12 @@ def batches(folder: Path) -> list[dict]:
 
 def rejected(folder: Path) -> list[dict]:
     """Measure a step with several rejected answers behind each prompt, S-DPO, in turns."""
-    steps, floors = {}, {}
-    for count in REJECTED:
-        work, core = workload.make(folder / f"rejected{count}", SHAPE, SIDE, examples=32)
-        step = ours.Dpo(work, ours.trainable(core), 4, rejected=count)
-        trees = [step.pairs.tree(number) for number in range(len(step.pairs))]
-        case = f"{count} rejected, {sum(len(node.ids) for node in trees[0])} tokens"
-        steps[case], floors[case] = step, measure.floor(core, trees, training=True) * 4 / len(trees)
-    seconds, rate = measure.alternating(*(partial(several, step.step) for step in steps.values()))
+    prepared = [dpo_steps(folder / f"rejected{count}", 4, rejected=count) for count in REJECTED]
+    seconds, rate = measure.alternating(*(partial(several, steps.step) for steps, _, _ in prepared))
     rows = []
-    for case, values in zip(steps, map(each_step, seconds), strict=True):
-        more = {"pairs_per_second": 4 / values["median"], "flops": floors[case], "rate": rate}
-        rows.append(row("Scaling: rejected", case, "s per step of 4", values, **more))
+    for count, (_, tokens, flops), values in zip(REJECTED, prepared, map(each_step, seconds), strict=True):
+        more = {"pairs_per_second": 4 / values["median"], "flops": flops, "rate": rate}
+        rows.append(row("Scaling: rejected", f"{count} rejected, {tokens} tokens", "s per step of 4", values, **more))
     return rows
 
 
@@ -125,8 +126,7 @@ def adapters(folder: Path) -> list[dict]:
     for case in ("DPO's adapter alone", "SFT's adapter below it", "SFT's adapter below it, PEFT's own layers"):
         work, core = workload.make(folder / f"adapters{len(steps)}", SHAPE, SIDE, examples=32, dtype=torch.bfloat16)
         if steps:
-            config = LoraConfig(r=ours.RANK, lora_alpha=ours.ALPHA, target_modules=lora_targets(core))
-            core = get_peft_model(core, config, adapter_name=FROZEN)
+            core = ours.with_sft_adapter(core)
             ours.randomize(core)
         packed = ours.trainable(core)
         for layer in packed.modules():

@@ -96,8 +96,7 @@ from hanorec.model.check import load_packed
 from hanorec.model.encoding import Encoding, backbone_weights
 from hanorec.model.finished import load_finished
 from hanorec.model.load import load_model, pick_dtype
-from hanorec.model.prompts import Prompts
-from hanorec.model.template import load_template
+from hanorec.model.prompts import plain_prompts
 from hanorec.run.launch import start_accelerator
 from hanorec.run.records import Record
 from mllm_srec import preferences
@@ -167,7 +166,7 @@ def show(options: argparse.Namespace, data: DataFolder, encoding: Encoding, text
     def print_prompt(title: str, tree: list) -> None:
         print(f"\n--- {printable(title)}", *map(printable, prompts.show(tree).split("\n")), sep="\n")
 
-    prompts = Prompts(load_template(encoding.source, encoding.trust), encoding.items, encoding.tokens)
+    prompts = plain_prompts(encoding)
     for item in range(min(options.show, len(encoding.items))):
         parts = item_prompt(texts, options.sees, encoding, item)
         print_prompt(f"item {encoding.items.ids[item]}", [prompts.complete_prompt(parts)])

@@ -160,7 +160,7 @@ def test_mixed_devices_and_copies_are_seen(capsys):
     assert "mixed devices, 1 times: aten.add.Tensor at tests/test_rehearsal.py" in capsys.readouterr().out
 
 
-def test_the_log_may_wait_once_a_step_and_nobody_else_reads():
+def test_only_the_log_may_wait_and_once_a_step():
     watch = fakes.Watch("cuda")
     watch.steps = 2
     with rehearse_cuda.without_gpu(watch):
@@ -175,7 +175,7 @@ def test_the_log_may_wait_once_a_step_and_nobody_else_reads():
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "LLaVA-NeXT-7B", "Qwen3-VL-4B"])
-def test_the_packed_forward_and_its_log_wait_for_nothing(small, tmp_path, name):
+def test_no_part_waits_without_a_reason(small, tmp_path, name):
     """Two waits seen here are none on a GPU, where these values lie on the CPU too: tokens of a batch, read metrics."""
     rehearsal = rehearse_cuda.Rehearsal(name, "cpu", tmp_path)
     dpo = ("dpo", "s_dpo", "controls", "noise_effect", "generation") if name == "Qwen2.5-VL-3B" else ()
@@ -202,7 +202,7 @@ def test_a_planted_wait_fails_the_rehearsal(small, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("work", ["sft", pytest.param("trl_dpo", marks=against_trl)])
-def test_depth_counts_as_the_whole_backbone(small, tmp_path, monkeypatch, work):
+def test_depth_counts_as_the_whole_backbone(small, tmp_path, work):
     """From few layers of each kind to a whole backbone: five of the language model, three and four of the tower."""
     whole = small["Qwen2.5-VL-3B"] = fakes.shortened(small["Qwen2.5-VL-3B"], 5, 3, 4)
     expected = getattr(full_steps.Case(whole, tmp_path), work)(checkpointing=True)

@@ -1,4 +1,4 @@
-"""The output head of a model in half precision, in float32.
+"""The output head in float32, also if the model or autocast is in half precision.
 
 Logits near 25 in bfloat16 have steps of 0.125. Then many candidates tie, and log-probabilities that should be equal
 differ. The hidden states stay in half precision, but their product with the head is not rounded.
@@ -35,15 +35,15 @@ class Float32Product(torch.autograd.Function):
 def float32_logits(core) -> Iterator[None]:
     """Let the output head of `core` return float32 inside the `with` block.
 
-    This holds for a frozen weight in half precision, and in a forward without gradients for a float32 weight that
-    autocast would round. Other heads are left as they are.
+    Two kinds of heads are changed: those with a frozen weight in half precision, and, in a forward without gradients
+    under autocast, those with a float32 weight, which autocast would round. Other heads are left as they are.
     """
     head = core.get_output_embeddings()
     weight = getattr(head, "weight", None)
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward  # also if fully_shard has its class
     half = plain and weight.dtype in (torch.bfloat16, torch.float16) and not weight.requires_grad
-    wide = plain and weight.dtype == torch.float32
-    rounded = wide and not torch.is_grad_enabled() and torch.is_autocast_enabled(weight.device.type)
+    autocast = plain and weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+    rounded = autocast and not torch.is_grad_enabled()
     if not (half or rounded):
         yield
         return

@@ -36,7 +36,7 @@ class Prompts:
     """
 
     yes, no = YES, NO
-    texts = TEXTS  # of the prompts, for hashes; `hash` adds AFTER_HISTORY where it is used
+    texts = TEXTS  # what `hash` covers, besides AFTER_HISTORY and the chat template
 
     def __init__(
         self, template: ChatTemplate, items, tokens, candidate_images: bool = False, history_first: bool = False
@@ -266,7 +266,7 @@ class Prompts:
 
 
 def plain_prompts(encoding, candidate_images: bool = False, history_first: bool = False) -> Prompts:
-    """Return the plain prompts of an Encoding. For the other arguments see Prompts."""
+    """Return the Prompts of an Encoding, without chain of thought. For the other arguments see Prompts."""
     template = load_template(encoding.source, encoding.trust)
     return Prompts(template, encoding.items, encoding.tokens, candidate_images, history_first)
 
